@@ -1,0 +1,162 @@
+"""Settings of train.py: one dataclass whose comments are the --help text, three presets, one parser.
+
+Order: default (the paper's value where the paper has one) < preset < flag.
+"""
+import argparse
+import dataclasses
+import inspect
+import re
+import sys
+from dataclasses import dataclass
+
+
+@dataclass
+class Config:
+    """Every setting of every stage; `base_`, `judge_` belong to their stage, the rest to GRPO or to all."""
+
+    stage: str = "all"               # base (flow matching on synthetic scenes), judge, grpo, or all in this order
+    out: str = ""                    # folder of the run; empty: out/PRESET. The same command again resumes
+    seed: int = 0                    # everything random derives from it
+    device: str = "auto"             # auto, cpu or cuda
+    threads: int = 0                 # CPU threads; 0: as torch chooses
+    kernels: str = "auto"            # auto (Triton on a GPU, torch elsewhere) or torch
+    save_every: int = 100            # steps between checkpoints
+    stop_at: int = 0                 # stop a stage after this many steps as if interrupted; 0: run to its end
+    size: int = 512                  # px, side of the square training photos (judge: 512)
+    images: str = ""                 # folder of unlabeled photos for GRPO; empty: procedural `wild` photos (paper: COCO)
+    policy: str = ""                 # predictor to fine-tune by GRPO; empty: OUT/base (paper: PRISM, Marigold)
+    judge: str = ""                  # judge folder; empty: OUT/judge (paper: InternVL2.5-4B, tuned)
+    bank: str = ""                   # folder of the judgement bank; empty: OUT/bank
+    eval_images: int = 128           # held-out scenes per domain in tables
+
+    width: int = 768                 # width of the DiT
+    encoder_layers: int = 8          # layers of its photo encoder, run once per photo
+    layers: int = 8                  # layers of its denoiser, run once per step and sample
+    heads: int = 12                  # attention heads of the DiT
+    patch: int = 16                  # px, side of a DiT token
+
+    base_scenes: int = 20000         # synthetic scenes in the training pool
+    base_steps: int = 50000          # flow-matching steps
+    base_batch: int = 64             # photos a step; every photo gives all four modalities
+    base_lr: float = 3e-4            # AdamW peak learning rate, cosine
+    base_ema: float = 0.999          # decay of the averaged weights that are evaluated and kept
+
+    judge_scenes: int = 20000        # broad scenes in the training pool
+    judge_steps: int = 20000         # steps, of which the first part trains the vision tower alone
+    judge_warm: float = 0.5          # share of the steps that trains the vision tower alone (mini judge; differs)
+    judge_batch: int = 16            # marked photos a step, four questions each (judge release: 16)
+    judge_lr: float = 4e-5           # AdamW peak learning rate (judge release: 4e-5)
+    judge_decay: float = 0.01        # weight decay (judge release: 0.01)
+    judge_width: int = 1024          # width of a judge that is trained from scratch
+    judge_vision_layers: int = 24    # its vision tower
+    judge_text_layers: int = 24      # its language model
+    judge_heads: int = 16            # its attention heads
+    judge_patch: int = 16            # px, side of its vision token
+
+    photos: int = 10000              # photos used by GRPO (paper: 10000 of COCO train)
+    pairs: int = 40                  # N, point pairs drawn per photo and step (paper: 40)
+    bank_pairs: int = 40             # pairs judged per photo in all, from which `pairs` are drawn
+    group: int = 8                   # G, samples per photo (paper: 8)
+    sample_steps: int = 15           # T, denoising steps in training (paper: 15)
+    eval_steps: int = 50             # denoising steps in evaluation (paper: 50)
+    noise: float = 0.7               # a of the exploration noise, or eta for ddim (paper: 0.7)
+    exploration: str = "flow"        # flow (Flow-GRPO, paper) or ddim (eta form)
+    credit: str = "global"           # global: one advantage per sample (paper); pair: splatted around each pair's points
+    credit_width: float = 1.0        # px of the state, width of the splat
+    rollout: str = "full"            # full: all steps stochastic (paper); branch: one stochastic step, shared prefix
+    reward: str = "hard"             # hard: relation against the judge's answer (paper); soft: tanh(margin/tau) against 2p-1
+    tau: float = 0.1                 # softness of the soft reward, in units of the margin
+    window: int = 0                  # px, radius of the mean read at a point (paper: 0, one pixel)
+    modalities: str = "one"          # one drawn per step (paper), or joint: all four at every step
+    balance: int = 0                 # 1: both answers to the albedo question carry half of the reward (paper: 0)
+    norm: str = "group"              # advantage scale: group (paper), global or none
+    steps: int = 5000                # GRPO steps (paper: 3 epochs of 10000 photos at 6 a step)
+    batch: int = 6                   # photos a step over all ranks (paper: 6 GPUs, one each)
+    updates: int = 1                 # optimiser updates per rollout; with 1 the clip never acts
+    clip: float = 1e-4               # clip range of the ratio; likelihoods are means over elements
+    kl_weight: float = 0.04          # beta, weight of the closed-form KL to the frozen start
+    replay: float = 0.0              # weight of the supervised flow loss on synthetic scenes (paper: 0)
+    lr: float = 1e-5                 # AdamW peak learning rate, cosine (paper: 1e-5)
+    ema: float = 0.99                # decay of the averaged policy that is evaluated and kept
+    eval_every: int = 100            # steps between diagnostics on validation scenes; 0: never
+
+
+PRESETS = {
+    # 2 CPU cores, procedural scenes, everything trained from scratch
+    "mini": dict(
+        size=32, width=128, encoder_layers=4, layers=3, heads=4, patch=4, eval_steps=10,
+        base_scenes=8000, base_steps=2000, base_batch=32, base_lr=1.5e-3, base_ema=0.995,
+        judge_scenes=16000, judge_steps=2500, judge_batch=64, judge_lr=1e-3, judge_decay=0.02,
+        judge_width=128, judge_vision_layers=5, judge_text_layers=2, judge_heads=4, judge_patch=4,
+        photos=384, pairs=48, bank_pairs=64, sample_steps=8, credit="pair", rollout="branch", reward="soft",
+        modalities="joint", balance=1, norm="global", steps=400, batch=8, clip=0.1, kl_weight=0.1, lr=2e-4, ema=0.98),
+    # one GPU, procedural scenes at 128 px
+    "small": dict(
+        size=128, width=384, encoder_layers=6, layers=4, heads=6, patch=8, eval_steps=10,
+        base_scenes=20000, base_steps=12000, base_batch=64, base_lr=6e-4,
+        judge_scenes=60000, judge_steps=20000, judge_batch=128, judge_lr=5e-4, judge_decay=0.02,
+        judge_width=384, judge_vision_layers=8, judge_text_layers=4, judge_heads=6, judge_patch=8,
+        photos=4000, pairs=64, bank_pairs=128, sample_steps=10, credit="pair", credit_width=4.0, rollout="branch",
+        reward="soft", modalities="joint", balance=1, norm="global", steps=3000, batch=16, clip=0.1, kl_weight=0.1, lr=1e-4, ema=0.99),
+    # the paper's numbers; needs weights and photos, see `missing`
+    "paper": {},
+}
+CHOICES = {
+    "stage": ("all", "base", "judge", "grpo"), "device": ("auto", "cpu", "cuda"), "kernels": ("auto", "torch"),
+    "exploration": ("flow", "ddim"), "credit": ("global", "pair"), "rollout": ("full", "branch"),
+    "reward": ("hard", "soft"), "modalities": ("one", "joint"), "norm": ("group", "global", "none"),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line on stderr and exit code 2."""
+
+    def error(self, message):
+        print(f"{self.prog}: {message}; see --help", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def parse(argv=None):
+    """Build a Config from defaults < preset < flags; returns (preset name, Config, dry_run). Exits 2 on a user error."""
+    text = dict(re.findall(r"^\s+(\w+): \w+ = [^#\n]*#\s*(.+)$", inspect.getsource(Config), re.M))
+    p = Parser(prog="train.py", allow_abbrev=False, description=__doc__.splitlines()[0],
+               formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=28, width=110))
+    p.add_argument("--preset", choices=list(PRESETS), default="mini",
+                   help="mini: 2 CPU cores; small: one GPU, 128 px; paper: the paper's numbers [mini]")
+    p.add_argument("--dry-run", action="store_true", help="print the settings and the batch arithmetic, then stop")
+    for f in dataclasses.fields(Config):
+        p.add_argument("--" + f.name.replace("_", "-"), type=f.type, choices=CHOICES.get(f.name), metavar=f.type.__name__.upper()
+                       if f.name not in CHOICES else None, default=argparse.SUPPRESS,
+                       help=f"{text[f.name]} [{f.default}]".replace("%", "%%"))
+    flags = vars(p.parse_args(argv))
+    preset, dry_run = flags.pop("preset"), flags.pop("dry_run")
+    cfg = dataclasses.replace(Config(), **{**PRESETS[preset], **flags})
+    cfg.out = cfg.out or f"out/{preset}"
+    wrong = problem(cfg, preset)
+    if wrong:
+        p.error(wrong)
+    return preset, cfg, dry_run
+
+
+def problem(cfg, preset="mini"):
+    """First thing wrong with the settings, found before any model is built; None when they add up."""
+    if preset == "paper" and cfg.stage != "grpo" or preset == "paper" and not (cfg.policy and cfg.judge and cfg.images):
+        return ("--preset paper fine-tunes published weights: want --stage grpo, --policy FOLDER (prs-eth/marigold-iid-lighting-v1-1), "
+                "--judge FOLDER (adirik/InternVL2_5-4B-Intrinsic-Judge) and --images FOLDER (10000 photos of COCO train2017); "
+                "use --preset mini to run without any")
+    for name in ("base_steps", "judge_steps", "steps", "batch", "base_batch", "judge_batch", "photos", "pairs", "updates", "size"):
+        if getattr(cfg, name) < 1:
+            return f"--{name.replace('_', '-')} {getattr(cfg, name)}: want at least 1"
+    if cfg.group < 2:
+        return f"--group {cfg.group}: a group of one has no advantage; want at least 2"
+    if cfg.sample_steps < 2:
+        return f"--sample-steps {cfg.sample_steps}: the last step is deterministic; want at least 2"
+    if cfg.size % cfg.patch or cfg.size % cfg.judge_patch:
+        return f"--size {cfg.size} is not a multiple of --patch {cfg.patch} and --judge-patch {cfg.judge_patch}"
+    if cfg.width % (4 * cfg.heads) or cfg.judge_width % (4 * cfg.judge_heads):
+        return f"--width {cfg.width} / --judge-width {cfg.judge_width}: want a multiple of 4 x heads"
+    if cfg.pairs > cfg.bank_pairs:
+        return f"--pairs {cfg.pairs} drawn of --bank-pairs {cfg.bank_pairs} judged; want at most as many"
+    if not 0 < cfg.noise:
+        return f"--noise {cfg.noise}: without noise there is nothing to learn from; want more than 0"
+    return None

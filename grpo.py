@@ -1,0 +1,210 @@
+"""Group-relative policy optimisation of a diffusion sampler (GRPO with Flow-GRPO's exploration). No models inside.
+
+time        x_t = (1 - t) x_0 + t x_1, v = x_1 - x_0; one step goes from t to s < t, dt = s - t < 0
+Flow-GRPO   sigma_t = a sqrt(t / (1 - t));  mean = x + [v + sigma_t^2 / (2t) (x + (1 - t) v)] dt;  std = sigma_t sqrt(|dt|)
+DDIM / eta  std = eta sqrt((1-abar_s)/(1-abar_t) (1 - abar_t/abar_s));  mean = sqrt(abar_s) x0 + sqrt(1-abar_s-std^2) eps
+t = 1       is singular in the first form: the next grid value stands in for t in the denominator
+s = 0       is deterministic (x_0-hat) and is not trained: its noise would stay in the map
+log p       = -(x_next - mean)^2 / (2 std^2) - log std - log(2 pi) / 2, MEAN over elements, fp32 (or fp64) always
+KL          = (mean - mean_ref)^2 / (2 std^2), mean over elements: contains |dt| (Flow-GRPO's published code omits it)
+reward      of sample g: mean over pairs of the agreement of relation(map_g) with the judge
+credit      `global` (paper): one advantage per sample. `pair`: the reward is a sum of known per-pair terms, so each
+            pair's centred agreement is splatted around its two points and weighs the log-ratio there.
+rollout     `full` (paper): every step is stochastic. `branch`: the group shares noise and an ODE prefix, one step is
+            stochastic, an ODE tail finishes; only that step is trained (its state is shared, so its update costs 1/G).
+Source: ReasonX (arXiv 2512.04222) sec. 3.2, Flow-GRPO (arXiv 2505.05470), DDPO for the likelihood-ratio form.
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+
+from kernels.step_logprob import step_logprob, step_logprob_map
+
+
+def _fp32(x):
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def flow_sde_step(x, v, t, s, a, eps, t_next=None):
+    """One Euler-Maruyama step with Flow-GRPO's noise (Flow-GRPO eq. 9).
+
+    x, v, eps  (B, ...)  state at t, velocity, standard normal noise;  t, s floats, 0 <= s < t <= 1;  a >= 0 noise scale
+    t_next     stand-in for t in the denominator when t == 1 (default: s)
+    returns    x_next (B, ...), mean (B, ...), std 0-dim, already times sqrt(|dt|); a = 0 or s = 0 is the ODE step, std 0
+    raises     ValueError when not 0 <= s < t <= 1
+    """
+    if not 0 <= s < t <= 1:
+        raise ValueError(f"grpo.flow_sde_step: got t = {t}, s = {s}; want 0 <= s < t <= 1 (sampling walks t from 1 to 0)")
+    x, v = _fp32(x), _fp32(v)
+    dt = s - t
+    if a == 0 or s == 0:
+        mean = x + dt * v
+        return mean, mean, torch.zeros((), dtype=x.dtype, device=x.device)
+    room = 1 - (t if t < 1 else (s if t_next is None else t_next))              # 1 - t of sigma_t's denominator
+    mean = x + dt * (v + a * a / (2 * room) * (x + (1 - t) * v))
+    std = torch.tensor(a * math.sqrt(t / room * -dt), dtype=x.dtype, device=x.device)
+    return mean + std * eps, mean, std
+
+
+def _eta_step(x0, noise, signal, level, signal_s, level_s, eta, eps):
+    """DDIM step between (signal, level) pairs x = signal x0 + level noise; coefficients are Python floats (fp64)."""
+    gap = max(0.0, level**2 - (signal / signal_s * level_s) ** 2) if signal_s > 0 else 0.0
+    var = min(eta**2 * level_s**2 / level**2 * gap, level_s**2)
+    mean = signal_s * x0 + math.sqrt(max(0.0, level_s**2 - var)) * noise
+    std = torch.tensor(math.sqrt(var), dtype=x0.dtype, device=x0.device)
+    return mean + std * eps, mean, std
+
+
+def ddim_sde_step(x, v, abar_t, abar_s, eta, eps):
+    """One DDIM step with noise eta, for v-prediction: v = sqrt(abar) noise - sqrt(1 - abar) x0 (DDIM eq. 12, 16).
+
+    x, v, eps       (B, ...);  abar_t < abar_s floats or 0-dim tensors in [0, 1]; abar_t = 0 (zero-terminal SNR) is fine
+    returns         x_next, mean (B, ...), std 0-dim; abar_s = 1 is deterministic (std 0)
+    raises          ValueError when not 0 <= abar_t < abar_s <= 1
+    Coefficients are computed in fp64 and radicands clamped: in fp32 eta = 1 with abar_t = 0 rounds below zero.
+    """
+    abar_t, abar_s = float(abar_t), float(abar_s)
+    if not 0 <= abar_t < abar_s <= 1:
+        raise ValueError(f"grpo.ddim_sde_step: got abar_t = {abar_t}, abar_s = {abar_s}; want 0 <= abar_t < abar_s <= 1")
+    x, v = _fp32(x), _fp32(v)
+    signal, level = math.sqrt(abar_t), math.sqrt(1 - abar_t)
+    return _eta_step(signal * x - level * v, level * x + signal * v, signal, level,
+                     math.sqrt(abar_s), math.sqrt(1 - abar_s), eta, eps)
+
+
+def flow_eta_step(x, v, t, s, eta, eps, t_next=None):
+    """The DDIM/eta step on a rectified flow (signal 1 - t, noise level t): same arguments as flow_sde_step."""
+    if not 0 <= s < t <= 1:
+        raise ValueError(f"grpo.flow_eta_step: got t = {t}, s = {s}; want 0 <= s < t <= 1")
+    x, v = _fp32(x), _fp32(v)
+    return _eta_step(x - t * v, x + (1 - t) * v, 1 - t, t, 1 - s, s, eta, eps)
+
+
+STEPS = {"flow": flow_sde_step, "ddim": flow_eta_step}
+
+
+def log_prob(x_next, mean, std):
+    """Log-density of a step: (B, ...) x2, std 0-dim or (B,) > 0 -> (B,), mean over elements; gradient into mean only."""
+    return step_logprob(x_next, mean, std)
+
+
+def gaussian_kl(mean, mean_ref, std):
+    """KL(N(mean, std) || N(mean_ref, std)): (B, ...) x2, std 0-dim or (B,) > 0 -> (B,), mean over elements."""
+    std = torch.as_tensor(std, dtype=mean.dtype, device=mean.device)
+    return (mean - mean_ref).square().flatten(1).mean(1) / (2 * std.square())
+
+
+def group_advantage(reward, norm="group"):
+    """Centre rewards in their group and scale them (ReasonX eq. for A_i; GRPO).
+
+    reward   (B, G) in [0, 1]
+    norm     "group": by the group's population std (paper); "global": by the std over all centred rewards; "none"
+    returns  (B, G), zero mean per row; a unanimous row is exactly zero
+    raises   ValueError when G < 2 or norm is unknown
+    """
+    if reward.ndim != 2 or reward.shape[1] < 2:
+        raise ValueError(f"grpo.group_advantage: got rewards {tuple(reward.shape)}; want (B, G) with G >= 2")
+    if norm not in ("group", "global", "none"):
+        raise ValueError(f"grpo.group_advantage: got norm {norm!r}; want group, global or none")
+    unanimous = (reward == reward[:, :1]).all(1, keepdim=True)
+    adv = (reward - reward.mean(1, keepdim=True)).masked_fill(unanimous, 0.0)
+    if norm == "none":
+        return adv
+    scale = adv.square().mean(1, keepdim=True).sqrt() if norm == "group" else adv.square().mean().sqrt()
+    return torch.where(scale > 0, adv / scale.clamp_min(1e-12), 0.0)
+
+
+def pair_credit(agree, weight, pts, size, width):
+    """Per-pixel advantage: every pair's group-centred agreement, splatted around its two points.
+
+    agree    (B, G, P)    agreement of each pair in [0, 1];  weight (B, P) share of each pair in the reward, rows sum to 1
+    pts      (B, P, 2, 2) pixels of the state;  size (h, w) of the state
+    width    px, standard deviation of the Gaussian; inf spreads each pair over the whole map
+    returns  (B, G, h, w). Its mean over pixels is the centred reward, whatever the width, and at width inf it is
+             constant: the scalar estimator with norm "none".
+    """
+    h, w = size
+    B, G, P = agree.shape
+    adv = (agree - agree.mean(1, keepdim=True)) * weight[:, None]               # (B, G, P)
+    if math.isinf(width):
+        return adv.sum(-1)[..., None, None].expand(B, G, h, w)
+    profile = lambda n, centre: torch.exp(-(torch.arange(n, device=pts.device) - centre[..., None]).square()  # noqa: E731
+                                          / (2 * width**2))
+    row, col = profile(h, pts[..., 0].float()), profile(w, pts[..., 1].float())  # (B, P, 2, h), (B, P, 2, w)
+    row = row / row.sum(-1, keepdim=True)
+    col = col / col.sum(-1, keepdim=True)
+    row = (h * w / 2) * row[:, None] * adv[..., None, None]                    # (B, G, P, 2, h)
+    return torch.einsum("bgpkh,bpkw->bghw", row, col)
+
+
+def clipped_loss(logp, logp_old, advantage, clip):
+    """Clipped policy objective, to be minimised: mean of -min(rho A, clip(rho, 1 - clip, 1 + clip) A) (PPO eq. 7).
+
+    logp, logp_old, advantage  same shape, (B,) or per pixel;  returns a scalar; at rho = 1 its value is -mean(A)
+    """
+    ratio = (logp - logp_old).exp()
+    return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage).mean()
+
+
+@dataclass
+class Step:
+    """One stochastic step that will be trained. R rows share a state; K samples leave each row (branch: K = G)."""
+
+    t: float
+    s: float
+    x: torch.Tensor          # (R, c, h, w) state at t
+    x_next: torch.Tensor     # (R, K, c, h, w)
+    mean: torch.Tensor       # (R, c, h, w) of the policy that acted
+    std: torch.Tensor        # 0-dim
+
+
+@torch.no_grad()
+def rollout(velocity, x, grid, group, mode, step, noise, rng):
+    """Sample a group of maps per row.
+
+    velocity  (x (N, c, h, w), t (N,), repeats) -> v; repeats: how many samples each row of the condition has
+    x         (R, c, h, w) initial noise, shared by a group;  grid: T + 1 times from 1 to 0
+    mode      "full" (paper): every step but the last is stochastic; "branch": one step, drawn from rng, is
+    step      one of STEPS.values();  noise: its scale (a or eta)
+    returns   x_0 (R, G, c, h, w), list of Steps
+    """
+    T, R = len(grid) - 1, len(x)
+    branch = int(torch.randint(T - 1, (1,), generator=rng)) if mode == "branch" else 0
+    steps = []
+    if mode == "full":
+        x = x.repeat_interleave(group, 0)
+    for i, (t, s) in enumerate(zip(grid, grid[1:], strict=False)):
+        v = velocity(x, torch.full((len(x),), t, device=x.device), len(x) // R)
+        if i == T - 1 or (mode == "branch" and i != branch):
+            x = x + (s - t) * v
+            continue
+        many = group if mode == "branch" else 1
+        eps = torch.randn(many, *x.shape, generator=rng).to(x.device)
+        x_next, mean, std = step(x, v, t, s, noise, eps)
+        steps.append(Step(t, s, x, x_next.transpose(0, 1), mean, std))
+        x = x_next.transpose(0, 1).flatten(0, 1)
+    return x.unflatten(0, (R, group)), steps
+
+
+def step_loss(v, v_ref, taken, step, noise, advantage, clip, kl_weight):
+    """Loss of one trained step: clipped objective plus kl_weight times the KL to the reference.
+
+    v, v_ref   (R, c, h, w) velocity of the policy (with gradient) and of the reference at taken.x
+    advantage  (R, K) scalar credit, or (R, K, h, w) per-pixel credit
+    returns    scalar loss, dict of 0-dim diagnostics (ratio_min, ratio_max, clip_frac, kl)
+    """
+    R, K = taken.x_next.shape[:2]
+    zero = torch.zeros_like(taken.x)
+    mean = step(taken.x, v, taken.t, taken.s, noise, zero)[1]
+    mean_ref = step(taken.x, v_ref, taken.t, taken.s, noise, zero)[1]
+    density = log_prob if advantage.ndim == 2 else step_logprob_map
+    many = lambda m: m[:, None].expand(-1, K, -1, -1, -1).flatten(0, 1)         # noqa: E731
+    x_next = taken.x_next.flatten(0, 1)
+    logp, logp_old = density(x_next, many(mean), taken.std), density(x_next, many(taken.mean), taken.std)
+    policy = clipped_loss(logp, logp_old, advantage.flatten(0, 1), clip)
+    kl = gaussian_kl(mean, mean_ref, taken.std).mean()
+    ratio = (logp - logp_old).detach().exp()
+    stats = dict(ratio_min=ratio.min(), ratio_max=ratio.max(), kl=kl.detach(),
+                 clip_frac=((ratio - 1).abs() > clip).float().mean())
+    return policy + kl_weight * kl, stats

@@ -1,0 +1,331 @@
+"""The MLLM judge: one marked photo, one question, the probability of the first answer (ReasonX sec. 3.1).
+
+The answer is never generated as text. The prompt is extended by the words both answers share, and the logits
+of the two words that can follow are compared (relations.MODALITIES):
+
+    p = sigmoid(logit["red"] - logit["green"])        albedo: "Yes" against "No"
+
+so no answer is unparsable and each comes with a confidence. The questions of all modalities are packed behind one
+image: one vision pass, one image prefix, the questions blind to each other (position ids restart after the image).
+
+The network is transformers' InternVLForConditionalGeneration. `MiniJudge` sizes build it from a tiny config, to be
+trained from scratch at mini scale; `load_judge` opens any native InternVL folder with the same chat format.
+Images are sRGB-encoded [0, 1], normalised by ImageNet mean and std, always one tile.
+Source: ReasonX (arXiv 2512.04222) and its released judge (questions, answers, prompt format).
+"""
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import (InternVLConfig, InternVLForConditionalGeneration, InternVLVisionConfig, PreTrainedTokenizerFast,
+                          Qwen2Config)
+
+from relations import LUMA, MODALITIES, draw_markers, relation, sample_pairs
+
+NAMES = tuple(MODALITIES)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMG, IMG_START, IMG_END = "<IMG_CONTEXT>", "<img>", "</img>"
+TURN, END = "<|im_start|>", "<|im_end|>"
+SPECIAL = (TURN, END, IMG_START, IMG_END, IMG)
+SYSTEM = ("你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的"
+          "多模态大语言模型。")
+
+
+@dataclass
+class MiniJudge:
+    """Sizes of the judge that is trained from scratch."""
+
+    size: int = 32           # px, side of the square photo
+    patch: int = 4           # px, side of a vision token
+    width: int = 128
+    vision_layers: int = 5
+    text_layers: int = 2
+    heads: int = 4
+
+
+def mini_tokenizer():
+    """Word-level tokenizer over the official questions and answers (a 4B judge brings its own)."""
+    split = pre_tokenizers.Split(Regex(r"\w+|[^\w\s]"), "removed", invert=True)
+    texts = [text for m in MODALITIES.values() for text in (m.question, *m.answers)]
+    words = sorted({w for text in [*texts, "system user assistant"] for w, _ in split.pre_tokenize_str(text)})
+    vocab = {w: i for i, w in enumerate([*SPECIAL, "<unk>", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = split
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, additional_special_tokens=list(SPECIAL), unk_token="<unk>")
+
+
+def position_table(n, width):
+    """2-D sine-cosine positions of an n x n grid: (n*n, width)."""
+    freq = torch.exp(-torch.arange(width // 4) / (width // 4) * 4.0)            # 1 .. e^-4 rad per token
+    angle = torch.arange(n)[:, None] * freq                                     # (n, width/4)
+    one = torch.cat((angle.sin(), angle.cos()), 1)                              # (n, width/2)
+    return torch.cat((one[:, None].expand(n, n, -1), one[None].expand(n, n, -1)), -1).flatten(0, 1)
+
+
+def build_mini(cfg, rng):
+    """A randomly initialised Judge of the sizes in `cfg`; the same rng seed gives the same weights."""
+    tokenizer = mini_tokenizer()
+    n = cfg.size // cfg.patch
+    vision = InternVLVisionConfig(
+        hidden_size=cfg.width, num_hidden_layers=cfg.vision_layers, num_attention_heads=cfg.heads, attention_bias=True,
+        intermediate_size=4 * cfg.width, image_size=[cfg.size] * 2, patch_size=[cfg.patch] * 2, layer_scale_init_value=1.0)
+    text = Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=cfg.width, intermediate_size=2 * cfg.width, num_hidden_layers=cfg.text_layers,
+        num_attention_heads=cfg.heads, num_key_value_heads=cfg.heads, tie_word_embeddings=False, use_cache=False)
+    config = InternVLConfig(
+        vision_config=vision.to_dict(), text_config=text.to_dict(), image_seq_length=n * n, downsample_ratio=1.0,
+        image_token_id=tokenizer.convert_tokens_to_ids(IMG), tie_word_embeddings=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(torch.randint(2**31, (1,), generator=rng)))
+        model = InternVLForConditionalGeneration(config)
+        with torch.no_grad():
+            model.model.vision_tower.embeddings.position_embeddings[0, 1:] = 0.5 * position_table(n, cfg.width)
+            for layer in model.model.vision_tower.encoder.layer:                # 0.02 is far too small at width 128
+                for linear in (m for m in layer.modules() if isinstance(m, nn.Linear)):
+                    nn.init.trunc_normal_(linear.weight, std=linear.in_features**-0.5)
+    return Judge(model, tokenizer, system="", grid=cfg.patch)
+
+
+class Judge(nn.Module):
+    """A vision-language model that compares two marked points.
+
+    model      InternVLForConditionalGeneration;  tokenizer  its tokenizer;  system  text of the system turn ("": none)
+    grid       px, points it was trained on are centres of grid x grid cells (1: any pixel)
+    """
+
+    def __init__(self, model, tokenizer, system=SYSTEM, grid=1):
+        super().__init__()
+        self.model, self.tokenizer, self.system, self.grid = model, tokenizer, system, grid
+        height, width = model.config.vision_config.image_size
+        if height != width:
+            raise ValueError(f"judge.Judge: got image size {height} x {width}; want a square tile")
+        self.size = height
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
+        self.head_ids, self.blocks, self.answer_ids = self._prompt()
+
+    def _ids(self, text):
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def _prompt(self):
+        """Token ids of the shared prefix, of each question, and of the two words that decide it."""
+        system = f"{TURN}system\n{self.system}{END}\n" if self.system else ""
+        image = IMG_START + IMG * self.model.config.image_seq_length + IMG_END
+        head = self._ids(f"{system}{TURN}user\n{image}\n")
+        blocks, answers = {}, {}
+        for name, m in MODALITIES.items():
+            stem = f"{m.question}{END}\n{TURN}assistant\n{m.prefix}"
+            blocks[name] = self._ids(stem)
+            glue = " " if m.prefix else ""
+            full = [self._ids(stem + glue + word) for word in m.words]
+            if any(ids[:-1] != blocks[name] for ids in full):
+                raise ValueError(f"judge: the answers {m.words} are not one token each for {name!r}; "
+                                 "want a tokenizer that keeps them whole")
+            answers[name] = [ids[-1] for ids in full]
+        return head, blocks, answers
+
+    def _packed(self, modalities, device):
+        """One sequence with the image and every question: ids (L,), positions (L,), mask (L, L), last tokens (M,)."""
+        ids, position, block = list(self.head_ids), list(range(len(self.head_ids))), [-1] * len(self.head_ids)
+        last = []
+        for k, name in enumerate(modalities):
+            ids += self.blocks[name]
+            position += range(len(self.head_ids), len(self.head_ids) + len(self.blocks[name]))
+            block += [k] * len(self.blocks[name])
+            last.append(len(ids) - 1)
+        block = torch.tensor(block, device=device)
+        sees = (block[None] == -1) | (block[None] == block[:, None])            # the image prefix and one's own question
+        sees &= torch.ones(len(ids), len(ids), dtype=torch.bool, device=device).tril()
+        as_tensor = lambda x: torch.tensor(x, device=device)                    # noqa: E731
+        return as_tensor(ids), as_tensor(position), sees, as_tensor(last)
+
+    def logits(self, images, modalities=tuple(MODALITIES), features=None):
+        """Logits of the whole vocabulary at the deciding token of every question.
+
+        images    (N, 3, S, S) marked sRGB [0, 1], S = self.size
+        features  output of `vision` if it was already computed
+        returns   (N, M, vocab)
+        """
+        core = self.model.model
+        if features is None:
+            features = self.vision(images)
+        ids, position, sees, last = self._packed(modalities, features.device)
+        image_tokens = core.multi_modal_projector(features)                     # (N, L_img, D)
+        embeds = core.get_input_embeddings()(ids).to(image_tokens.dtype).expand(len(features), -1, -1).clone()
+        embeds[:, ids == self.model.config.image_token_id] = image_tokens
+        hidden = core.language_model(
+            inputs_embeds=embeds, position_ids=position[None].expand(len(embeds), -1), use_cache=False,
+            attention_mask=sees.expand(len(embeds), 1, -1, -1)).last_hidden_state
+        return self.model.lm_head(hidden[:, last])                              # (N, M, vocab)
+
+    def vision(self, images):
+        """Patch features before the projector: (N, 3, S, S) -> (N, L_img, D)."""
+        if tuple(images.shape[1:]) != (3, self.size, self.size):
+            raise ValueError(f"judge.vision: got images {tuple(images.shape)}; want (N, 3, {self.size}, {self.size})")
+        pixels = ((images - self.mean) / self.std).to(self.model.dtype)
+        tokens = self.model.model.vision_tower(pixel_values=pixels).last_hidden_state[:, 1:]
+        n = int(tokens.shape[1] ** 0.5)
+        tokens = tokens.unflatten(1, (n, n))
+        return self.model.model.pixel_shuffle(tokens, self.model.config.downsample_ratio).flatten(1, 2)
+
+    def decide(self, logits, modalities=tuple(MODALITIES)):
+        """Difference of the two answer logits: (N, M, vocab) -> (N, M), positive = first answer."""
+        pair = torch.tensor([self.answer_ids[m] for m in modalities], device=logits.device)  # (M, 2)
+        two = logits.float().gather(-1, pair.expand(len(logits), -1, -1))
+        return two[..., 0] - two[..., 1]
+
+    @torch.no_grad()
+    def score(self, images, modality):
+        """Probability of "red" (albedo: of "yes") for marked photos: (N, 3, S, S) -> (N,) float32."""
+        if modality not in MODALITIES:
+            raise ValueError(f"judge.score: got modality {modality!r}; want one of {', '.join(MODALITIES)}")
+        return self.decide(self.logits(images, (modality,)), (modality,))[:, 0].sigmoid()
+
+    @torch.no_grad()
+    def ask(self, rgb, pts, batch=256):
+        """Ask all questions about every pair.
+
+        rgb      (B, 3, S, S) unmarked sRGB [0, 1];  pts (B, P, 2, 2) in pixels of rgb
+        returns  (B, P, M) probability of the first answer, modalities in the order of MODALITIES
+        """
+        B, P = pts.shape[:2]
+        images = rgb.repeat_interleave(P, 0)                                    # views are not needed: P copies
+        flat = pts.reshape(B * P, 1, 2, 2)
+        out = [self.decide(self.logits(draw_markers(images[i:i + batch], flat[i:i + batch])[:, 0])).sigmoid()
+               for i in range(0, B * P, batch)]
+        return torch.cat(out).view(B, P, -1) if out else rgb.new_zeros(B, P, len(MODALITIES))
+
+    def digest(self):
+        """Hex digest of weights, tokenizer and prompt: what the judgement bank keys its answers by."""
+        h = hashlib.sha256(json.dumps([self.head_ids, self.blocks, self.answer_ids]).encode())
+        for name, p in sorted(self.model.state_dict().items()):
+            h.update(name.encode())
+            h.update(p.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return h.hexdigest()
+
+    def save(self, folder):
+        """Write a native transformers folder (config.json, model.safetensors, tokenizer) plus judge.json."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        (folder / "judge.json").write_text(json.dumps(dict(system=self.system, grid=self.grid)))
+
+
+def load_judge(folder):
+    """Open a judge in native transformers InternVL layout, without remote code.
+
+    raises  FileNotFoundError when config.json, tokenizer.json or the weights are missing; ValueError for another architecture
+    """
+    folder = Path(folder)
+    for name in ("config.json", "tokenizer.json"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"judge.load_judge: got no {name} in {folder}; want a judge folder written by "
+                                    "`python train.py --stage judge` or a native InternVL folder")
+    kind = json.loads((folder / "config.json").read_text()).get("model_type")
+    if kind != "internvl":
+        raise ValueError(f"judge.load_judge: got model_type {kind!r} in {folder}; want 'internvl'")
+    model = InternVLForConditionalGeneration.from_pretrained(folder, local_files_only=True)
+    extra = folder / "judge.json"
+    about = json.loads(extra.read_text()) if extra.is_file() else dict(system=SYSTEM, grid=1)
+    return Judge(model, PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json")), **about).eval()
+
+
+class Probe(nn.Module):
+    """Training-only heads on the vision tokens; thrown away when the judge is saved.
+
+    A judge of a few million weights that sees only answers stays at chance. Two denser tasks carry it: `dense`
+    regresses the maps under every token, `pairs` compares many random pairs of tokens of one photo.
+    differs: the paper fine-tunes a pre-trained MLLM and needs neither.
+    """
+
+    def __init__(self, sizes, rng, channels=8):
+        super().__init__()
+        self.patch = sizes.patch
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(torch.randint(2**31, (1,), generator=rng)))
+            self.norm = nn.LayerNorm(sizes.width)
+            self.dense = nn.Linear(sizes.width, channels * sizes.patch**2)
+            self.pairs = nn.Sequential(nn.Linear(2 * sizes.width, sizes.width), nn.GELU(),
+                                       nn.Linear(sizes.width, len(MODALITIES)))
+
+    def forward(self, tokens, pts, side):
+        """tokens (B, L, D), pts (B, P, 2, 2) px, side: tokens per row -> dense (B, L, K), pair logits (B, P, M)."""
+        tokens = self.norm(tokens)
+        B, P = pts.shape[:2]
+        index = (pts // self.patch * torch.tensor([side, 1], device=pts.device)).sum(-1).flatten(1)  # (B, 2P)
+        pair = tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1])).view(B, P, -1)
+        return self.dense(tokens), self.pairs(pair)
+
+
+def true_relations(maps, pts):
+    """Relations of all modalities from ground truth: (B, P, M) int8; 0 where a point is invalid."""
+    nan = {m: maps[m].masked_fill(~maps["mask"], torch.nan) for m in MODALITIES}
+    return torch.stack([relation(nan[m], pts, m) for m in MODALITIES], -1)
+
+
+def class_weights(rel):
+    """Weights (..., M) that make both answers of a modality count the same, pairs without an answer 0; mean 1."""
+    yes, no = (rel > 0).float(), (rel < 0).float()
+    axes = tuple(range(rel.ndim - 1))
+    weight = yes / yes.sum(axes).clamp_min(1) + no / no.sum(axes).clamp_min(1)
+    return weight * rel.shape[:-1].numel() / 2
+
+
+def dense_targets(maps, patch):
+    """Normalised depth, normal, albedo and irradiance luma under every token: (B, L, 8 p^2) and their mask."""
+    mask = maps["mask"]
+    depth = maps["depth"].masked_fill(~mask, torch.nan).flatten(1)
+    low, high = (torch.nanquantile(depth, q, 1).view(-1, 1, 1, 1) for q in (0.02, 0.98))
+    depth = ((maps["depth"] - low) / (high - low).clamp_min(1e-6)).clamp(0, 1)
+    luma = torch.einsum("bchw,c->bhw", maps["irradiance"], maps["irradiance"].new_tensor(LUMA))[:, None]
+    maps = torch.cat((2 * depth - 1, maps["normal"], 2 * maps["albedo"] - 1, 2 * luma - 1), 1)      # (B, 8, H, W)
+    maps = torch.where(mask, maps, 0.0)
+    tokens = lambda x: F.pixel_unshuffle(x, patch).flatten(2).transpose(1, 2)   # noqa: E731
+    return tokens(maps), tokens(mask.float().expand(-1, 8, -1, -1))
+
+
+def judge_loss(judge, probe, maps, answers, rng, pairs=48):
+    """Loss of one step of training a judge from scratch.
+
+    maps     dict of scenes with rgb, depth, normal, albedo, irradiance, mask
+    answers  False: the vision tower alone (dense + pairs); True: also the answer to four questions on one marked pair
+    returns  scalar, dict of its 0-dim parts
+    Pairs without an answer (dead zone, sky) are taught as 50/50, so that the judge is unsure there.
+    differs: only the deciding word is supervised; the released recipe supervises the whole sentence.
+    """
+    rgb = maps["rgb"]
+    B, _, H, W = rgb.shape
+    pts = sample_pairs(B, (H, W), pairs, rng, grid=judge.grid).to(rgb.device)         # (B, P, 2, 2)
+    rel = true_relations(maps, pts)                                             # (B, P, M)
+    # one pair per photo is marked; "same" albedo is rare, so every other photo marks such a pair if it has one
+    order = torch.rand(B, pairs, generator=rng).to(rgb.device)
+    order[::2] += (rel[::2, :, NAMES.index("albedo")] > 0).float()
+    pick = order.argmax(1)[:, None]                                             # (B, 1)
+    marked_pts = pts.gather(1, pick[..., None, None].expand(-1, -1, 2, 2))
+    marked_rel = rel.gather(1, pick[..., None].expand(-1, -1, len(NAMES)))[:, 0]  # (B, M)
+    images = draw_markers(rgb, marked_pts)[:, 0]
+    if not answers:                                                             # half of the photos stay unmarked
+        plain = (torch.rand(B, generator=rng) < 0.5).to(rgb.device)
+        images = torch.where(plain.view(-1, 1, 1, 1), rgb, images)
+    tokens = judge.vision(images)
+    dense, pair_logits = probe(tokens, pts, W // probe.patch)
+    target, ok = dense_targets(maps, probe.patch)
+    loss_dense = ((dense - target).square() * ok).sum() / ok.sum().clamp_min(1)
+    loss_pairs = (F.binary_cross_entropy_with_logits(pair_logits, (rel > 0).float(), reduction="none")
+                  * class_weights(rel)).mean()
+    stats = {"loss/dense": loss_dense.detach(), "loss/pairs": loss_pairs.detach()}
+    loss = loss_dense + loss_pairs
+    if answers:
+        logp = judge.logits(images, features=tokens).float().log_softmax(-1)    # (B, M, vocab)
+        two = logp.gather(-1, torch.tensor([judge.answer_ids[m] for m in NAMES], device=rgb.device).expand(B, -1, -1))
+        share = torch.stack((1 + marked_rel, 1 - marked_rel), -1) / 2           # (B, M, 2): 1/0, 0/1 or 1/2 each
+        loss_answers = -(share * two).sum(-1).mean()
+        stats["loss/answers"] = loss_answers.detach()
+        loss = loss + loss_answers
+    return loss, stats

@@ -1,0 +1,51 @@
+"""Which path computes a kernel: Triton on a GPU, its plain-torch `_ref` everywhere else.
+
+Kernel files take `triton` and `tl` from here, so that they import, with their `_ref`, where triton cannot.
+Under TRITON_INTERPRET=1 the interpreter runs CPU tensors, but only after `use("triton")`: it is slow.
+"""
+import os
+from types import SimpleNamespace
+
+import torch
+
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")   # the default flips in Triton 3.10 and moves low bits
+try:
+    import triton
+    import triton.language as tl
+    HAS_TRITON = True
+except ImportError:                                      # no wheel for this platform, e.g. macOS
+    triton = tl = SimpleNamespace(jit=lambda fn: fn, constexpr=None, float32=None, float64=None)
+    HAS_TRITON = False
+
+INTERPRET = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+_mode = "auto"
+
+
+def use(mode):
+    """Choose the path of the process: "auto" (triton on a GPU), "torch", or "triton" (for kernel tests)."""
+    global _mode
+    if mode not in ("auto", "torch", "triton"):
+        raise ValueError(f"kernels.use: got {mode!r}, want 'auto', 'torch' or 'triton'")
+    if mode == "triton" and not (INTERPRET or HAS_TRITON and torch.cuda.is_available()):
+        raise ValueError("kernels.use: got 'triton', want triton, and a GPU or TRITON_INTERPRET=1")
+    _mode = mode
+
+
+def on(tensor):
+    """True when the Triton path is to be used for `tensor`."""
+    return HAS_TRITON and _mode != "torch" and (tensor.is_cuda or INTERPRET and _mode == "triton")
+
+
+def describe():
+    """One line that names the path, e.g. `kernels: triton (sm90)` or `kernels: torch (no GPU)`."""
+    if _mode == "torch":
+        return "kernels: torch (as asked)"
+    if not HAS_TRITON:
+        return "kernels: torch (triton is not installed)"
+    if not torch.cuda.is_available() and not (INTERPRET and _mode == "triton"):
+        return "kernels: torch (no GPU)"
+    if INTERPRET:
+        return "kernels: triton (interpreter)"
+    device = torch.cuda.get_device_properties(torch.cuda.current_device())
+    arch = device.gcnArchName.split(":")[0] if torch.version.hip else f"sm{device.major}{device.minor}"
+    return f"kernels: triton ({arch})"

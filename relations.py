@@ -1,0 +1,237 @@
+"""Point-pair relations: the language in which a judge and a predictor can disagree (ReasonX sec. 3).
+
+A pair is two pixels of one photo, red and green. The judge answers a question about the pair from the photo;
+`relation` answers the same question from a predicted map. Labels for the judge, rewards for the policy and the
+judge's accuracy all call this one function.
+
+    margin  m(p) > 0: red wins / same; m(p) < 0: green wins / different
+    depth       (z_green - z_red) / range of the map        dead zone 0.02
+    normal      (n_z,red - n_z,green) / 2                   dead zone 0.02 (0.04 in n_z)
+    irradiance  luma_red - luma_green (sRGB-encoded)        dead zone 0.02
+    albedo      0.05 - |rgb_red - rgb_green|_2 (encoded)    none: a yes/no question
+
+Conventions owned here: pts (..., P, 2, 2) integer pixels, [..., 0, :] red, [..., 1, :] green, last axis (row, col).
+Camera frame: x right, y up, z toward the camera. Depth is planar z, smaller is closer, up to scale and shift.
+Source: ReasonX (arXiv 2512.04222); questions, answers, marker and distance bands as in its released judge.
+"""
+import re
+from dataclasses import dataclass
+from os.path import commonprefix
+
+import torch
+import torch.nn.functional as F
+
+LUMA = (0.299, 0.587, 0.114)      # Rec. 601 weights, on encoded values as in the judge's training data
+SAME_ALBEDO = 0.05                # RGB distance (sRGB-encoded) under which two points share a base colour
+REFERENCE = 512                   # px: markers and distances below are stated at this image size
+MARGIN = 30                       # px at 512: points keep this distance from the border
+BANDS = ((20, 20, 40), (30, 50, 80), (60, 100, 150), (120, 200, 280), (220, 300, 350))  # px: lower bound in [a, b], upper c
+RADIUS, LINE, DOT = 5.0, 1.0, 1.0  # px at 512: marker ring radius, half line width, centre radius
+SMALLEST_MARKER = 0.4             # the marker stops shrinking here (a 2 px ring), or it would be invisible
+RED, GREEN = (1.0, 0.0, 0.0), (0.0, 1.0, 0.0)
+
+
+@dataclass(frozen=True)
+class Modality:
+    """One row of the modality table; the first answer means relation +1, the second -1."""
+
+    channels: int        # of the map
+    dead: float          # |margin| below this is no answer (relation 0)
+    encoding: str        # unit, colour space, axes
+    question: str
+    answers: tuple       # full sentences of the judge's training data
+
+    @property
+    def prefix(self):
+        """Words that both answers begin with; "" where the first word decides."""
+        return commonprefix(self.answers).rstrip()
+
+    @property
+    def words(self):
+        """The two words that decide, in the order (+1, -1)."""
+        return tuple(re.match(r"\w+", a[len(self.prefix):].lstrip()).group() for a in self.answers)
+
+
+def _red_green(sentence):
+    return sentence.format("red"), sentence.format("green")
+
+
+MODALITIES = {
+    "depth": Modality(
+        1, 0.02, "planar z up to scale and shift, 0 near, 1 far",
+        "Looking at this image, which colored point appears to be closer to the camera - red or green?",
+        _red_green("Based on visual depth cues in the image, the {} point appears closer to the camera.")),
+    "normal": Modality(
+        3, 0.02, "unit vectors in [-1, 1]: x right, y up, z toward the camera",
+        "Which point has a surface more facing towards the camera, red or green?",
+        _red_green("The {} point has a surface more facing towards the camera.")),
+    "albedo": Modality(
+        3, 0.0, "sRGB-encoded, [0, 1]",
+        "Do the red and green points have the same base color?",
+        ("Yes, the red and green points have similar base colors.",
+         "No, the red and green points have different base colors.")),
+    "irradiance": Modality(
+        3, 0.02, "sRGB-encoded, [0, 1], divided by the brightest value of the image",
+        "Which point is more illuminated?",
+        _red_green("The {} point is more illuminated.")),
+}
+
+
+def at_points(maps, pts, window=0):
+    """Read map values at points: one pixel (paper), or the mean of a (2*window+1)^2 window cut at the border.
+
+    maps     (..., C, H, W)   leading axes broadcast against those of pts
+    pts      (..., P, 2, 2)   integer (row, col)
+    returns  (..., P, 2, C)   non-finite pixels make a non-finite value
+    raises   ValueError       a point outside the map
+    """
+    C, H, W = maps.shape[-3:]
+    P = pts.shape[-3]
+    lead = torch.broadcast_shapes(maps.shape[:-3], pts.shape[:-3])
+    row, col = pts[..., 0].long(), pts[..., 1].long()                           # (..., P, 2)
+    if pts.numel() and (row.min() < 0 or col.min() < 0 or row.max() >= H or col.max() >= W):
+        raise ValueError(f"relations.at_points: got points outside a {H} x {W} map; want 0 <= row < {H}, 0 <= col < {W}")
+    if window:
+        flat = maps.reshape(-1, C, H, W)
+        maps = F.avg_pool2d(flat, 2 * window + 1, 1, window, count_include_pad=False).reshape(maps.shape)
+    index = (row * W + col).expand(*lead, P, 2).reshape(*lead, 1, 2 * P)        # (..., 1, 2P)
+    values = maps.flatten(-2).expand(*lead, C, H * W).gather(-1, index.expand(*lead, C, 2 * P))
+    return values.unflatten(-1, (P, 2)).movedim(-3, -1)                         # (..., P, 2, C)
+
+
+def finite_range(maps):
+    """Largest minus smallest finite value of each map: (..., C, H, W) -> (...,); 0 where nothing is finite."""
+    flat = maps.flatten(-3)
+    ok = flat.isfinite()
+    high = flat.masked_fill(~ok, -torch.inf).amax(-1)
+    low = flat.masked_fill(~ok, torch.inf).amin(-1)
+    return torch.where(ok.any(-1), high - low, 0.0)
+
+
+def margin(maps, pts, modality, window=0):
+    """Signed, differentiable margin by which red wins (formulas in the module docstring).
+
+    maps     (..., C, H, W)  in the modality's encoding;  pts (..., P, 2, 2)
+    returns  (..., P)        NaN where a point is not finite
+    raises   ValueError      wrong number of channels, unknown modality, points outside the map
+    """
+    if modality not in MODALITIES:
+        raise ValueError(f"relations.margin: got modality {modality!r}; want one of {', '.join(MODALITIES)}")
+    want = MODALITIES[modality].channels
+    if maps.shape[-3] != want:
+        raise ValueError(f"relations.margin: got {maps.shape[-3]} channels for {modality!r}; want {want}")
+    value = at_points(maps, pts, window)                                        # (..., P, 2, C)
+    red, green = value[..., 0, :], value[..., 1, :]
+    if modality == "depth":
+        return (green - red)[..., 0] / finite_range(maps)[..., None].clamp_min(1e-12)
+    if modality == "normal":
+        return (red[..., 2] - green[..., 2]) / 2
+    if modality == "irradiance":
+        return (red - green) @ torch.tensor(LUMA, dtype=value.dtype, device=value.device)
+    return SAME_ALBEDO - torch.linalg.vector_norm(red - green, dim=-1)
+
+
+def relation(maps, pts, modality, window=0):
+    """Answer the modality's question from a map (g_m of ReasonX).
+
+    maps     (..., C, H, W)  depth: planar z; normal: [-1, 1] as given; albedo, irradiance: sRGB-encoded [0, 1]
+    pts      (..., P, 2, 2)  integer (row, col), red first
+    window   radius in px of the mean that is read at a point (paper: 0, one pixel)
+    returns  int8 (..., P)   +1 red wins / same, -1 green wins / different, 0 dead zone or not finite
+    """
+    m = margin(maps, pts, modality, window)
+    asked = m.isfinite() & (m.abs() >= MODALITIES[modality].dead)
+    if modality == "albedo":                                                    # distance 0.05 is "different"
+        return torch.where(m.isfinite(), torch.where(m > 0, 1, -1), 0).to(torch.int8)
+    return torch.where(asked, m.sign(), 0).to(torch.int8)
+
+
+def soft_relation(maps, pts, modality, tau=0.1, window=0):
+    """Probability-like version of `relation` in (-1, 1): tanh(margin / tau).
+
+    Differentiable; its sign is the relation's (tau in units of the margin). A non-finite point gives 0.
+    """
+    m = margin(maps, pts, modality, window)
+    return torch.where(m.isfinite(), m / tau, 0.0).tanh()
+
+
+def agreement(rel, answer):
+    """Share of pairs on which two sets of answers agree (ReasonX reward; a 0 on either side counts one half).
+
+    rel, answer  (..., P) relations +1, 0, -1 (or soft values in [-1, 1]);  returns (...,) float in [0, 1]
+    differs: the paper does not say what a pair in the dead zone counts; here one half, like an unsure answer.
+    """
+    return (0.5 + 0.5 * rel.float() * answer.float()).mean(-1)
+
+
+def _round_points(pts, grid):
+    """Round (..., 2) float points to integer pixels, or to the centres of grid x grid cells."""
+    if grid == 1:
+        return pts.round().long()
+    return pts.div(grid).floor().long() * grid + grid // 2
+
+
+def sample_pairs(batch, size, n, generator, mask=None, grid=1, tries=24):
+    """Draw point pairs at the released judge's five distance bands (each equally likely).
+
+    size       (H, W) px; distances and the border margin scale with min(H, W) / 512
+    mask       (B, 1, H, W) bool, True = may be drawn; grid > 1 snaps points to the centres of grid x grid cells
+    returns    pts (B, n, 2, 2) int64, the two points of a pair always differ
+    raises     ValueError when an image has fewer than two pixels to choose from
+    A pair that meets no band after `tries` draws (tiny images, thin masks) is drawn from all allowed pixels.
+    """
+    H, W = size
+    scale = min(H, W) / REFERENCE
+    border = min(MARGIN * scale, (min(H, W) - 1) / 4)
+    allowed = torch.ones(batch, 1, H, W, dtype=torch.bool) if mask is None else mask.cpu().expand(batch, 1, H, W)
+    cell = torch.zeros(H, W, dtype=torch.bool)
+    cell[grid // 2::grid, grid // 2::grid] = True
+    allowed = (allowed[:, 0] & cell).flatten(1)                                 # (B, H*W)
+    if batch and allowed.sum(1).min() < 2:
+        raise ValueError(f"relations.sample_pairs: got an image of {H} x {W} px with fewer than two valid points; "
+                         "want at least two; use a larger image or another mask")
+    bands = torch.tensor(BANDS, dtype=torch.float32) * scale
+    a, b, c = bands[torch.randint(len(BANDS), (batch, n), generator=generator)].unbind(-1)
+    u = torch.rand(2, batch, n, generator=generator)
+    low = a + (b - a) * u[0]
+    distance = (low + (c - low) * u[1])[..., None, None]                        # (B, n, 1, 1)
+    extent = torch.tensor([H, W], dtype=torch.float32)
+    red = border + (extent - 1 - 2 * border) * torch.rand(batch, n, tries, 2, generator=generator)
+    angle = 2 * torch.pi * torch.rand(batch, n, tries, generator=generator)
+    green = red + distance * torch.stack((angle.sin(), angle.cos()), -1)
+    inside = ((green >= border) & (green <= extent - 1 - border)).all(-1)
+    last = extent.long() - 1
+    red, green = (torch.minimum(_round_points(p, grid).clamp_min(0), last) for p in (red, green))
+    index = (torch.stack((red, green), -2) * torch.tensor([W, 1])).sum(-1)      # (B, n, tries, 2)
+    valid = allowed.gather(1, index.flatten(1)).view(index.shape).all(-1) & inside & (index[..., 0] != index[..., 1])
+    first = valid.to(torch.int8).argmax(-1)                                     # (B, n)
+    index = index.gather(2, first[..., None, None].expand(-1, -1, 1, 2))[:, :, 0]
+    for image, pair in (~valid.any(-1)).nonzero().tolist():
+        index[image, pair] = torch.multinomial(allowed[image].float(), 2, generator=generator)
+    return torch.stack((index // W, index % W), -1)                             # (B, n, 2, 2)
+
+
+def marker_masks(size, pts):
+    """Pixels of the two markers: bool (B, P, 2, H, W), a hollow ring and a filled centre each."""
+    H, W = size
+    scale = max(min(H, W) / REFERENCE, SMALLEST_MARKER)
+    row = torch.arange(H, device=pts.device)[:, None] - pts[..., 0, None, None]  # (B, P, 2, H, 1)
+    col = torch.arange(W, device=pts.device) - pts[..., 1, None, None]           # (B, P, 2, 1, W)
+    dist = (row.square() + col.square()).float().sqrt()
+    return ((dist - RADIUS * scale).abs() <= LINE * scale) | (dist <= DOT * scale)
+
+
+def draw_markers(rgb, pts):
+    """Draw a red and a green marker for every pair on its own copy of the photo.
+
+    rgb      (B, 3, H, W)     sRGB-encoded [0, 1]
+    pts      (B, P, 2, 2)     integer (row, col); where the two markers overlap, green is on top
+    returns  (B, P, 3, H, W)
+    At 512 px: ring |dist - 5| <= 1 and centre dist <= 1; scales with min(H, W), not below 0.4 of it.
+    """
+    masks = marker_masks(rgb.shape[-2:], pts)                                   # (B, P, 2, H, W)
+    marked = rgb[:, None].expand(-1, pts.shape[1], -1, -1, -1)
+    for i, colour in enumerate((RED, GREEN)):
+        value = torch.tensor(colour, dtype=rgb.dtype, device=rgb.device).view(3, 1, 1)
+        marked = torch.where(masks[:, :, i, None], value, marked)
+    return marked

@@ -1,0 +1,245 @@
+"""What every stage needs around its loop: ranks, per-step randomness, run folder, checkpoints, log lines.
+
+A run folder holds config.json (settings, command, commit, versions, device), metrics.jsonl (one object a line) and
+checkpoint.safetensors (weights, EMA, optimizer state; step and settings in its header). No pickle anywhere.
+To resume, run the same command again. The only file that touches torch.distributed.
+"""
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy
+import torch
+import torch.distributed as dist
+import transformers
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+CHECKPOINT = "checkpoint.safetensors"
+
+
+class UserError(Exception):
+    """A mistake the user can mend; commands print it as one line and exit with 2."""
+
+
+def rank():
+    return int(os.environ.get("RANK", 0))
+
+
+def world():
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def setup(cfg):
+    """Join the process group when started by torchrun, choose threads and device; returns the torch.device."""
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    use_cuda = cfg.device in ("auto", "cuda") and torch.cuda.is_available()
+    if cfg.device == "cuda" and not use_cuda:
+        raise UserError("train.py: got --device cuda, but torch finds no GPU; use --device cpu")
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    elif world() > 1 and not use_cuda:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    if world() > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if use_cuda else "gloo")
+    if use_cuda:
+        torch.cuda.set_device(local)
+    return torch.device("cuda", local) if use_cuda else torch.device("cpu")
+
+
+def barrier():
+    """Wait for all ranks (nothing to do for one process)."""
+    if world() > 1:
+        dist.barrier()
+
+
+def shutdown():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def generator(*key):
+    """A CPU generator seeded by any integers: same key, same numbers, on every machine."""
+    seed = 0x9E3779B97F4A7C15
+    for k in key:                                                               # splitmix64 over the key
+        seed = (seed + int(k) * 0xBF58476D1CE4E5B9 + 1) & (2**64 - 1)
+        seed = ((seed ^ (seed >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
+        seed = ((seed ^ (seed >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
+        seed ^= seed >> 31
+    return torch.Generator().manual_seed(seed >> 1)
+
+
+def cosine(step, steps, warmup=0):
+    """Learning-rate factor: linear warm-up, then cosine from 1 to 0."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup))
+
+
+def about():
+    """Where numbers come from: command, commit, versions, device."""
+    commit = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({os.cpu_count()} cores)"
+    return dict(command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), commit=commit.stdout.strip() or "unknown",
+                python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__,
+                numpy=numpy.__version__, device=gpu)
+
+
+def write_json(path, value):
+    """Write JSON atomically."""
+    path = Path(path)
+    part = path.with_name(path.name + f".{os.getpid()}.part")
+    part.write_text(json.dumps(value, indent=1))
+    os.replace(part, path)
+
+
+def pack(modules, optimizer):
+    """All tensors of a run under flat names: "policy/..." for modules (dict name -> nn.Module), "opt/..." for AdamW."""
+    flat = {f"{name}/{k}": v for name, module in modules.items() for k, v in module.state_dict().items()}
+    for index, state in optimizer.state_dict()["state"].items():
+        flat |= {f"opt/{index}/{k}": torch.as_tensor(v) for k, v in state.items()}
+    return {k: v.detach().cpu().contiguous().clone() for k, v in flat.items()}
+
+
+def unpack(flat, modules, optimizer):
+    """Inverse of `pack`, in place."""
+    for name, module in modules.items():
+        module.load_state_dict({k[len(name) + 1:]: v for k, v in flat.items() if k.startswith(name + "/")})
+    state = {}
+    for key in (k for k in flat if k.startswith("opt/")):
+        _, index, k = key.split("/")
+        state.setdefault(int(index), {})[k] = flat[key]
+    optimizer.load_state_dict(dict(optimizer.state_dict(), state=state))
+
+
+class Run:
+    """One stage's folder, log and checkpoint.
+
+    folder    Path;  settings  dict that must not change between a run and its resumption
+    modules   dict name -> nn.Module whose weights belong to the checkpoint;  optimizer  torch optimizer
+    """
+
+    def __init__(self, folder, settings, seed, steps, modules, optimizer, save_every=100):
+        self.folder, self.settings, self.seed, self.steps = Path(folder), settings, seed, steps
+        self.modules, self.optimizer, self.save_every = modules, optimizer, save_every
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.start = self.done = self._restore()
+        if rank() == 0 and self.start == 0:
+            write_json(self.folder / "config.json", dict(settings=settings, seed=seed, **about()))
+            (self.folder / "metrics.jsonl").write_text("")
+        self.began = time.time()
+
+    def _restore(self):
+        path = self.folder / CHECKPOINT
+        if not path.exists():
+            return 0
+        try:
+            with safe_open(path, "pt") as f:
+                header, flat = f.metadata(), {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise UserError(f"{path}: got an unreadable checkpoint ({error}); delete it to start this stage again") from None
+        old = json.loads(header["settings"])
+        changed = [f"{k} {old.get(k)} -> {self.settings.get(k)}" for k in sorted(old.keys() | self.settings.keys())
+                   if old.get(k) != self.settings.get(k)]
+        if changed:
+            raise UserError(f"{self.folder} holds a run with other settings ({', '.join(changed[:4])}); "
+                            "use another --out, or delete that folder")
+        unpack(flat, self.modules, self.optimizer)
+        return int(header["step"])
+
+    def rng(self, step, stream=0):
+        """Generator of a step on this rank; the same after a resume."""
+        return generator(self.seed, stream, rank(), step)
+
+    def loop(self, label, stop_at=0):
+        """Yield the remaining steps under a progress bar, saving as they pass."""
+        end = min(self.steps, stop_at) if stop_at else self.steps
+        if self.start >= self.steps and rank() == 0:
+            print(f"{label}: complete ({self.steps} steps in {self.folder})", flush=True)
+        bar = tqdm(range(self.start, end), initial=self.start, total=end, desc=label, unit="step",
+                   disable=rank() > 0 or self.start >= end, mininterval=1.0)
+        for step in bar:
+            self.bar = bar
+            yield step
+            self.done = step + 1
+            if (step + 1) % self.save_every == 0 or step + 1 == end:
+                self.save(step + 1)
+
+    def finished(self):
+        """True on rank 0 when the last step has been taken."""
+        return rank() == 0 and self.done >= self.steps
+
+    def save(self, step):
+        """Write the checkpoint of `step` finished steps: temporary name, fsync, rename."""
+        if rank() > 0:
+            return
+        part = self.folder / f"{CHECKPOINT}.part"
+        save_file(pack(self.modules, self.optimizer), part,
+                  metadata=dict(step=str(step), seed=str(self.seed), settings=json.dumps(self.settings), **about()))
+        with open(part, "rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(part, self.folder / CHECKPOINT)
+
+    def update(self, loss, params, lr, clip=1.0):
+        """Backward, average over ranks, clip each parameter group by its own norm, step.
+
+        loss    scalar with gradient;  params  list of parameter lists;  lr  learning rate of this step
+        returns float: largest gradient norm before clipping
+        raises  FloatingPointError naming what was not finite; nothing is updated then
+        """
+        if not loss.isfinite():
+            raise FloatingPointError(f"{self.folder.name}: loss is {loss.item()}; nothing was updated; lower the learning rate")
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        grads = [p.grad if p.grad is not None else torch.zeros_like(p) for group in params for p in group]
+        if world() > 1:
+            flat = torch.cat([g.flatten() for g in grads])
+            dist.all_reduce(flat)
+            for p, g in zip((p for group in params for p in group), flat.split([g.numel() for g in grads]), strict=True):
+                p.grad = (g / world()).view_as(p)
+        norms = [torch.nn.utils.clip_grad_norm_(group, clip) for group in params]
+        if not all(n.isfinite() for n in norms):
+            raise FloatingPointError(f"{self.folder.name}: gradient norm is {[n.item() for n in norms]}; nothing was updated")
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        return max(n.item() for n in norms)
+
+    def log(self, step, show=(), **values):
+        """Append one JSON object to metrics.jsonl and show the values named in `show` beside the bar (rank 0)."""
+        if rank() > 0:
+            return
+        row = {k: float(v) if isinstance(v, torch.Tensor) else v for k, v in values.items()}
+        with open(self.folder / "metrics.jsonl", "a") as f:
+            f.write(json.dumps(dict(step=step, seconds=round(time.time() - self.began, 2), **row)) + "\n")
+        self.bar.set_postfix_str("  ".join(f"{k} {row[k]:.3g}" for k in show if k in row), refresh=False)
+
+
+def run_command(main, name):
+    """Run a command line: user errors become one line on stderr and exit code 2, everything else stays a traceback."""
+    try:
+        main()
+    except (UserError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError, ValueError) as error:
+        if os.environ.get("REASONX_TRACEBACK"):
+            raise
+        text = str(error) if not isinstance(error, OSError) or error.filename is None else f"{error.filename}: {error.strerror}"
+        print(f"{name}: {' '.join(text.split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
+        raise SystemExit(130) from None
+    finally:
+        shutdown()
+
+
+def ema_update(average, model, decay):
+    """Move the averaged weights toward the model's: average <- decay average + (1 - decay) model."""
+    with torch.no_grad():
+        for a, p in zip(average.parameters(), model.parameters(), strict=True):
+            a.lerp_(p, 1 - decay)

@@ -1,0 +1,403 @@
+"""Procedural scenes with exact intrinsic maps: a batched ray caster, no assets, no global randomness.
+
+A scene is a box room with a ceiling, or a walled court under the sky, holding ellipsoids and boxes; one key
+light (lamp or sun) with hard shadows; hemispheric ambient light; textures of flat colours. In linear light
+
+    irradiance = ambient(n) + key * max(0, n.l) * visible * falloff      Lambertian, no bounces, no highlights
+    rgb        = tonemap(albedo * irradiance, tone) [+ sensor noise]
+
+Conventions owned here: world y up, metres; camera x right, y up, z toward the camera; depth is planar z.
+All domains come from one function and one table of ranges. `synthetic` trains the predictor, `wild` is held
+out, and `broad`, domain-randomised for the judge, contains both in every row and is drawn independently.
+Every number of scene i of a domain is a hash of (domain, i, draw), so a scene is bit-identical in any batch.
+"""
+
+import math
+
+import torch
+
+DOMAINS = ("synthetic", "broad", "wild")
+SPLITS = {"train": 0, "val": 1 << 40, "test": 2 << 40}
+SPLIT_IDS = 1 << 40
+
+# One row per factor: (lo, hi) for synthetic, broad, wild; drawn uniformly, once per scene, or once per object
+# where the name starts with "obj_". Every broad range contains the other two.
+TABLE = {
+    # camera in degrees, pitch > 0 looks up; back: how far behind the centre, a share of the way to the wall;
+    # eye: height as a share of the ceiling (room) or in metres (court)
+    "pitch":       ((-10, 4),     (-35, 35),    (-25, 15)),
+    "roll":        ((-2, 2),      (-20, 20),    (-10, 10)),
+    "fov":         ((50, 60),     (40, 90),     (45, 75)),
+    "back":        ((.5, .85),    (.1, .85),    (.2, .8)),
+    "room_eye":    ((.45, .65),   (.15, .85),   (.2, .8)),
+    "court_eye":   ((2, 2),       (.5, 6),      (1.5, 6)),
+    # half sides and height in metres; sky: the share of the view that the wall of a court leaves open
+    "room_x":      ((1.8, 2.8),   (1.5, 9.),    (2.5, 7.)),
+    "room_z":      ((2.2, 3.4),   (1.5, 9.),    (2.5, 7.)),
+    "room_top":    ((2.4, 3.2),   (2.2, 7.),    (2.6, 6.)),
+    "court_x":     ((8, 8),       (6, 20),      (8, 18)),
+    "court_z":     ((8, 8),       (6, 20),      (8, 18)),
+    "sky":         ((0, 0),       (0, .35),     (0, .35)),
+    # number of objects; shares that rest on the floor, are turned about all axes, are slabs; place: share of
+    # the way to the wall; size: share of half the view there; squash: shortest over longest axis
+    "objects":     ((1, 4.99),    (1, 9.99),    (3, 9.99)),
+    "rest":        ((1, 1),       (0, 1),       (.1, .5)),
+    "turned":      ((0, 0),       (0, 1),       (.2, .8)),
+    "slabs":       ((0, 0),       (0, .6),      (.1, .5)),
+    "obj_place":   ((.5, .9),     (.2, .95),    (.25, .95)),
+    "obj_size":    ((.2, .45),    (.15, .6),    (.2, .6)),
+    "obj_squash":  ((.7, 1),      (.4, 1),      (.5, 1)),
+    # share of surfaces with a texture; grain: its feature size as a share of half the view; palette in HSV
+    "textured":    ((0, .4),      (0, 1),       (.5, 1)),
+    "obj_grain":   ((.3, .6),     (.25, .8),    (.3, .7)),
+    "colours":     ((4, 5.99),    (3, 5.99),    (3, 5.99)),
+    "saturation":  ((.1, .5),     (0, .62),     (.05, .6)),
+    "hues":        ((.1, .6),     (0, 1),       (0, 1)),
+    "darkest":     ((.3, .4),     (.08, .4),    (.1, .25)),
+    "lightest":    ((.75, .9),    (.7, .97),    (.85, .97)),
+    # ambient share; warmth of the key light, coolness of the ambient light, tint of both in log units; sun in
+    # degrees above the horizon; lamp: height as a share of the ceiling, distance from the middle of the room
+    "ambient":     ((.45, .7),    (.08, .75),   (.1, .35)),
+    "warm":        ((0, .2),      (-.5, .8),    (.1, .7)),
+    "cool":        ((-.1, .1),    (-.6, .9),    (.1, .7)),
+    "tint":        ((0, .05),     (0, .3),      (0, .1)),
+    "sun":         ((45, 45),     (10, 85),     (20, 70)),
+    "lamp_up":     ((.8, .9),     (.2, .95),    (.3, .9)),
+    "lamp_out":    ((0, .4),      (0, .9),      (0, .8)),
+    # camera response: mean linear value, log white balance, gamma, contrast, noise standard deviation
+    "exposure":    ((.2, .26),    (.08, .4),    (.12, .35)),
+    "balance":     ((0, 0),       (0, .25),     (0, .2)),
+    "gamma":       ((1, 1),       (.75, 1.35),  (.8, 1.25)),
+    "contrast":    ((0, 0),       (-.4, .8),    (-.3, .7)),
+    "noise":       ((0, 0),       (0, .03),     (.005, .025)),
+}
+OUTDOOR = {"synthetic": 0., "broad": .5, "wild": .85}     # probability of a court instead of a room
+
+ROUND, BOXES = 4, 6                 # slots for ellipsoids and boxes; a scene uses some of them
+SLOTS = ROUND + BOXES               # surfaces: the slots, then the room's x-, x+, floor, ceiling, z-, z+
+PLAIN, CHECKER, STRIPES, BLOTCHES = range(4)
+INWARD = torch.eye(3).repeat_interleave(2, 0) * torch.tensor([1., -1.] * 3)[:, None]     # normals of the room
+OPEN, SUN = 1e3, 1e3                # metres: the open top of a court; where the sun stands
+CHUNK = 1 << 14                     # pixels rendered at once: stays in cache
+
+
+def scene_ids(split, n, start=0):
+    """Ids of n scenes of a split, (n,) int64; splits never overlap. ValueError on a split not in SPLITS."""
+    if split not in SPLITS:
+        raise ValueError(f"scenes.py: split got {split!r}, want one of {', '.join(SPLITS)}")
+    assert 0 <= start and start + n <= SPLIT_IDS, f"{n} scenes from {start} leave the id range of {split}"
+    return torch.arange(n) + (SPLITS[split] + start)
+
+
+def srgb_encode(x):
+    """Linear to sRGB-encoded, both [0, 1] (IEC 61966-2-1, piecewise)."""
+    return torch.where(x <= .0031308, 12.92 * x, 1.055 * x.clamp(min=.0031308) ** (1 / 2.4) - .055)
+
+
+def srgb_decode(x):
+    """sRGB-encoded to linear, both [0, 1]; inverse of srgb_encode."""
+    return torch.where(x <= .04045, x / 12.92, ((x.clamp(min=.04045) + .055) / 1.055) ** 2.4)
+
+
+def tonemap(linear, tone):
+    """Expose, white-balance, clip, bend and encode.
+
+    linear   (B, 3, H, W)  >= 0, any scale
+    tone     (B, 5)        linear gain of r, g, b; gamma; contrast, the share of a smooth step in [-1, 1]
+    returns  (B, 3, H, W)  sRGB-encoded, [0, 1]
+    """
+    tone = tone[:, :, None, None]
+    x = srgb_encode((linear * tone[:, :3]).clamp(0, 1) ** tone[:, 3:4])
+    return (x + tone[:, 4:] * (x * x * (3 - 2 * x) - x)).clamp(0, 1)
+
+
+def mix(x):
+    """Hash int64 to int64, elementwise (the splitmix64 finaliser; int64 products wrap)."""
+    x = (x ^ (x >> 30 & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
+    x = (x ^ (x >> 27 & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
+    return x ^ (x >> 31 & 0x1FFFFFFFF)
+
+
+class Dice:
+    """Numbered draws of a batch of scenes: `dice(*shape)` gives (B, *shape) floats in [0, 1)."""
+
+    def __init__(self, domain, ids):
+        self.key = mix(mix(ids + 1) + DOMAINS.index(domain) + 1)
+        self.drawn = 0
+
+    def hashes(self, n):
+        """The next n draws as (B, n) int64."""
+        self.drawn += n
+        return mix(self.key[:, None] + torch.arange(self.drawn - n + 1, self.drawn + 1) * -0x61C8864680B583EB)
+
+    def __call__(self, *shape):
+        return ((self.hashes(math.prod(shape)) >> 40 & 0xFFFFFF).float() / (1 << 24)).view(-1, *shape)
+
+
+def rotation(yaw, pitch, roll):
+    """(...) angles in radians to (..., 3, 3): Ry(yaw) Rx(pitch) Rz(roll), object or camera to world."""
+    (cy, cx, cz), (sy, sx, sz) = ([f(a) for a in (yaw, pitch, roll)] for f in (torch.cos, torch.sin))
+    rows = (cy * cz + sy * sx * sz, sy * sx * cz - cy * sz, sy * cx,
+            cx * sz, cx * cz, -sx,
+            cy * sx * sz - sy * cz, sy * sz + cy * sx * cz, cy * cx)
+    return torch.stack(rows, -1).unflatten(-1, (3, 3))
+
+
+def ranks(x):
+    """Rank of each entry in its row, from 0: (B, n) to (B, n) int64; of draws, a random permutation."""
+    return x.argsort(dim=-1, stable=True).argsort(-1)
+
+
+def times(m, v):
+    """(..., 3, 3) by (..., 3, P), without a matmul, whose rounding may depend on the batch."""
+    return m[..., 0:1] * v[..., 0:1, :] + m[..., 1:2] * v[..., 1:2, :] + m[..., 2:3] * v[..., 2:3, :]
+
+
+def place_camera(dice, s):
+    """Add the room and a camera inside it, looking at the far wall: world frame, metres, radians."""
+    yaw, pitch, roll = dice(1) * 2 * math.pi, s["pitch"].deg2rad(), s["roll"].deg2rad()
+    half_view = (s["fov"].deg2rad() / 2).tan()
+    half_x, half_z = (torch.where(s["outdoor"], s["court_" + a], s["room_" + a]) for a in "xz")
+    x, z = -yaw.sin(), -yaw.cos()                                               # horizontal heading
+    to_wall = torch.minimum(half_x / x.abs().clamp(min=1e-6), half_z / z.abs().clamp(min=1e-6))
+    back = s["back"] * to_wall
+    eye = torch.where(s["outdoor"], s["court_eye"], s["room_eye"] * s["room_top"])
+    reach = to_wall + back
+    skyline = pitch + ((1 - 2 * s["sky"]) * half_view).atan()
+    top = torch.where(s["outdoor"], eye + reach * skyline.clamp(max=1.2).tan(), s["room_top"]).clamp(min=0)
+    ceiling = torch.where(s["outdoor"], OPEN, top)
+    bounds = torch.cat([-half_x, 0 * top, -half_z, half_x, ceiling, half_z], -1).view(-1, 2, 3)
+    s |= {"half_view": half_view, "camera": rotation(yaw, pitch, roll)[:, 0],
+          "position": torch.cat([-x * back, eye, -z * back], -1),
+          "reach": reach, "top": top, "half": torch.cat([half_x, half_z], -1), "bounds": bounds}
+
+
+def place_light(dice, s):
+    """Add the key light, a point or (w = 0) a direction, and the colours of the key, sky and ground light."""
+    azimuth, rise = dice(1) * 2 * math.pi, s["sun"].deg2rad()
+    around = torch.cat([azimuth.cos(), azimuth.sin()], -1)
+    sun = torch.cat([rise.cos() * around[:, :1], rise.sin(), rise.cos() * around[:, 1:]], -1)
+    out = s["half"] * s["lamp_out"] * around
+    lamp = torch.cat([out[:, :1], s["lamp_up"] * s["top"], out[:, 1:]], -1)
+    warmth = torch.tensor([.5, 0., -.8])
+    key, sky = ((c + s["tint"] * (dice(3) * 2 - 1)).exp() for c in (s["warm"] * warmth, -s["cool"] * warmth))
+    ground = sky * (.3 + .5 * dice(1)) * (s["warm"] * warmth * dice(1)).exp()
+    s |= {"light": torch.where(s["outdoor"], SUN * sun, lamp), "key": key * (1 - s["ambient"]),
+          "sky_light": sky * s["ambient"], "ground_light": ground * s["ambient"]}
+
+
+def place_objects(dice, s):
+    """Add SLOTS objects: each aims at a point of the view, stops at the floor, and rests there or floats."""
+    aim = (dice(SLOTS, 2) * 1.8 - .9) * s["half_view"][..., None]
+    aim = torch.cat([aim, -torch.ones_like(aim[..., :1])], -1)
+    aim = times(s["camera"], aim.mT).mT * (s["reach"] * s["obj_place"])[..., None]              # (B, N, 3)
+    aim = aim * (s["position"][:, 1:2] / (-aim[..., 1]).clamp(min=1e-6)).clamp(max=1)[..., None]
+    distance = aim.norm(dim=-1)
+    size = (s["obj_size"] * s["half_view"]).clamp(max=.42) * distance                           # (B, N)
+    shape, squash = dice(SLOTS, 3), s["obj_squash"][..., None]
+    slab = shape * torch.tensor([.8, 1.2, .1]) + torch.tensor([.7, .7, .06])
+    is_slab = (dice(SLOTS) < s["slabs"]) & (torch.arange(SLOTS) >= ROUND)
+    radii = torch.where(is_slab[..., None], slab, squash + (1 - squash) * shape) * size[..., None]
+    rests = dice(SLOTS) < s["rest"]
+    turn = (dice(SLOTS, 2) - .5) * math.pi * (~rests & (dice(SLOTS) < s["turned"]))[..., None]
+    pose = rotation(dice(SLOTS) * 2 * math.pi, turn[..., 0], turn[..., 1])
+    centre, low = s["position"][:, None] + aim, radii[..., 1]
+    centre[..., 1] = torch.where(rests, low, torch.maximum(centre[..., 1], low))
+    # drop the objects beyond the drawn number, and those at the camera or the lamp
+    inverse = pose.mT / radii[..., None]                                # world to unit sphere or cube
+    ends = torch.stack([s["position"], s["light"]], -1)[:, None] - centre[..., None]
+    gap = ((times(inverse, ends).abs() - 1) * radii[..., None]).amax(-2).amin(-1)              # (B, N) metres
+    gone = (gap < .06 * s["reach"]) | (ranks(dice(SLOTS)) >= s["objects"].long())
+    centre = torch.where(gone[..., None], torch.tensor([0., -OPEN, 0.]), centre)
+    s |= {"pose": pose, "radii": radii, "centre": centre, "inverse": inverse, "distance": distance}
+
+
+def paint(dice, s):
+    """Add a row per surface, objects then room: pattern, grain (m), phase, stripe axis, three colours."""
+    n = SLOTS + 6
+    grain = torch.cat([s["distance"], .6 * s["reach"].expand(-1, 6)], -1) * s["half_view"]
+    grain = grain * torch.cat([s["obj_grain"], s["obj_grain"][:, :6]], -1)
+    pattern = torch.where(dice(n) < s["textured"], 1 + (dice(n) * 3).long(), PLAIN)
+    axis = torch.nn.functional.normalize(dice(n, 3) * 2 - 1, dim=-1)
+    # palette: lightness levels far apart for neighbours in the list, hues from one to the whole circle
+    level = (torch.tensor([0., 3., 1., 4., 2.]) + dice(5)) / 5
+    value = s["darkest"] + (s["lightest"] - s["darkest"]) * level
+    hue = dice(1) + s["hues"] * (torch.arange(5) * .382 + .2 * dice(5))
+    wheel = ((hue[..., None] * 6 + torch.tensor([0., 4., 2.])) % 6 - 3).abs().sub(1).clamp(0, 1)
+    saturation = s["saturation"] * (.5 + .5 * dice(5))
+    palette = value[..., None] * (1 - saturation[..., None] * (1 - wheel))                      # (B, 5, 3)
+    # ranks, so that a view uses all colours about equally often
+    first = torch.cat([ranks(dice(SLOTS)), ranks(dice(6))], -1)[..., None]
+    pick = (first + torch.arange(3)) % s["colours"].long()[..., None]                           # (B, S, 3)
+    colours = palette[torch.arange(len(pick))[:, None, None], pick].flatten(2)
+    s["surface"] = torch.cat([pattern[..., None], grain[..., None], dice(n, 3) * 20, axis, colours], -1)
+
+
+def draw_scene(domain, ids):
+    """Draw scenes: their Dice, and a dict of TABLE's factors, (B, 1) or (B, SLOTS), and what follows."""
+    dice, column, s = Dice(domain, ids), DOMAINS.index(domain), {}
+    for name, row in TABLE.items():
+        lo, hi = row[column]
+        s[name] = lo + (hi - lo) * dice(SLOTS if name.startswith("obj_") else 1)
+    s["outdoor"] = dice(1) < OUTDOOR[domain]
+    for add in (place_camera, place_light, place_objects, paint):
+        add(dice, s)
+    return dice, s
+
+
+def make_rays(half_view, H, W):
+    """Rays through the pixel centres, camera frame, z = -1: the ray parameter is the depth; (B, 3, H*W)."""
+    y, x = torch.meshgrid((H - 1 - 2 * torch.arange(H)) / H, (2 * torch.arange(W) + 1 - W) / H, indexing="ij")
+    xy = torch.stack([x, y]).flatten(1) * half_view[..., None]
+    return torch.cat([xy, -torch.ones_like(xy[:, :1])], 1)
+
+
+def enter(origin, ray):
+    """Where rays enter the unit spheres (first ROUND slots) and unit cubes: ray parameter, inf for a miss.
+
+    origin, ray  (B, N, 3, P) or broadcast, each in the object's own unit frame;  returns  (B, N, P)
+    """
+    o, d = origin[:, :ROUND], ray[:, :ROUND]
+    a, b, c = (d * d).sum(2), (o * d).sum(2), (o * o).sum(2) - 1
+    gap = b * b - a * c
+    ball = torch.where(gap > 0, (-b - gap.clamp(min=0).sqrt()) / a, torch.inf)
+    inv = 1 / (ray[:, ROUND:] + 1e-12)                                  # finite for a ray along a face
+    middle, width = -origin[:, ROUND:] * inv, inv.abs()
+    near, far = (middle - width).amax(2), (middle + width).amin(2)
+    t = torch.cat([ball, torch.where(near < far, near, torch.inf)], 1)
+    return torch.where(t > 0, t, torch.inf)
+
+
+def leave(bounds, origin, ray):
+    """Where rays from inside leave the room: (t (B, P), surface number 0..5 (B, P)); rays (B, 3, P)."""
+    side = (ray > 0).long()
+    wall = torch.where(ray > 0, bounds[:, 1, :, None], bounds[:, 0, :, None])
+    # abs, not a signed quotient: along a wall a ray component is 0 and its way to that wall +inf
+    t, axis = ((wall - origin).abs() / ray.abs()).min(1)
+    return t, 2 * axis + side.gather(1, axis[:, None])[:, 0]
+
+
+def colour(surface, q, grain_px):
+    """Albedo of points: flat colours, so that equal paint is equal albedo.
+
+    surface   (B, P, 17)  rows of paint()
+    q         (B, P, 3)   position in metres, in the axes of the object
+    grain_px  (B, P)      the grain as seen at 32 px; below 2 px it would alias and is left plain
+    returns   (B, P, 3)   sRGB-encoded, [0, 1]
+    """
+    pattern = surface[..., 0]
+    g = q / surface[..., 1:2] + surface[..., 2:5]
+    checker = g.floor().sum(-1) % 2
+    stripes = (g * surface[..., 5:8]).sum(-1).floor() % 2
+    wave = (1.9 * (g + 1.3 * (1.3 * g.roll(1, -1)).sin())).sin().sum(-1)
+    blotch = (wave > .2).float() + (wave < -.9).float() * 2
+    which = torch.where(pattern == CHECKER, checker, torch.where(pattern == STRIPES, stripes, blotch))
+    which = torch.where((pattern == PLAIN) | (grain_px < 2), 0., which)[..., None]
+    return torch.where(which == 0, surface[..., 8:11],
+                       torch.where(which == 1, surface[..., 11:14], surface[..., 14:17]))
+
+
+def trace(s, view):
+    """Follow the camera's rays, (B, 3, P) with z = -1 in the camera frame, to the nearest surface.
+
+    returns  depth (B, P), mask (B, P), number (B, P) of the surface, and in metres and world axes
+             point (B, 3, P), normal (B, 3, P), local (B, P, 3): the point in the axes of its object
+    """
+    ray, position = times(s["camera"], view), s["position"][..., None]
+    t_room, wall = leave(s["bounds"], position, ray)
+    is_sky = s["outdoor"] & (position[:, 1] + t_room * ray[:, 1] > s["top"])
+    t_room = torch.where(is_sky, torch.inf, t_room)
+    offset = position[:, None] - s["centre"][..., None]
+    t_object, slot = enter(times(s["inverse"], offset), times(s["inverse"], ray[:, None])).min(1)
+    is_object = t_object < t_room
+    depth = torch.minimum(t_object, t_room)
+    mask = depth < torch.inf
+    point = position + torch.where(mask, depth, 1.)[:, None] * ray
+    frame = torch.cat([s["pose"].flatten(2), s["radii"], s["centre"]], -1)
+    frame = frame[torch.arange(len(slot))[:, None], slot]                                       # (B, P, 15)
+    pose, radii = frame[..., :9].unflatten(-1, (3, 3)), frame[..., 9:12]
+    local = (pose * (point.mT - frame[..., 12:])[..., None]).sum(-2)
+    unit = local / radii
+    face = torch.where(unit.abs() >= unit.abs().amax(-1, keepdim=True), unit.sign(), 0.)
+    normal = torch.where((slot < ROUND)[..., None], unit / radii, face)
+    normal = torch.where(is_object[..., None], (pose * normal[..., None, :]).sum(-1), INWARD[wall])
+    normal = torch.nn.functional.normalize(normal, dim=-1).mT
+    local = torch.where(is_object[..., None], local, point.mT)
+    return depth, mask, torch.where(is_object, slot, SLOTS + wall), point, normal, local
+
+
+def illuminate(s, point, normal, depth):
+    """Linear irradiance (B, 3, P), not normalised, of points (B, 3, P) with normals (B, 3, P), world axes."""
+    start = point + normal * (1e-3 * depth)[:, None]                    # clear of its own surface
+    to_light = s["light"][..., None] - ~s["outdoor"][..., None] * start
+    distance = to_light.norm(dim=1)
+    offset = start[:, None] - s["centre"][..., None]
+    is_dark = enter(times(s["inverse"], offset), times(s["inverse"], to_light[:, None])).amin(1) < 1
+    t_wall = leave(s["bounds"], start, to_light)[0]
+    is_dark |= s["outdoor"] & (start[:, 1] + t_wall * to_light[:, 1] < s["top"])
+    # the lamp has a size: inverse square beyond it, bounded near it
+    room = (.5 * s["reach"]) ** 2
+    falloff = torch.where(s["outdoor"], 1., 1.5 * room / (distance ** 2 + .5 * room))
+    direct = (normal * to_light).sum(1).clamp(min=0) / distance * falloff * ~is_dark
+    up = .5 + .5 * normal[:, 1:2]
+    ambient = s["sky_light"][..., None] * up + s["ground_light"][..., None] * (1 - up)
+    return ambient + s["key"][..., None] * direct[:, None]
+
+
+def render_chunk(domain, ids, H, W, noise):
+    """render() for a few scenes; see there."""
+    dice, s = draw_scene(domain, ids)
+    B, half_view, black = len(ids), s["half_view"], torch.tensor(0.)
+    view = make_rays(half_view, H, W)
+    depth, mask, number, point, normal, local = trace(s, view)
+
+    surface = s["surface"][torch.arange(B)[:, None], number]            # (B, P, 17)
+    near = torch.where(mask, depth, 1.)
+    slant = -(normal * times(s["camera"], view)).sum(1) / view.norm(dim=1)
+    albedo = colour(surface, local, surface[..., 1] * slant.clamp(min=.3) * 16 / (near * half_view)).mT
+    irradiance = illuminate(s, point, normal, near) * mask[:, None]
+    irradiance = srgb_encode(irradiance / irradiance.amax((1, 2), keepdim=True).clamp(min=1e-6))
+    normal = times(s["camera"].mT, normal)
+    depth, mask = depth.view(B, 1, H, W), mask.view(B, 1, H, W)
+    maps = (normal, albedo, irradiance)
+    normal, albedo, irradiance = (torch.where(mask, m.contiguous().view(B, 3, H, W), black) for m in maps)
+
+    # rgb is made from the very maps returned; the exposure is measured on this view
+    linear = srgb_decode(albedo) * srgb_decode(irradiance)
+    mean = linear.sum((1, 2, 3)) / (3 * mask.sum((1, 2, 3)).clamp(min=1))
+    gain = s["exposure"] / mean.clamp(min=1e-4)[:, None] * (s["balance"] * (dice(3) * 2 - 1)).exp()
+    tone = torch.cat([gain, s["gamma"], s["contrast"]], -1)
+    zenith = .4 + .5 * s["sky_light"] / s["sky_light"].amax(-1, keepdim=True)
+    rgb = torch.where(mask, tonemap(linear, tone), zenith[..., None, None])
+    if noise and domain != "synthetic":
+        bits = dice.hashes(H * W).view(B, 1, H, W) >> torch.tensor([0, 16, 32]).view(3, 1, 1) & 0xFFFF
+        grain = (bits.float() / 65535 - .5) * 12 ** .5                  # uniform, unit variance
+        rgb = (rgb + s["noise"][..., None, None] * grain).clamp(0, 1)
+    return {"rgb": rgb, "depth": depth, "normal": normal, "albedo": albedo, "irradiance": irradiance,
+            "mask": mask, "tone": tone, "focal": H / 2 / half_view[:, 0]}
+
+
+def render(domain, ids, size, noise=True):
+    """Render scenes and their exact maps; a scene is the same, bit for bit, in any batch and order.
+
+    domain  one of DOMAINS;  ids (B,) int64;  size  int or (H, W) pixels;  noise  False: no sensor noise
+    returns a dict of float32 on the CPU
+        rgb         (B, 3, H, W)  sRGB-encoded, [0, 1]
+        depth       (B, 1, H, W)  planar z in metres, inf at sky
+        normal      (B, 3, H, W)  unit, camera frame, 0 at sky
+        albedo      (B, 3, H, W)  sRGB-encoded, [0, 1]; 0 at sky
+        irradiance  (B, 3, H, W)  sRGB-encoded, [0, 1]: linear over its largest channel in the view; 0 at sky
+        mask        (B, 1, H, W)  bool, True = not sky
+        tone        (B, 5)        see tonemap
+        focal       (B,)          focal length in pixels; the principal point is the image centre
+    raises  ValueError for an unknown domain
+    """
+    if domain not in DOMAINS:
+        raise ValueError(f"scenes.py: domain got {domain!r}, want one of {', '.join(DOMAINS)}")
+    H, W = (size, size) if isinstance(size, int) else size
+    # chunks of one fixed size, the last one padded: rounding can depend on a tensor's shape
+    step = max(1, CHUNK // (H * W))
+    n_pad = -len(ids) % step
+    padded = torch.cat([ids, ids.new_zeros(n_pad)])
+    chunks = [render_chunk(domain, part, H, W, noise) for part in padded.split(step)]
+    return {k: torch.cat([c[k] for c in chunks])[:len(ids)] for k in chunks[0]}

@@ -1,0 +1,31 @@
+"""Shared switches: Triton's interpreter where there is no GPU, one thread, NaN-filled memory."""
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))     # the flat modules live in the root
+
+# Triton reads this when it is first imported, and torch does not import it by itself.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+torch.set_num_threads(1)
+torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def triton_path():
+    """Send the public kernel functions to Triton; fill torch.empty with NaN to show an unwritten output."""
+    pytest.importorskip("triton")
+    import kernels
+
+    was_strict = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)    # in this mode torch fills new memory with NaN
+    kernels.use("triton")
+    assert torch.empty(3).isnan().all() and torch.ones(3).new_empty(3).isnan().all()
+    yield
+    kernels.use("auto")
+    torch.use_deterministic_algorithms(was_strict)

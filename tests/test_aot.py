@@ -1,0 +1,84 @@
+"""Every AOT entry compiles for each GPU target, no GPU needed, spills nothing and stays within its registers.
+
+Run as a script (`python tests/test_aot.py cuda 90 32`) it compiles for one target and prints a JSON line for
+each entry: a process of its own, since under TRITON_INTERPRET a kernel cannot be compiled.
+"""
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TARGETS = {"sm80": ("cuda", "80", "32"), "sm90": ("cuda", "90", "32"), "gfx942": ("hip", "gfx942", "64")}
+REGISTERS = 64            # ceiling per thread (48 measured): 65,536 / 64 = 1,024 threads fit on one SM
+
+
+def compile_entry(kernel, types, consts, target):
+    """Compile as a launch on aligned memory would: pointers and sizes divisible by 16."""
+    import triton
+    from triton.compiler import ASTSource
+
+    signature = {name: "constexpr" if name in consts else types[name] for name in kernel.arg_names}
+    aligned = [i for i, kind in enumerate(signature.values()) if kind != "constexpr"]
+    source = ASTSource(kernel, signature, consts, {(i,): [["tt.divisibility", 16]] for i in aligned})
+    return triton.compile(source, target=target)
+
+
+def resources(compiled, target, cuobjdump):
+    """Registers and bytes of stack per thread; a stack other than zero is a spill."""
+    if target.backend == "hip":
+        text = compiled.asm["amdgcn"]
+        patterns = dict(registers=r"\.vgpr_count:\s+(\d+)", stack=r"\.private_segment_fixed_size:\s+(\d+)")
+    else:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+            cubin.write(compiled.asm["cubin"])
+            cubin.flush()
+            command = [cuobjdump, "--dump-resource-usage", cubin.name]
+            text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        patterns = dict(registers=r"\bREG:(\d+)", stack=r"\bSTACK:(\d+)")
+    return {key: int(re.search(pattern, text)[1]) for key, pattern in patterns.items()}
+
+
+def main(backend, arch, warp):
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    from kernels import step_logprob
+
+    target = GPUTarget(backend, int(arch) if backend == "cuda" else arch, int(warp))
+    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    if backend == "cuda" and not cuobjdump.exists():
+        print("no cuobjdump")
+        return
+    for kernel, types, consts in step_logprob.AOT:
+        compiled = compile_entry(kernel, types, consts, target)
+        usage = resources(compiled, target, cuobjdump)
+        print(json.dumps(dict(kernel=kernel.__name__, consts=str(consts), **usage)))
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_kernels_compile_without_spills(name, tmp_path):
+    pytest.importorskip("triton", reason="triton is not installed")
+    from kernels import step_logprob
+
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")])
+    env["TRITON_CACHE_DIR"] = str(tmp_path)
+    done = subprocess.run([sys.executable, __file__, *TARGETS[name]], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    if "no cuobjdump" in done.stdout:
+        pytest.skip("this triton ships no cuobjdump")
+    entries = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(entries) == len(step_logprob.AOT)
+    for entry in entries:
+        assert entry["stack"] == 0, entry
+        assert entry["registers"] <= REGISTERS, entry
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
