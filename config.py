@@ -39,6 +39,7 @@ class Config:
     base_steps: int = 50000          # flow-matching steps
     base_batch: int = 64             # photos a step; every photo gives all four modalities
     base_lr: float = 3e-4            # AdamW peak learning rate, cosine
+    base_muon: float = 0.0           # Muon learning rate for the matrices; 0: AdamW for everything
     base_ema: float = 0.999          # decay of the averaged weights that are evaluated and kept
 
     judge_scenes: int = 20000        # broad scenes in the training pool
@@ -46,6 +47,7 @@ class Config:
     judge_warm: float = 0.5          # share of the steps that trains the vision tower alone (mini judge; differs)
     judge_batch: int = 16            # marked photos a step, four questions each (judge release: 16)
     judge_lr: float = 4e-5           # AdamW peak learning rate (judge release: 4e-5)
+    judge_muon: float = 0.0          # Muon learning rate for the matrices; 0: AdamW for everything (judge release)
     judge_decay: float = 0.01        # weight decay (judge release: 0.01)
     judge_width: int = 1024          # width of a judge that is trained from scratch
     judge_vision_layers: int = 24    # its vision tower
@@ -85,8 +87,8 @@ PRESETS = {
     # 2 CPU cores, procedural scenes, everything trained from scratch
     "mini": dict(
         size=32, width=128, encoder_layers=4, layers=3, heads=4, patch=4, eval_steps=10,
-        base_scenes=8000, base_steps=2000, base_batch=32, base_lr=1.5e-3, base_ema=0.995,
-        judge_scenes=16000, judge_steps=2500, judge_batch=64, judge_lr=1e-3, judge_decay=0.02,
+        base_scenes=8000, base_steps=2000, base_batch=32, base_lr=1e-3, base_muon=2e-3, base_ema=0.995,
+        judge_scenes=16000, judge_steps=2500, judge_batch=64, judge_lr=1e-3, judge_muon=2e-3, judge_decay=0.02,
         judge_width=128, judge_vision_layers=5, judge_text_layers=2, judge_heads=4, judge_patch=4,
         photos=384, pairs=48, bank_pairs=64, sample_steps=8, credit="pair", rollout="branch", reward="soft",
         modalities="joint", balance=1, norm="global", steps=400, batch=8, clip=0.1, kl_weight=0.1, lr=2e-4, ema=0.98),
@@ -94,7 +96,7 @@ PRESETS = {
     "small": dict(
         size=128, width=384, encoder_layers=6, layers=4, heads=6, patch=8, eval_steps=10,
         base_scenes=20000, base_steps=12000, base_batch=64, base_lr=6e-4,
-        judge_scenes=60000, judge_steps=20000, judge_batch=128, judge_lr=5e-4, judge_decay=0.02,
+        judge_scenes=60000, judge_steps=20000, judge_batch=128, judge_lr=5e-4, judge_muon=1e-3, judge_decay=0.02,
         judge_width=384, judge_vision_layers=8, judge_text_layers=4, judge_heads=6, judge_patch=8,
         photos=4000, pairs=64, bank_pairs=128, sample_steps=10, credit="pair", credit_width=4.0, rollout="branch",
         reward="soft", modalities="joint", balance=1, norm="global", steps=3000, batch=16, clip=0.1, kl_weight=0.1, lr=1e-4, ema=0.99),

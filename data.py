@@ -1,7 +1,7 @@
 """Readers and writers: photos, HyperSim-style scene folders, predicted maps.
 
 sample    rgb (3, H, W) float32, sRGB-encoded in [0, 1]; where known also depth (1, H, W), lower = closer, up
-          to scale and shift; normal (3, H, W) unit, x right, y up, z toward the camera, 0 where invalid; albedo,
+          to scale and shift; normal (3, H, W) unit, x right, y up, z toward the camera, 0 = invalid; albedo,
           irradiance (3, H, W) sRGB-encoded in [0, 1]; mask (1, H, W) bool, True = valid
 refusals  ValueError (bad content) or FileNotFoundError (missing), one line: got, want, do. Paths are printed
           with repr, so a newline in a name stays inside the line
@@ -25,8 +25,8 @@ import scenes
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 SMALLEST = 8                                    # px: a photo with a shorter side is refused
 MAPS = ("rgb", "depth", "normal", "albedo", "irradiance")
-# what Pillow raises on a broken file: OSError (cut off), SyntaxError (PNG structure), the next three (fields cut
-# off or absurd), DecompressionBombError (more pixels than Pillow opens at all)
+# what Pillow raises on a broken file: OSError (cut off), SyntaxError (PNG structure), the next three (fields
+# cut off or absurd), DecompressionBombError (more pixels than Pillow opens at all)
 BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 # colour map, near to far: pale yellow, orange, red, plum, violet, indigo, navy, near black; luma falls evenly
 ANCHORS = np.array([[254, 246, 190], [253, 205, 106], [243, 150, 70], [216, 96, 86],
@@ -41,7 +41,7 @@ def _open(path, max_pixels=100_000_000):
     refuse = f"data.py: cannot read {str(path)!r}: got "
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)       # max_pixels decides
+            warnings.filterwarnings("ignore", module="PIL")      # max_pixels decides; odd metadata may stay
             with Image.open(path) as image:
                 width, height = image.size
                 tiles = [tile.args for tile in image.tile]                        # load() clears them
@@ -50,13 +50,13 @@ def _open(path, max_pixels=100_000_000):
                     image.load()
                     image = ImageOps.exif_transpose(image)
     except UnidentifiedImageError:
-        raise ValueError(f"{refuse}a file that is not an image, want jpg, png, webp or tiff; remove it") from None
+        raise ValueError(f"{refuse}a file that is not an image, want jpg, png or webp; remove it") from None
     except BROKEN as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{refuse}a damaged image ({reason}), want a whole one; save it again") from None
     if not good:
-        raise ValueError(f"{refuse}{width} x {height} pixels, want sides >= {SMALLEST} and at most {max_pixels} "
-                         "pixels in all; resize or remove it")
+        raise ValueError(f"{refuse}{width} x {height} pixels, want sides >= {SMALLEST} and at most "
+                         f"{max_pixels} pixels in all; resize or remove it")
     image.info["wide"] = any(isinstance(args, str) and "16" in args for args in tiles)
     return image
 
@@ -65,7 +65,7 @@ def read_rgb(path, max_pixels=100_000_000):
     """Read any photo as sRGB.
 
     path     jpg, png, webp, bmp, tiff: RGB, gray, palette, bilevel, CMYK, 16-bit gray (over 65535), EXIF
-             orientation applied, transparency composited on white, first frame of several; no colour management.
+             orientation applied, transparency composited on white, first frame only; no colour management.
              A 16-bit *RGB* PNG is read by Pillow with 8 bits: fine for photos, not for measured data
     returns  (3, H, W) float32 in [0, 1]
     raises   FileNotFoundError; ValueError for a file that is damaged, no image, above max_pixels, below 8 x 8
@@ -206,7 +206,7 @@ def read_scene(folder, scene, size=None):
 
     size     None = as stored; else centred square crop, colours antialiased, depth, normal and mask nearest:
              no depth is averaged across an edge
-    returns  rgb, depth, normal, albedo, irradiance, mask. depth is the stored value / range: in [0, 1], affine
+    returns  rgb, depth, normal, albedo, irradiance, mask. depth is stored value / range, in [0, 1], affine
              per image; normals are renormalised. mask is False where the stored normal is zero (0, 0, 0 or
              mid-gray): there depth reads as closest, and normal is set to the zero vector
     raises   FileNotFoundError for a missing map; ValueError for another mode or different sizes
@@ -295,6 +295,11 @@ def colourise(depth):
     t = np.clip((depth - low) / (high - low), 0, 1) if high > low else np.full(depth.shape, 0.5)
     knots = np.linspace(0, 1, len(ANCHORS))
     return np.stack([np.interp(t, knots, ANCHORS[:, c]) for c in range(3)]).astype(np.float32)
+
+
+def display(modality, array):
+    """A map in native space -> (3, H, W) picture in [0, 1]: depth colourised, normals (n + 1) / 2, others as they are."""
+    return colourise(array) if modality == "depth" else (array + 1) / 2 if modality == "normal" else array
 
 
 def panel(images, columns=5):

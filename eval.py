@@ -48,7 +48,7 @@ def chroma_distance(rgb, pts):
     return (chroma[..., 0, :] - chroma[..., 1, :]).norm(dim=-1)
 
 
-def test_pairs(maps, n, grid, seed):
+def eval_pairs(maps, n, grid, seed):
     """Pairs whose true relation is known, per modality, balanced for albedo; the same for predictors and judges.
 
     returns  dict modality -> pts (B, n, 2, 2), truth (B, n) int8 with 0 where an image has too few such pairs
@@ -141,7 +141,7 @@ def compare(base, new):
 
 def evaluate(policy, maps, steps, seed, grid=1, pairs_per_image=40):
     """Metrics per image of one predictor on one set; see METRICS."""
-    pairs = test_pairs(maps, pairs_per_image, grid, seed)
+    pairs = eval_pairs(maps, pairs_per_image, grid, seed)
     return score(predict(policy, maps["rgb"], steps, seed), maps, pairs)
 
 
@@ -162,14 +162,13 @@ def diagnose(policy, size, steps, n=24, seed=0):
     return out | {f"synthetic/{k}": float(np.nanmean(v)) for k, v in values.items()}
 
 
-def photo_scores(policy, rgb, steps, seed):
-    """Depth-normal consistency per photo, a figure that needs no truth: (B, 3, H, W) -> (B,) RMSE of unit normals.
+def photo_scores(pred):
+    """Depth-normal consistency per photo, a figure that needs no truth: maps (B, C, H, W) -> (B,) RMSE of unit normals.
 
     Ours where the paper is silent: focal length = the longer side, z = 1 + 2 d for predicted relative depth d.
     """
-    pred = predict(policy, rgb, steps, seed)
-    H, W = rgb.shape[-2:]
-    return np.array([metrics.depth_normal_consistency(1 + 2 * d[0].double().numpy(), n.double().numpy(), max(H, W), max(H, W))
+    focal = max(pred["depth"].shape[-2:])
+    return np.array([metrics.depth_normal_consistency(1 + 2 * d[0].double().numpy(), n.double().numpy(), focal, focal)
                      for d, n in zip(pred["depth"], pred["normal"], strict=True)])
 
 
@@ -247,7 +246,7 @@ def main(argv=None):
     grid = judge.grid if judge is not None else 1
     values = evaluate(policy, maps, args.denoise_steps, args.seed, grid)
     base_values = evaluate(base, maps, args.denoise_steps, args.seed, grid) if base is not None else None
-    judge_values = judge_scores(judge, maps, test_pairs(maps, 40, grid, args.seed)) if judge is not None else None
+    judge_values = judge_scores(judge, maps, eval_pairs(maps, 40, grid, args.seed)) if judge is not None else None
     result = report(args.dataset, values, base_values, judge_values)
     if args.json:
         write_json(args.json, result)

@@ -25,7 +25,10 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import (InternVLConfig, InternVLForConditionalGeneration, InternVLVisionConfig, PreTrainedTokenizerFast,
                           Qwen2Config)
 
+import data
+from config import Parser
 from relations import LUMA, MODALITIES, draw_markers, relation, sample_pairs
+from runtime import run_command
 
 NAMES = tuple(MODALITIES)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -329,3 +332,33 @@ def judge_loss(judge, probe, maps, answers, rng, pairs=48):
         stats["loss/answers"] = loss_answers.detach()
         loss = loss + loss_answers
     return loss, stats
+
+
+def main(argv=None):
+    p = Parser(prog="judge.py", allow_abbrev=False, description="Ask the judge to compare two points of a photo.")
+    p.add_argument("image", metavar="IMAGE", help="a photo")
+    p.add_argument("--red", type=int, nargs=2, required=True, metavar=("X", "Y"), help="red point, pixels from the left and the top")
+    p.add_argument("--green", type=int, nargs=2, required=True, metavar=("X", "Y"), help="green point")
+    p.add_argument("--modality", choices=NAMES, default="depth", help="the question to ask [depth]")
+    p.add_argument("--all", action="store_true", help="ask all four questions")
+    p.add_argument("--model", default="out/mini/judge", help="judge folder [out/mini/judge]")
+    args = p.parse_args(argv)
+    rgb = data.read_rgb(args.image)
+    H, W = rgb.shape[-2:]
+    for name in ("red", "green"):
+        x, y = getattr(args, name)
+        if not (0 <= x < W and 0 <= y < H):
+            p.error(f"--{name} {x} {y} lies outside the {W} x {H} photo")
+    judge = load_judge(args.model)
+    small = F.interpolate(rgb[None], (judge.size, judge.size), mode="bilinear", antialias=True).clamp(0, 1)
+    xy = torch.tensor([args.red, args.green])                                   # (2, 2) x, y
+    pts = (xy.flip(-1) * judge.size // torch.tensor([H, W])) // judge.grid * judge.grid + judge.grid // 2
+    prob = judge.ask(small, pts[None, None])[0, 0]
+    for m, share in zip(NAMES, prob.tolist(), strict=True):
+        if args.all or m == args.modality:
+            first = share >= 0.5
+            print(f"{m}: {MODALITIES[m].answers[0 if first else 1]} (p = {share if first else 1 - share:.3f})")
+
+
+if __name__ == "__main__":
+    run_command(main, "judge.py")

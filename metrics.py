@@ -64,7 +64,8 @@ def align_depth(pred, gt, mask, max_res=None):
     max_res    mirrors the ETH3D quirk: when max(H, W) > max_res, only the *columns* are subsampled (nearest,
                by max_res / max(H, W)) before the fit; every row takes part
     returns    (scale, shift): scale * pred + shift ~ gt. A constant prediction c gets the
-               minimum-norm (c, 1) mean(g) / (c^2 + 1). A negative scale means inverse depth: the caller must report it
+               minimum-norm (c, 1) mean(g) / (c^2 + 1).
+               A negative scale means inverse depth: the caller must report it
     """
     pred, gt, mask = np.asarray(pred), np.asarray(gt), np.asarray(mask)
     if pred.ndim != 2:
@@ -308,7 +309,7 @@ def si_mse(pred, gt, mask):
 
 
 def psnr(pred, gt, mask):
-    """Peak signal-to-noise ratio of valid elements, dB, data range 1; inf for equal maps. Shapes as si_mse."""
+    """Peak signal-to-noise ratio of valid elements, dB, data range 1; inf for equal maps. Shapes: si_mse."""
     mse = np.square(np.subtract(*_valid("psnr", pred, gt, mask))).mean()
     return float(-10 * np.log10(mse)) if mse > 0 else float("inf")
 

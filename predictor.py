@@ -13,7 +13,6 @@ The interface that grpo.py, train.py and eval.py use, and that any other predict
 Source: ours. PRISM, the paper's rectified-flow base model, has no public code or weights (differs). The c_* are the
 variance-preserving coefficients of EDM (Karras et al. 2022) for this path.
 """
-import argparse
 import json
 import sys
 from dataclasses import asdict, dataclass
@@ -23,8 +22,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 
+import data
+from config import Parser
 from relations import MODALITIES
+from runtime import run_command
 
 DATA_STD = 0.5                     # s, standard deviation of maps in [-1, 1]
 ARCHITECTURE = "reasonx-dit"
@@ -35,6 +38,7 @@ NAMES = tuple(MODALITIES)
 class DiTConfig:
     """Sizes of the network."""
 
+    size: int = 32           # px, side of the square photos it is trained on
     patch: int = 4           # px, side of a token
     width: int = 128
     encoder_layers: int = 4  # photo encoder, once per photo
@@ -241,3 +245,62 @@ def sample_ode(policy, rgb, modality, steps, rng=None, noise=None, cond=None):
     for t, s in zip(grid, grid[1:], strict=False):
         x = x + (s - t) * policy.velocity(x, torch.full((len(x),), t, device=x.device), cond, modality)
     return policy.decode(x, modality)
+
+
+def predict_photo(policy, rgb, processing_res, steps, seed, ensemble=1):
+    """Maps of one photo of any size, at the photo's size.
+
+    rgb      (3, H, W) sRGB [0, 1];  processing_res px, the long edge the network sees
+    returns  dict modality -> (C, H, W); the mean over `ensemble` noise draws
+    """
+    H, W = rgb.shape[-2:]
+    small = data.resize_long(rgb, processing_res, policy.cfg.patch)[None]
+    out = {}
+    for m in NAMES:
+        rng = torch.Generator().manual_seed(seed)
+        maps = sample_ode(policy, small.expand(ensemble, -1, -1, -1), m, steps, rng).mean(0, keepdim=True)
+        maps = F.interpolate(maps, (H, W), mode="bilinear", align_corners=False)
+        out[m] = (F.normalize(maps, dim=1, eps=1e-6) if m == "normal" else maps)[0]
+    return out
+
+
+def main(argv=None):
+    p = Parser(prog="predictor.py", allow_abbrev=False, description="Depth, normal, albedo and irradiance of your own photos.")
+    p.add_argument("images", metavar="IMAGE_OR_DIR", help="a photo, or a folder of photos (searched recursively)")
+    p.add_argument("--checkpoint", default="out/mini/grpo", help="predictor folder [out/mini/grpo]")
+    p.add_argument("--out", default="out/maps", help="folder for .npy (native space), .png and one panel.png a photo [out/maps]")
+    p.add_argument("--processing-res", type=int, default=0, help="px, long edge the network sees; 0: what it was trained at [0]")
+    p.add_argument("--denoise-steps", type=int, default=10, help="sampling steps [10]")
+    p.add_argument("--ensemble-size", type=int, default=1, help="noise draws that are averaged [1]")
+    p.add_argument("--seed", type=int, default=0, help="seed of the noise [0]")
+    args = p.parse_args(argv)
+    for name in ("denoise_steps", "ensemble_size"):
+        if getattr(args, name) < 1:
+            p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: want at least 1")
+    paths = data.find_images(args.images)
+    policy = load_predictor(args.checkpoint)
+    bad, root = 0, Path(args.images)
+    for path in tqdm(paths, desc="photos", disable=len(paths) < 3):
+        try:
+            rgb = data.read_rgb(path)
+        except ValueError as error:
+            if len(paths) == 1:
+                raise
+            print(f"skipped: {error}", file=sys.stderr)
+            bad += 1
+            continue
+        maps = predict_photo(policy, rgb, args.processing_res or policy.cfg.size, args.denoise_steps, args.seed, args.ensemble_size)
+        name = "_".join((path.relative_to(root) if root.is_dir() else Path(path.name)).with_suffix("").parts)
+        for m, value in maps.items():
+            data.save_map(args.out, name, m, value.numpy())
+        small = {k: data.resize_long(v, min(512, max(v.shape[-2:]))) for k, v in dict(photo=rgb, **maps).items()}
+        tiles = [(k, data.display(k, v.numpy())) for k, v in small.items()]
+        data.save_png(Path(args.out) / f"{name}_panel.png", data.panel(tiles))
+    if bad == len(paths):
+        raise ValueError(f"none of {bad} images in {args.images} could be read; want JPEG or PNG photos")
+    print(f"{len(paths) - bad} of {len(paths)} photos -> {args.out} ({bad} unreadable, named above)" if bad else
+          f"{len(paths)} photos -> {args.out}")
+
+
+if __name__ == "__main__":
+    run_command(main, "predictor.py")

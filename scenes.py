@@ -25,12 +25,12 @@ SPLIT_IDS = 1 << 40
 TABLE = {
     # camera in degrees, pitch > 0 looks up; back: how far behind the centre, a share of the way to the wall;
     # eye: height as a share of the ceiling (room) or in metres (court)
-    "pitch":       ((-10, 4),     (-35, 35),    (-25, 15)),
-    "roll":        ((-2, 2),      (-20, 20),    (-10, 10)),
-    "fov":         ((50, 60),     (40, 90),     (45, 75)),
-    "back":        ((.5, .85),    (.1, .85),    (.2, .8)),
-    "room_eye":    ((.45, .65),   (.15, .85),   (.2, .8)),
-    "court_eye":   ((2, 2),       (.5, 6),      (1.5, 6)),
+    "pitch":       ((-10, 4),     (-25, 10),    (-20, 5)),
+    "roll":        ((-2, 2),      (-6, 6),      (-4, 4)),
+    "fov":         ((50, 60),     (42, 75),     (45, 70)),
+    "back":        ((.5, .85),    (.35, .88),   (.4, .85)),
+    "room_eye":    ((.45, .65),   (.3, .75),    (.35, .7)),
+    "court_eye":   ((2, 2),       (1, 5.5),     (1.5, 5)),
     # half sides and height in metres; sky: the share of the view that the wall of a court leaves open
     "room_x":      ((1.8, 2.8),   (1.5, 9.),    (2.5, 7.)),
     "room_z":      ((2.2, 3.4),   (1.5, 9.),    (2.5, 7.)),
@@ -40,16 +40,16 @@ TABLE = {
     "sky":         ((0, 0),       (0, .35),     (0, .35)),
     # number of objects; shares that rest on the floor, are turned about all axes, are slabs; place: share of
     # the way to the wall; size: share of half the view there; squash: shortest over longest axis
-    "objects":     ((1, 4.99),    (1, 9.99),    (3, 9.99)),
-    "rest":        ((1, 1),       (0, 1),       (.1, .5)),
-    "turned":      ((0, 0),       (0, 1),       (.2, .8)),
-    "slabs":       ((0, 0),       (0, .6),      (.1, .5)),
-    "obj_place":   ((.5, .9),     (.2, .95),    (.25, .95)),
-    "obj_size":    ((.2, .45),    (.15, .6),    (.2, .6)),
+    "objects":     ((1, 4.99),    (1, 7.99),    (3, 7.99)),
+    "rest":        ((1, 1),       (.4, 1),      (.4, .8)),
+    "turned":      ((0, 0),       (0, .7),      (.2, .6)),
+    "slabs":       ((0, 0),       (0, .3),      (0, .25)),
+    "obj_place":   ((.5, .9),     (.3, .95),    (.35, .95)),
+    "obj_size":    ((.2, .45),    (.15, .5),    (.18, .45)),
     "obj_squash":  ((.7, 1),      (.4, 1),      (.5, 1)),
     # share of surfaces with a texture; grain: its feature size as a share of half the view; palette in HSV
-    "textured":    ((0, .4),      (0, 1),       (.5, 1)),
-    "obj_grain":   ((.3, .6),     (.25, .8),    (.3, .7)),
+    "textured":    ((0, .4),      (0, .8),      (.4, .75)),
+    "obj_grain":   ((.3, .6),     (.28, .8),    (.35, .7)),
     "colours":     ((4, 5.99),    (3, 5.99),    (3, 5.99)),
     "saturation":  ((.1, .5),     (0, .62),     (.05, .6)),
     "hues":        ((.1, .6),     (0, 1),       (0, 1)),
@@ -57,7 +57,7 @@ TABLE = {
     "lightest":    ((.75, .9),    (.7, .97),    (.85, .97)),
     # ambient share; warmth of the key light, coolness of the ambient light, tint of both in log units; sun in
     # degrees above the horizon; lamp: height as a share of the ceiling, distance from the middle of the room
-    "ambient":     ((.45, .7),    (.08, .75),   (.1, .35)),
+    "ambient":     ((.45, .7),    (.12, .75),   (.15, .4)),
     "warm":        ((0, .2),      (-.5, .8),    (.1, .7)),
     "cool":        ((-.1, .1),    (-.6, .9),    (.1, .7)),
     "tint":        ((0, .05),     (0, .3),      (0, .1)),
@@ -69,7 +69,7 @@ TABLE = {
     "balance":     ((0, 0),       (0, .25),     (0, .2)),
     "gamma":       ((1, 1),       (.75, 1.35),  (.8, 1.25)),
     "contrast":    ((0, 0),       (-.4, .8),    (-.3, .7)),
-    "noise":       ((0, 0),       (0, .03),     (.005, .025)),
+    "noise":       ((0, 0),       (0, .02),     (.005, .015)),
 }
 OUTDOOR = {"synthetic": 0., "broad": .5, "wild": .85}     # probability of a court instead of a room
 

@@ -8,7 +8,6 @@ Each stage is one loop; the same command again resumes. A group stays on one ran
 """
 import copy
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,13 +17,14 @@ import data
 import eval as evaluation
 import grpo
 import kernels
+import metrics
 import runtime
 from bank import Bank
 from config import parse
 from judge import MiniJudge, Probe, build_mini, judge_loss, load_judge
 from predictor import NAMES, DiT, DiTConfig, flow_loss, load_predictor, times
-from relations import MODALITIES, at_points, relation, soft_relation
-from runtime import Run, UserError, cosine, ema_update
+from relations import MODALITIES, relation, soft_relation
+from runtime import Run, UserError, cosine, ema_update, optimizers
 
 GRPO_SETTINGS = ("images", "policy", "judge", "photos", "pairs", "bank_pairs", "group", "sample_steps", "noise",
                  "exploration", "credit", "credit_width", "rollout", "reward", "tau", "window", "modalities", "norm",
@@ -48,20 +48,20 @@ def shares(total, name):
 
 def base(cfg, device):
     """Flow matching on synthetic scenes with ground truth; writes OUT/base."""
-    policy = DiT(DiTConfig(cfg.patch, cfg.width, cfg.encoder_layers, cfg.layers, cfg.heads), seed=cfg.seed).to(device)
+    policy = DiT(DiTConfig(cfg.size, cfg.patch, cfg.width, cfg.encoder_layers, cfg.layers, cfg.heads), seed=cfg.seed).to(device)
     average = copy.deepcopy(policy).requires_grad_(False)
     params = list(policy.parameters())
-    optimizer = torch.optim.AdamW(params, lr=cfg.base_lr, betas=(0.9, 0.98), weight_decay=0.01)
+    opts = optimizers([policy], cfg.base_lr, cfg.base_muon, weight_decay=0.01)
     batch = shares(cfg.base_batch, "base-batch")
     run = Run(Path(cfg.out) / "base", settings(cfg, *DIT_SETTINGS, prefix="base_"), cfg.seed, cfg.base_steps,
-              dict(policy=policy, average=average), optimizer, cfg.save_every)
+              dict(policy=policy, average=average), opts, cfg.save_every)
     if run.start < run.steps:
         scenes = data.ScenePool("synthetic", "train", cfg.base_scenes, cfg.size)
     for step in run.loop("base", cfg.stop_at):
         rng = run.rng(step, SEEDS["base"])
         maps = scenes.draw(batch, rng, device)
         loss = flow_loss(policy, maps, tuple(MODALITIES), rng)
-        norm = run.update(loss, [params], cfg.base_lr * cosine(step, cfg.base_steps, warmup=100))
+        norm = run.update(loss, [params], cosine(step, cfg.base_steps, warmup=100))
         ema_update(average, policy, min(cfg.base_ema, (step + 1) / (step + 10)))
         run.log(step, show=("loss",), **{"loss": loss.detach(), "grad/norm": norm})
     if run.finished():
@@ -75,30 +75,42 @@ def judge(cfg, device):
     probe = Probe(sizes, runtime.generator(cfg.seed, SEEDS["judge"], 1)).to(device)
     vision = [*model.model.model.vision_tower.parameters(), *probe.parameters()]
     text = [p for name, p in model.model.named_parameters() if ".vision_tower." not in name]
-    optimizer = torch.optim.AdamW(vision + text, lr=cfg.judge_lr, betas=(0.9, 0.98), weight_decay=cfg.judge_decay)
+    opts = optimizers([model, probe], cfg.judge_lr, cfg.judge_muon, cfg.judge_decay)
     batch, warm = shares(cfg.judge_batch, "judge-batch"), int(cfg.judge_warm * cfg.judge_steps)
     run = Run(Path(cfg.out) / "judge", settings(cfg, "size", prefix="judge_"), cfg.seed, cfg.judge_steps,
-              dict(judge=model, probe=probe), optimizer, cfg.save_every)
+              dict(judge=model, probe=probe), opts, cfg.save_every)
     if run.start < run.steps:
         scenes = data.ScenePool("broad", "train", cfg.judge_scenes, cfg.size)
     for step in run.loop("judge", cfg.stop_at):
         rng = run.rng(step, SEEDS["judge"])
         maps = scenes.draw(batch, rng, device)
         loss, stats = judge_loss(model, probe, maps, answers=step >= warm, rng=rng)
-        norm = run.update(loss, [vision, text], cfg.judge_lr * cosine(step, cfg.judge_steps, warmup=100))
+        norm = run.update(loss, [vision, text], cosine(step, cfg.judge_steps, warmup=100))
         run.log(step, show=("loss/pairs", "loss/answers"), **stats, **{"grad/norm": norm})
     if run.finished():
         model.save(run.folder)
 
 
-def photos_of(cfg):
-    """Unlabeled training photos as uint8 (n, 3, S, S) and a word for what they are."""
+def judged_photos(cfg, device):
+    """Unlabeled training photos and what the judge says of them.
+
+    returns  photos (n, 3, S, S) uint8, pts (n, P, 2, 2), prob (n, P, M) from the judgement bank, names (n)
+    """
     if cfg.images:
-        photos = data.Photos(cfg.images, cfg.size)
-        used = photos.images[:cfg.photos]
-        return used, f"{len(used)} photos of {cfg.images} ({len(photos.skipped)} unreadable)"
-    pool = data.ScenePool("wild", "train", cfg.photos, cfg.size, keys=("rgb",))
-    return (pool.maps["rgb"].float() * 255).round().to(torch.uint8), f"{cfg.photos} procedural wild photos"
+        found = data.Photos(cfg.images, cfg.size)
+        photos, names = found.images[:cfg.photos], found.names[:cfg.photos]
+        what = f"{len(photos)} photos of {cfg.images} ({len(found.skipped)} unreadable)"
+    else:
+        photos = (data.ScenePool("wild", "train", cfg.photos, cfg.size, keys=("rgb",)).maps["rgb"].float() * 255).round().byte()
+        names, what = [f"wild {i}" for i in range(len(photos))], f"{len(photos)} procedural wild photos"
+    judge_model = load_judge(cfg.judge or Path(cfg.out) / "judge").to(device)
+    if judge_model.size != cfg.size:
+        raise UserError(f"train.py: the judge sees {judge_model.size} px photos and --size is {cfg.size}; use one size for both")
+    bank = Bank(cfg.bank or Path(cfg.out) / "bank", judge_model)
+    pts, prob = bank.fill(photos, cfg.bank_pairs, device)
+    if runtime.rank() == 0:
+        print(f"grpo: {what}; judgement bank: {bank.asked} pairs asked, {bank.known} already known", flush=True)
+    return photos, pts, prob, names
 
 
 def agreement_of(pred, pts, prob, modality, cfg):
@@ -131,21 +143,16 @@ def credit_of(agree, weight, pts, size, cfg):
 
 
 def tune(cfg, device):
-    """GRPO against the frozen judge, without ground truth; writes OUT/grpo. Returns the run."""
+    """GRPO against the frozen judge, without ground truth; writes OUT/grpo."""
     policy = load_predictor(cfg.policy or Path(cfg.out) / "base").to(device)
     ref, average = (copy.deepcopy(policy).requires_grad_(False) for _ in range(2))
     params = [p for p in policy.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(params, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    opts = optimizers([policy], cfg.lr, 0, weight_decay=0.0, betas=(0.9, 0.95))
     batch = shares(cfg.batch, "batch")
     run = Run(Path(cfg.out) / "grpo", settings(cfg, *GRPO_SETTINGS), cfg.seed, cfg.steps,
-              dict(policy=policy, average=average), optimizer, cfg.save_every)
+              dict(policy=policy, average=average), opts, cfg.save_every)
     if run.start < run.steps:
-        photos, what = photos_of(cfg)
-        judge_model = load_judge(cfg.judge or Path(cfg.out) / "judge").to(device)
-        bank = Bank(cfg.bank or Path(cfg.out) / "bank", judge_model)
-        bank_pts, bank_prob = bank.fill(photos, cfg.bank_pairs, device)
-        if runtime.rank() == 0:
-            print(f"grpo: {what}; bank: {bank.asked} pairs asked, {bank.known} already known", flush=True)
+        photos, bank_pts, bank_prob, _ = judged_photos(cfg, device)
         replay = data.ScenePool("synthetic", "train", cfg.base_scenes, cfg.size) if cfg.replay else None
     step_rule, grid = grpo.STEPS[cfg.exploration], times(cfg.sample_steps)
 
@@ -196,7 +203,7 @@ def tune(cfg, device):
             if cfg.replay:
                 maps = replay.draw(batch, rng, device)
                 loss = loss + cfg.replay * flow_loss(policy, maps, names, rng)
-            norm = run.update(loss, [params], cfg.lr * cosine(step, cfg.steps, warmup=10))
+            norm = run.update(loss, [params], cosine(step, cfg.steps, warmup=10))
         ema_update(average, policy, min(cfg.ema, (step + 1) / (step + 10)))
         stats |= {f"policy/{k}": f([p[k] for p in parts]) for k, f in
                   dict(ratio_min=min, ratio_max=max, clip_frac=mean, kl=mean).items()}
@@ -206,19 +213,103 @@ def tune(cfg, device):
         run.log(step, show=("reward", "policy/kl"), **stats, **{"grad/norm": norm, "loss": loss.detach()})
     if run.finished():
         average.save(run.folder, base=str(cfg.policy or Path(cfg.out) / "base"), trained_on=cfg.images or "procedural wild photos")
-    return bank_prob if run.start < run.steps else None
 
 
 def mean(values):
     return sum(values) / len(values)
 
 
+def report_wild(cfg):
+    """Before/after table on held-out scenes, the judge beside it, a picture; writes OUT/report.json and OUT/panel.png."""
+    out = Path(cfg.out)
+    before, after = load_predictor(cfg.policy or out / "base"), load_predictor(out / "grpo")
+    judge_model = load_judge(cfg.judge or out / "judge")
+    results = []
+    for name in ("wild", "synthetic", "broad"):
+        maps = data.ScenePool(name, "test", cfg.eval_images, cfg.size).all()
+        pairs = evaluation.eval_pairs(maps, 40, judge_model.grid, 0)
+        pred = [evaluation.predict(p, maps["rgb"], cfg.eval_steps, 0) for p in (before, after)]
+        values = [evaluation.score(p, maps, pairs) for p in pred]
+        results.append(evaluation.report(name, values[1], values[0], evaluation.judge_scores(judge_model, maps, pairs)))
+        if name == "wild":
+            save_panel(out / "panel.png", maps["rgb"], *pred, truth=maps)
+    runtime.write_json(out / "report.json", dict(about=runtime.about(), seed=cfg.seed, tables=results))
+    print(f"\nwritten: {out}/report.json, {out}/panel.png; maps of your own photos: python predictor.py PHOTO --checkpoint {out}/grpo")
+
+
+def report_photos(cfg, device):
+    """Figures that need no ground truth, before and after, on the photos of --images; writes OUT/photos.json and a panel."""
+    out = Path(cfg.out)
+    photos, pts, prob, names = judged_photos(cfg, device)
+    rgb = photos.float() / 255
+    policies = [load_predictor(path).to(device) for path in (cfg.policy or out / "base", out / "grpo")]
+    pred = [evaluation.predict(p, rgb, cfg.eval_steps, 0) for p in policies]
+    rows = {}
+    for k, m in enumerate(NAMES):
+        per_photo = [(a * w[:, None]).sum(-1)[:, 0].numpy() for a, w in
+                     (agreement_of(p[m][:, None], pts, prob[..., k], m, cfg) for p in pred)]
+        rows[f"reward/{m}"] = per_photo
+    rows["depth-normal RMSE"] = [evaluation.photo_scores(p) for p in pred]
+    result = {"n": len(rgb), "judge/confidence": {m: float((2 * prob[..., k] - 1).abs().mean()) for k, m in enumerate(NAMES)}}
+    lines = []
+    for name, (a, b) in rows.items():
+        change, low, high = metrics.bootstrap_interval(a, b)
+        result[name] = dict(base=float(a.mean()), x=float(b.mean()), change=change, low=low, high=high)
+        lines.append((name, f"confidence {result['judge/confidence'][name[7:]]:.3f}" if name.startswith("reward") else "ours",
+                      f"{a.mean():.4f}", f"{b.mean():.4f}", f"{change:+.4f}", f"[{low:+.4f}, {high:+.4f}]"))
+    evaluation.table(f"{cfg.images}: {len(rgb)} photos, the ones trained on; no ground truth exists; paired bootstrap 95 %",
+                     lines, ("figure", "judge", "base", "X", "change", "95 %"))
+    runtime.write_json(out / "photos.json", dict(about=runtime.about(), seed=cfg.seed, **result))
+    save_panel(out / "photos.png", rgb, *pred, labels=names)
+
+
+def save_panel(path, rgb, before, after, truth=None, labels=None, rows=4):
+    """Picture: a row per photo with each modality before, after and, if known, in truth."""
+    tiles = []
+    for i in range(min(rows, len(rgb))):
+        tiles.append((labels[i] if labels else "photo", rgb[i].numpy()))
+        for m in NAMES:
+            for word, maps in (("base", before), ("X", after), ("truth", truth)):
+                if maps is not None:
+                    value = maps[m][i]
+                    if word == "truth" and m == "depth":                        # sky as far as the farthest surface
+                        value = value.masked_fill(~truth["mask"][i], value[truth["mask"][i]].max())
+                    tiles.append((f"{m} {word}", data.display(m, value.numpy())))
+    data.save_png(path, data.panel(tiles, columns=len(tiles) // min(rows, len(rgb))))
+
+
 def main(argv=None):
     preset, cfg, dry_run = parse(argv)
+    if dry_run:
+        return print_plan(preset, cfg)
     device = runtime.setup(cfg)
-    base(cfg, device)
-    judge(cfg, device)
-    tune(cfg, device)
+    kernels.use(cfg.kernels)
+    if runtime.rank() == 0:
+        print(f"preset {preset}, seed {cfg.seed}, {device}, {torch.get_num_threads()} threads, {kernels.describe()}; "
+              f"run folder {cfg.out}", flush=True)
+    if cfg.images:                                                              # a wrong folder must fail before hours of work
+        data.find_images(cfg.images)
+    stages = dict(base=base, judge=judge, grpo=tune)
+    for name in stages if cfg.stage == "all" else (cfg.stage,):
+        stages[name](cfg, device)
+        runtime.barrier()
+    if runtime.rank() == 0 and cfg.stage in ("all", "grpo") and not cfg.stop_at:
+        if cfg.images:
+            report_photos(cfg, device)
+        if cfg.stage == "all" or not cfg.images:
+            report_wild(cfg)
+
+
+def print_plan(preset, cfg):
+    """Print the settings and the batch arithmetic (--dry-run)."""
+    rows = cfg.batch * (4 if cfg.modalities == "joint" else 1)
+    print(json.dumps(dict(preset=preset, **asdict(cfg)), indent=1))
+    print(f"base: {cfg.base_steps} steps x {cfg.base_batch} photos x 4 modalities\n"
+          f"judge: {cfg.judge_steps} steps x {cfg.judge_batch} marked photos x 4 questions\n"
+          f"bank: {cfg.photos} photos x {cfg.bank_pairs} pairs x 4 questions, asked once\n"
+          f"grpo: {cfg.steps} steps x {rows} rows x {cfg.group} samples = {cfg.steps * rows * cfg.group} samples, "
+          f"{cfg.pairs} pairs each; {cfg.steps * cfg.batch / cfg.photos:.1f} epochs")
+
 
 if __name__ == "__main__":
     runtime.run_command(main, "train.py")
