@@ -19,6 +19,7 @@ class Config:
     seed: int = 0                    # everything random derives from it
     device: str = "auto"             # auto, cpu or cuda
     threads: int = 0                 # CPU threads; 0: as torch chooses
+    precision: str = "auto"          # of the networks in training: bf16 where the hardware has it (auto), bf16 or fp32
     kernels: str = "auto"            # auto (Triton on a GPU, torch elsewhere) or torch
     save_every: int = 100            # steps between checkpoints
     stop_at: int = 0                 # stop a stage after this many steps as if interrupted; 0: run to its end
@@ -88,7 +89,7 @@ PRESETS = {
     "mini": dict(
         size=32, width=128, encoder_layers=4, layers=3, heads=4, patch=4, eval_steps=10,
         base_scenes=8000, base_steps=2000, base_batch=32, base_lr=1e-3, base_muon=2e-3, base_ema=0.995,
-        judge_scenes=16000, judge_steps=2500, judge_batch=64, judge_lr=1e-3, judge_muon=2e-3, judge_decay=0.02,
+        judge_scenes=16000, judge_steps=2400, judge_batch=64, judge_lr=1e-3, judge_muon=4e-3, judge_decay=0.02,
         judge_width=128, judge_vision_layers=5, judge_text_layers=2, judge_heads=4, judge_patch=4,
         photos=384, pairs=48, bank_pairs=64, sample_steps=8, credit="pair", rollout="branch", reward="soft",
         modalities="joint", balance=1, norm="global", steps=400, batch=8, clip=0.1, kl_weight=0.1, lr=2e-4, ema=0.98),
@@ -105,6 +106,7 @@ PRESETS = {
 }
 CHOICES = {
     "stage": ("all", "base", "judge", "grpo"), "device": ("auto", "cpu", "cuda"), "kernels": ("auto", "torch"),
+    "precision": ("auto", "bf16", "fp32"),
     "exploration": ("flow", "ddim"), "credit": ("global", "pair"), "rollout": ("full", "branch"),
     "reward": ("hard", "soft"), "modalities": ("one", "joint"), "norm": ("group", "global", "none"),
 }

@@ -4,7 +4,6 @@
     python eval.py --dataset scenes --data DIR --checkpoint X --compare BASE
 Procedural sets use test scenes, which no stage trains or is tuned on. Numbers are unweighted means over images.
 """
-import argparse
 import sys
 from pathlib import Path
 
@@ -16,11 +15,12 @@ import metrics
 from config import Parser
 from judge import load_judge, true_relations
 from predictor import NAMES, load_predictor, sample_ode
-from relations import LUMA, MODALITIES, at_points, margin, sample_pairs
+from relations import at_points, margin, sample_pairs
 from runtime import UserError, generator, run_command, write_json
 from scenes import srgb_decode
 
 PROCEDURAL = ("synthetic", "broad", "wild")
+DEPTH_RANGE = (0.1, 100.0)        # metres, clips aligned predictions
 METRICS = {  # name: (modality, text, better)
     "depth/abs_rel": ("AbsRel, least-squares scale and shift", -1),
     "depth/delta1": ("delta1, same alignment", 1),
@@ -96,8 +96,10 @@ def score(pred, maps, pairs):
               for w, v in (("pred", pred), ("true", maps)) for m in ("albedo", "irradiance")}
     mask = maps["mask"][:, 0].numpy()
     for i, ok in enumerate(mask):
-        depth = metrics.depth_metrics(pred["depth"][i, 0].double().numpy(),
-                                      maps["depth"][i, 0].masked_fill(~maps["mask"][i, 0], 1.0).double().numpy(), ok)
+        true = maps["depth"][i, 0].masked_fill(~maps["mask"][i, 0], 1.0).double().numpy()
+        guess = pred["depth"][i, 0].double().numpy()
+        scale, shift = metrics.align_depth(guess, true, ok)
+        depth = metrics.depth_metrics((scale * guess + shift).clip(*DEPTH_RANGE), true, ok)
         out["depth/abs_rel"].append(depth["abs_rel"])
         out["depth/delta1"].append(depth["delta1"])
         angle = metrics.normal_error(pred["normal"][i].numpy(), maps["normal"][i].numpy())
@@ -241,6 +243,7 @@ def main(argv=None):
         if not args.data:
             raise UserError("eval.py: --dataset scenes needs --data FOLDER with ID_rgb.png and its four maps; see README, Data")
         maps = data.scene_batch(args.data, args.size)
+        maps["depth"] = maps["depth"] + 1                                       # files are affine in [0, 1]: no zero to divide by
     else:
         maps = data.ScenePool(args.dataset, "test", args.images, args.size).all()
     grid = judge.grid if judge is not None else 1

@@ -95,19 +95,24 @@ def gaussian_kl(mean, mean_ref, std):
     return (mean - mean_ref).square().flatten(1).mean(1) / (2 * std.square())
 
 
+def is_unanimous(reward):
+    """Groups whose samples got the same reward, but for the rounding of a sum over pairs: (B, G) -> (B,) bool."""
+    return (reward - reward[:, :1]).abs().amax(1) < 1e-6
+
+
 def group_advantage(reward, norm="group"):
     """Centre rewards in their group and scale them (ReasonX eq. for A_i; GRPO).
 
     reward   (B, G) in [0, 1]
     norm     "group": by the group's population std (paper); "global": by the std over all centred rewards; "none"
-    returns  (B, G), zero mean per row; a unanimous row is exactly zero
+    returns  (B, G), zero mean per row; a unanimous row (equal to 1e-6) is exactly zero, not rounding noise scaled up
     raises   ValueError when G < 2 or norm is unknown
     """
     if reward.ndim != 2 or reward.shape[1] < 2:
         raise ValueError(f"grpo.group_advantage: got rewards {tuple(reward.shape)}; want (B, G) with G >= 2")
     if norm not in ("group", "global", "none"):
         raise ValueError(f"grpo.group_advantage: got norm {norm!r}; want group, global or none")
-    unanimous = (reward == reward[:, :1]).all(1, keepdim=True)
+    unanimous = is_unanimous(reward)[:, None]
     adv = (reward - reward.mean(1, keepdim=True)).masked_fill(unanimous, 0.0)
     if norm == "none":
         return adv
@@ -122,16 +127,21 @@ def pair_credit(agree, weight, pts, size, width):
     pts      (B, P, 2, 2) pixels of the state;  size (h, w) of the state
     width    px, standard deviation of the Gaussian; inf spreads each pair over the whole map
     returns  (B, G, h, w). Its mean over pixels is the centred reward, whatever the width, and at width inf it is
-             constant: the scalar estimator with norm "none".
+             constant: the scalar estimator with norm "none". A pair the group agrees on gives exactly 0.
+    raises   ValueError for points outside the state or a width that is not positive
     """
     h, w = size
     B, G, P = agree.shape
-    adv = (agree - agree.mean(1, keepdim=True)) * weight[:, None]               # (B, G, P)
+    if not width > 0 or (pts.numel() and (pts.min() < 0 or (pts >= pts.new_tensor([h, w])).any())):
+        raise ValueError(f"grpo.pair_credit: got width {width} and points up to {pts.flatten(0, -2).amax(0).tolist() if pts.numel() else []}; "
+                         f"want width > 0 and points inside the {h} x {w} state")
+    unanimous = (agree == agree[:, :1]).all(1, keepdim=True)
+    adv = (agree - agree.mean(1, keepdim=True)).masked_fill(unanimous, 0.0) * weight[:, None]       # (B, G, P)
     if math.isinf(width):
         return adv.sum(-1)[..., None, None].expand(B, G, h, w)
     profile = lambda n, centre: torch.exp(-(torch.arange(n, device=pts.device) - centre[..., None]).square()  # noqa: E731
                                           / (2 * width**2))
-    row, col = profile(h, pts[..., 0].float()), profile(w, pts[..., 1].float())  # (B, P, 2, h), (B, P, 2, w)
+    row, col = profile(h, pts[..., 0].to(adv.dtype)), profile(w, pts[..., 1].to(adv.dtype))  # (B, P, 2, h), (B, P, 2, w)
     row = row / row.sum(-1, keepdim=True)
     col = col / col.sum(-1, keepdim=True)
     row = (h * w / 2) * row[:, None] * adv[..., None, None]                    # (B, G, P, 2, h)
@@ -163,19 +173,21 @@ class Step:
 def rollout(velocity, x, grid, group, mode, step, noise, rng):
     """Sample a group of maps per row.
 
-    velocity  (x (N, c, h, w), t (N,), repeats) -> v; repeats: how many samples each row of the condition has
+    velocity  (x (N, c, h, w), t float) -> v; the N / R samples of a row lie side by side
     x         (R, c, h, w) initial noise, shared by a group;  grid: T + 1 times from 1 to 0
     mode      "full" (paper): every step but the last is stochastic; "branch": one step, drawn from rng, is
     step      one of STEPS.values();  noise: its scale (a or eta)
     returns   x_0 (R, G, c, h, w), list of Steps
     """
     T, R = len(grid) - 1, len(x)
+    if mode not in ("full", "branch") or T < 2:
+        raise ValueError(f"grpo.rollout: got mode {mode!r}, {T} steps; want 'full' or 'branch' and at least 2 steps")
     branch = int(torch.randint(T - 1, (1,), generator=rng)) if mode == "branch" else 0
     steps = []
     if mode == "full":
         x = x.repeat_interleave(group, 0)
     for i, (t, s) in enumerate(zip(grid, grid[1:], strict=False)):
-        v = velocity(x, torch.full((len(x),), t, device=x.device), len(x) // R)
+        v = velocity(x, t)
         if i == T - 1 or (mode == "branch" and i != branch):
             x = x + (s - t) * v
             continue
@@ -197,7 +209,7 @@ def step_loss(v, v_ref, taken, step, noise, advantage, clip, kl_weight):
     R, K = taken.x_next.shape[:2]
     zero = torch.zeros_like(taken.x)
     mean = step(taken.x, v, taken.t, taken.s, noise, zero)[1]
-    mean_ref = step(taken.x, v_ref, taken.t, taken.s, noise, zero)[1]
+    mean_ref = step(taken.x, v_ref.detach(), taken.t, taken.s, noise, zero)[1]
     density = log_prob if advantage.ndim == 2 else step_logprob_map
     many = lambda m: m[:, None].expand(-1, K, -1, -1, -1).flatten(0, 1)         # noqa: E731
     x_next = taken.x_next.flatten(0, 1)

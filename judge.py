@@ -22,8 +22,13 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers import (InternVLConfig, InternVLForConditionalGeneration, InternVLVisionConfig, PreTrainedTokenizerFast,
-                          Qwen2Config)
+from transformers import (
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLVisionConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
 
 import data
 from config import Parser

@@ -14,6 +14,7 @@ Conventions owned here: pts (..., P, 2, 2) integer pixels, [..., 0, :] red, [...
 Camera frame: x right, y up, z toward the camera. Depth is planar z, smaller is closer, up to scale and shift.
 Source: ReasonX (arXiv 2512.04222); questions, answers, marker and distance bands as in its released judge.
 """
+import math
 import re
 from dataclasses import dataclass
 from os.path import commonprefix
@@ -123,7 +124,9 @@ def margin(maps, pts, modality, window=0):
     value = at_points(maps, pts, window)                                        # (..., P, 2, C)
     red, green = value[..., 0, :], value[..., 1, :]
     if modality == "depth":
-        return (green - red)[..., 0] / finite_range(maps)[..., None].clamp_min(1e-12)
+        gap = (green - red)[..., 0]
+        ok = gap.isfinite()                                                     # keeps NaN out of the others' gradient
+        return torch.where(ok, torch.where(ok, gap, 0.0) / finite_range(maps)[..., None].clamp_min(1e-12), torch.nan)
     if modality == "normal":
         return (red[..., 2] - green[..., 2]) / 2
     if modality == "irradiance":
@@ -206,8 +209,11 @@ def sample_pairs(batch, size, n, generator, mask=None, grid=1, tries=24):
     valid = allowed.gather(1, index.flatten(1)).view(index.shape).all(-1) & inside & (index[..., 0] != index[..., 1])
     first = valid.to(torch.int8).argmax(-1)                                     # (B, n)
     index = index.gather(2, first[..., None, None].expand(-1, -1, 1, 2))[:, :, 0]
+    inner = torch.zeros(H, W, dtype=torch.bool)
+    inner[math.ceil(border):H - math.ceil(border), math.ceil(border):W - math.ceil(border)] = True
     for image, pair in (~valid.any(-1)).nonzero().tolist():
-        index[image, pair] = torch.multinomial(allowed[image].float(), 2, generator=generator)
+        choice = allowed[image] & inner.flatten()
+        index[image, pair] = torch.multinomial((choice if choice.sum() > 1 else allowed[image]).float(), 2, generator=generator)
     return torch.stack((index // W, index % W), -1)                             # (B, n, 2, 2)
 
 

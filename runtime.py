@@ -53,6 +53,16 @@ def setup(cfg):
     return torch.device("cuda", local) if use_cuda else torch.device("cpu")
 
 
+def autocast(precision, device):
+    """Context for the networks' forward passes: bf16 products where the hardware has them ("auto"), "bf16" or "fp32".
+
+    Likelihoods, losses and weights stay fp32. A CPU without bf16 instructions runs fp32, about half as fast.
+    """
+    native = torch.cuda.is_bf16_supported() if device.type == "cuda" else \
+        getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16" or (precision == "auto" and native))
+
+
 def barrier():
     """Wait for all ranks (nothing to do for one process)."""
     if world() > 1:

@@ -60,7 +60,8 @@ def base(cfg, device):
     for step in run.loop("base", cfg.stop_at):
         rng = run.rng(step, SEEDS["base"])
         maps = scenes.draw(batch, rng, device)
-        loss = flow_loss(policy, maps, tuple(MODALITIES), rng)
+        with runtime.autocast(cfg.precision, device):
+            loss = flow_loss(policy, maps, tuple(MODALITIES), rng)
         norm = run.update(loss, [params], cosine(step, cfg.base_steps, warmup=100))
         ema_update(average, policy, min(cfg.base_ema, (step + 1) / (step + 10)))
         run.log(step, show=("loss",), **{"loss": loss.detach(), "grad/norm": norm})
@@ -84,7 +85,8 @@ def judge(cfg, device):
     for step in run.loop("judge", cfg.stop_at):
         rng = run.rng(step, SEEDS["judge"])
         maps = scenes.draw(batch, rng, device)
-        loss, stats = judge_loss(model, probe, maps, answers=step >= warm, rng=rng)
+        with runtime.autocast(cfg.precision, device):
+            loss, stats = judge_loss(model, probe, maps, answers=step >= warm, rng=rng)
         norm = run.update(loss, [vision, text], cosine(step, cfg.judge_steps, warmup=100))
         run.log(step, show=("loss/pairs", "loss/answers"), **stats, **{"grad/norm": norm})
     if run.finished():
@@ -142,6 +144,74 @@ def credit_of(agree, weight, pts, size, cfg):
     return torch.where(scale > 0, credit / scale.clamp_min(1e-12), 0.0), reward
 
 
+class Rows:
+    """The (modality, photo) rows of one step: M modalities of B photos, modality-major.
+
+    rgb (B, 3, H, W); names: M modalities; index (M*B,) modality of each row; pts (B, P, 2, 2); prob (B, P, 4)
+    """
+
+    def __init__(self, cfg, photos, bank_pts, bank_prob, batch, rng, device):
+        picked = torch.randint(len(photos), (batch,), generator=rng)
+        chosen = torch.stack([torch.randperm(cfg.bank_pairs, generator=rng)[:cfg.pairs] for _ in range(batch)])
+        one = int(torch.randint(len(NAMES), (1,), generator=rng))
+        self.rgb = photos[picked].to(device).float() / 255
+        self.names = NAMES if cfg.modalities == "joint" else NAMES[one:one + 1]
+        self.index = torch.tensor([NAMES.index(m) for m in self.names], device=device).repeat_interleave(batch)
+        self.pts = bank_pts[picked[:, None], chosen].to(device)
+        self.prob = bank_prob[picked[:, None], chosen].to(device)
+        self.amp = runtime.autocast(cfg.precision, device)
+
+    def encode(self, net):
+        """Condition of every row: (M*B, ...)."""
+        with self.amp:
+            return net.encode(self.rgb).repeat(len(self.names), 1, 1)
+
+    def velocity(self, net, cond, x, t):
+        """v of states x (M*B*K, c, h, w), K samples of a row side by side, at time t (float)."""
+        K = len(x) // len(self.index)
+        with self.amp:
+            return net.velocity(x, torch.full((len(x),), t, device=x.device), cond.repeat_interleave(K, 0),
+                                self.index.repeat_interleave(K))
+
+
+@torch.no_grad()
+def explore(policy, rows, cfg, rng):
+    """Sample a group per row, compare it with the judge.
+
+    returns  trained steps, advantage (M*B, G) or (M*B, G, h, w), dict of reward statistics
+    """
+    cond, B = rows.encode(policy), len(rows.rgb)
+    x = torch.randn(len(rows.index), *policy.shape(rows.rgb), generator=rng).to(rows.rgb.device)    # one noise per group
+    x0, taken = grpo.rollout(lambda x, t: rows.velocity(policy, cond, x, t), x, times(cfg.sample_steps), cfg.group,
+                             cfg.rollout, grpo.STEPS[cfg.exploration], cfg.noise, rng)              # (M*B, G, c, h, w)
+    advantage, stats = [], {}
+    for m, part in zip(rows.names, x0.split(B), strict=True):
+        pred = policy.decode(part.flatten(0, 1), m).unflatten(0, (B, cfg.group))                    # (B, G, C, H, W)
+        agree, weight = agreement_of(pred, rows.pts, rows.prob[..., NAMES.index(m)], m, cfg)        # (B, G, P), (B, P)
+        adv, reward = credit_of(agree, weight, rows.pts, x0.shape[-2:], cfg)
+        advantage.append(adv)
+        stats |= {f"reward/{m}": reward.mean(), f"reward/{m}_spread": reward.std(1, correction=0).mean(),
+                  f"reward/{m}_unanimous": grpo.is_unanimous(reward).float().mean()}
+    return taken, torch.cat(advantage), stats | {"reward": mean([stats[f"reward/{m}"] for m in rows.names])}
+
+
+def surrogate(policy, ref, rows, taken, advantage, cfg):
+    """Loss of the trained steps (mean) and what the log shows of them."""
+    cond, loss, parts = rows.encode(policy), 0.0, []
+    with torch.no_grad():
+        cond_ref = rows.encode(ref)
+    for one in taken:
+        v = rows.velocity(policy, cond, one.x, one.t)
+        with torch.no_grad():
+            v_ref = rows.velocity(ref, cond_ref, one.x, one.t)
+        credit = advantage if len(one.x) == len(rows.index) else advantage.flatten(0, 1)[:, None]
+        term, part = grpo.step_loss(v, v_ref, one, grpo.STEPS[cfg.exploration], cfg.noise, credit, cfg.clip, cfg.kl_weight)
+        loss = loss + term / len(taken)
+        parts.append(part)
+    return loss, {f"policy/{k}": f([p[k] for p in parts]) for k, f in
+                  dict(ratio_min=min, ratio_max=max, clip_frac=mean, kl=mean).items()}
+
+
 def tune(cfg, device):
     """GRPO against the frozen judge, without ground truth; writes OUT/grpo."""
     policy = load_predictor(cfg.policy or Path(cfg.out) / "base").to(device)
@@ -154,65 +224,26 @@ def tune(cfg, device):
     if run.start < run.steps:
         photos, bank_pts, bank_prob, _ = judged_photos(cfg, device)
         replay = data.ScenePool("synthetic", "train", cfg.base_scenes, cfg.size) if cfg.replay else None
-    step_rule, grid = grpo.STEPS[cfg.exploration], times(cfg.sample_steps)
-
     for step in run.loop("grpo", cfg.stop_at):
         rng = run.rng(step, SEEDS["grpo"])
-        picked = torch.randint(len(photos), (batch,), generator=rng)
-        rgb = photos[picked].to(device).float() / 255                           # (B, 3, H, W)
-        names = NAMES if cfg.modalities == "joint" else (NAMES[int(torch.randint(4, (1,), generator=rng))],)
-        M, B = len(names), batch
-        index = torch.tensor([NAMES.index(m) for m in names], device=device).repeat_interleave(B)    # (M*B,)
-        chosen = torch.stack([torch.randperm(cfg.bank_pairs, generator=rng)[:cfg.pairs] for _ in range(B)])
-        pts = bank_pts[picked[:, None], chosen].to(device)                      # (B, P, 2, 2)
-        prob = bank_prob[picked[:, None], chosen].to(device)                    # (B, P, 4)
-
-        def velocity_of(net, cond, x, t, repeats=1):
-            return net.velocity(x, t, cond.repeat_interleave(repeats, 0), index.repeat_interleave(repeats))
-
-        with torch.no_grad():
-            cond = policy.encode(rgb).repeat(M, 1, 1)
-            x = torch.randn(M * B, *policy.shape(rgb), generator=rng).to(device)   # shared by the group
-            x0, taken = grpo.rollout(lambda x, t, n: velocity_of(policy, cond, x, t, n), x, grid, cfg.group, cfg.rollout,
-                                     step_rule, cfg.noise, rng)                 # x0 (M*B, G, c, h, w)
-            advantage, stats = [], {}
-            for m, part in zip(names, x0.split(B), strict=True):
-                pred = policy.decode(part.flatten(0, 1), m).unflatten(0, (B, cfg.group))
-                agree, weight = agreement_of(pred, pts, prob[..., NAMES.index(m)], m, cfg)
-                adv, reward = credit_of(agree, weight, pts, x0.shape[-2:], cfg)
-                advantage.append(adv)
-                stats |= {f"reward/{m}": reward.mean(), f"reward/{m}_spread": reward.std(1, correction=0).mean(),
-                          f"reward/{m}_unanimous": (reward == reward[:, :1]).all(1).float().mean()}
-            advantage = torch.cat(advantage)                                    # (M*B, G) or (M*B, G, h, w)
-            cond_ref = ref.encode(rgb).repeat(M, 1, 1)
+        rows = Rows(cfg, photos, bank_pts, bank_prob, batch, rng, device)
+        taken, advantage, stats = explore(policy, rows, cfg, rng)
         for update in range(cfg.updates):
-            cond = policy.encode(rgb).repeat(M, 1, 1)
-            loss, parts = 0.0, []
-            for one in taken:
-                t = torch.full((len(one.x),), one.t, device=device)
-                v = velocity_of(policy, cond, one.x, t, len(one.x) // (M * B))
-                with torch.no_grad():
-                    v_ref = velocity_of(ref, cond_ref, one.x, t, len(one.x) // (M * B))
-                adv = advantage if cfg.rollout == "branch" else advantage.flatten(0, 1)[:, None]
-                term, part = grpo.step_loss(v, v_ref, one, step_rule, cfg.noise, adv, cfg.clip, cfg.kl_weight)
-                loss = loss + term / len(taken)
-                parts.append(part)
-            if update == 0 and any(p["ratio_min"] != 1 or p["ratio_max"] != 1 for p in parts):
-                raise FloatingPointError(f"grpo: step {step}: ratio is not 1 before the first update; "
-                                         "the rollout and the update computed different velocities")
+            loss, parts = surrogate(policy, ref, rows, taken, advantage, cfg)
+            if update == 0 and not parts["policy/ratio_min"] == parts["policy/ratio_max"] == 1:
+                raise FloatingPointError(f"grpo: step {step}: the ratio is not 1 before the first update; "
+                                         "rollout and update computed different velocities")
             if cfg.replay:
-                maps = replay.draw(batch, rng, device)
-                loss = loss + cfg.replay * flow_loss(policy, maps, names, rng)
+                with rows.amp:
+                    loss = loss + cfg.replay * flow_loss(policy, replay.draw(batch, rng, device), rows.names, rng)
             norm = run.update(loss, [params], cosine(step, cfg.steps, warmup=10))
         ema_update(average, policy, min(cfg.ema, (step + 1) / (step + 10)))
-        stats |= {f"policy/{k}": f([p[k] for p in parts]) for k, f in
-                  dict(ratio_min=min, ratio_max=max, clip_frac=mean, kl=mean).items()}
-        if cfg.eval_every and ((step + 1) % cfg.eval_every == 0 or step == 0):
+        if cfg.eval_every and ((step + 1) % cfg.eval_every == 0 or step == 0) and runtime.rank() == 0:
             stats |= evaluation.diagnose(average, cfg.size, cfg.eval_steps)
-        stats["reward"] = sum(stats[f"reward/{m}"] for m in names) / M
-        run.log(step, show=("reward", "policy/kl"), **stats, **{"grad/norm": norm, "loss": loss.detach()})
+        run.log(step, show=("reward", "policy/kl"), **stats, **parts, **{"grad/norm": norm, "loss": loss.detach()})
     if run.finished():
-        average.save(run.folder, base=str(cfg.policy or Path(cfg.out) / "base"), trained_on=cfg.images or "procedural wild photos")
+        average.save(run.folder, base=str(cfg.policy or Path(cfg.out) / "base"),
+                     trained_on=cfg.images or "procedural wild photos")
 
 
 def mean(values):

@@ -1,0 +1,166 @@
+"""bank.py: nothing is asked twice, and nothing stale is ever found."""
+import pytest
+import torch
+
+import relations
+from bank import Bank
+from relations import MODALITIES
+
+
+class Counting:
+    """A judge that counts, and whose answer is a function of photo and points."""
+
+    size, grid = 32, 4
+
+    def __init__(self, name="a"):
+        self.name, self.pairs, self.calls = name, 0, 0
+
+    def digest(self):
+        return self.name
+
+    def ask(self, rgb, pts):
+        B, P = pts.shape[:2]
+        self.pairs, self.calls = self.pairs + B * P, self.calls + 1
+        assert rgb.shape == (B, 3, self.size, self.size) and 0 <= rgb.min() and rgb.max() <= 1
+        key = pts.flatten(2).float() @ torch.tensor([1.0, 0.37, 0.11, 0.05]) + rgb.mean((1, 2, 3))[:, None]
+        return (key[..., None] * torch.arange(1, len(MODALITIES) + 1)).sin() / 2 + 0.5
+
+
+@pytest.fixture
+def photos():
+    return torch.randint(0, 256, (5, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+
+def files(folder):
+    return sorted(p for p in folder.rglob("*") if p.is_file())
+
+
+def test_each_pair_is_asked_once_and_a_second_fill_asks_nothing(tmp_path, photos):
+    judge = Counting()
+    bank = Bank(tmp_path, judge)
+    pts, prob = bank.fill(photos, 24)
+    assert judge.pairs == 5 * 24 == bank.asked and bank.known == 0
+    again = bank.fill(photos, 24)
+    assert judge.pairs == 5 * 24 and bank.known == 5 * 24
+    assert torch.equal(pts, again[0]) and torch.equal(prob, again[1])
+
+
+def test_shapes_types_and_the_judge_s_own_answers(tmp_path, photos):
+    judge = Counting()
+    pts, prob = Bank(tmp_path, judge).fill(photos, 20)
+    assert pts.shape == (5, 20, 2, 2) and pts.dtype == torch.int64
+    assert prob.shape == (5, 20, len(MODALITIES)) and prob.dtype == torch.float32
+    want = torch.cat([judge.ask(photos[i:i + 1].float() / 255, pts[i:i + 1]) for i in range(5)])
+    assert torch.equal(prob, want)
+
+
+def test_a_larger_request_asks_only_the_rest(tmp_path, photos):
+    judge = Counting()
+    first = Bank(tmp_path, judge).fill(photos, 10)
+    assert judge.pairs == 50
+    second = Bank(tmp_path, judge).fill(photos, 37)
+    assert judge.pairs == 5 * 37
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b[:, :10])
+
+
+def test_a_smaller_request_asks_nothing_and_keeps_the_rest(tmp_path, photos):
+    judge = Counting()
+    bank = Bank(tmp_path, judge)
+    full = bank.fill(photos, 30)
+    part = bank.fill(photos, 7)
+    assert torch.equal(part[0], full[0][:, :7]) and torch.equal(part[1], full[1][:, :7])
+    bank.fill(photos, 30)
+    assert judge.pairs == 5 * 30
+
+
+def test_answers_survive_on_disk(tmp_path, photos):
+    want = Bank(tmp_path, Counting()).fill(photos, 16)
+    silent = Counting()
+    got = Bank(tmp_path, silent).fill(photos, 16)
+    assert silent.calls == 0 and all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
+
+
+def test_a_photo_is_found_whatever_its_place_in_the_batch(tmp_path, photos):
+    judge = Counting()
+    pts, prob = Bank(tmp_path, judge).fill(photos, 16)
+    again = Bank(tmp_path, judge).fill(photos.flip(0), 16)
+    assert judge.pairs == 5 * 16 and torch.equal(again[1].flip(0), prob) and torch.equal(again[0].flip(0), pts)
+
+
+def test_the_same_photo_twice_is_asked_once(tmp_path, photos):
+    judge = Counting()
+    pts, _ = Bank(tmp_path, judge).fill(photos[[0, 0]], 16)
+    assert judge.pairs == 16 and torch.equal(pts[0], pts[1])
+
+
+def test_one_changed_pixel_finds_nothing(tmp_path, photos):
+    judge = Counting()
+    Bank(tmp_path, judge).fill(photos[:1], 16)
+    changed = photos[:1].clone()
+    changed[0, 0, 0, 0] ^= 1
+    Bank(tmp_path, judge).fill(changed, 16)
+    assert judge.pairs == 32
+
+
+@pytest.mark.parametrize("name, value", [("RADIUS", 6.0), ("LINE", 2.0), ("DOT", 2.0), ("SMALLEST_MARKER", 0.5),
+                                         ("RED", (0.9, 0.0, 0.0))])
+def test_a_changed_marker_finds_nothing(tmp_path, photos, monkeypatch, name, value):
+    judge = Counting()
+    Bank(tmp_path, judge).fill(photos[:1], 16)
+    assert getattr(relations, name) != value
+    monkeypatch.setattr(relations, name, value)
+    Bank(tmp_path, judge).fill(photos[:1], 16)
+    assert judge.pairs == 32
+
+
+def test_another_judge_finds_nothing(tmp_path, photos):
+    first, second = Counting("a"), Counting("b")
+    Bank(tmp_path, first).fill(photos[:1], 16)
+    Bank(tmp_path, second).fill(photos[:1], 16)
+    assert second.pairs == 16
+
+
+def test_a_judge_on_another_grid_finds_nothing(tmp_path, photos):
+    first, second = Counting(), Counting()
+    second.grid = 2
+    Bank(tmp_path, first).fill(photos[:1], 16)
+    Bank(tmp_path, second).fill(photos[:1], 16)
+    assert second.pairs == 16
+
+
+@pytest.mark.parametrize("keep", [0, 5, 60])
+def test_a_truncated_entry_is_named_and_asked_again(tmp_path, photos, capsys, keep):
+    judge = Counting()
+    want = Bank(tmp_path, judge).fill(photos[:2], 16)
+    victim = files(tmp_path)[0]
+    victim.write_bytes(victim.read_bytes()[:keep])
+    got = Bank(tmp_path, judge).fill(photos[:2], 16)
+    said = capsys.readouterr()
+    assert str(victim) in said.out + said.err and judge.pairs == 3 * 16
+    assert torch.equal(got[1], want[1])
+    Bank(tmp_path, judge).fill(photos[:2], 16)
+    assert judge.pairs == 3 * 16                                                # the entry was mended
+
+
+def test_no_partial_file_is_left(tmp_path, photos):
+    Bank(tmp_path, Counting()).fill(photos, 16)
+    assert len(files(tmp_path)) == 5 and all(p.suffix == ".safetensors" for p in files(tmp_path))
+
+
+def test_filling_leaves_the_global_random_state_alone(tmp_path, photos):
+    before = torch.get_rng_state()
+    Bank(tmp_path, Counting()).fill(photos, 16)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_points_lie_in_the_image_at_the_centres_of_the_judge_s_cells(tmp_path, photos):
+    pts, _ = Bank(tmp_path, Counting()).fill(photos, 48)
+    assert ((pts >= 0) & (pts < 32)).all() and (pts % 4 == 2).all()
+    assert (pts[..., 0, :] != pts[..., 1, :]).any(-1).all()
+
+
+def test_photos_get_different_pairs_of_their_own(tmp_path, photos):
+    pts, _ = Bank(tmp_path, Counting()).fill(photos[:2], 32)
+    other, _ = Bank(tmp_path / "elsewhere", Counting("b")).fill(photos[:2], 32)
+    assert not torch.equal(pts[0], pts[1]) and torch.equal(pts, other)

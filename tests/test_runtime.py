@@ -1,0 +1,318 @@
+"""runtime.py: stateless randomness, checkpoints and their refusals, logs, optimizers, the command wrapper."""
+import json
+import math
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import nn
+
+import runtime
+from runtime import CHECKPOINT, Run, UserError, cosine, ema_update, generator, optimizers, pack, run_command, unpack
+
+
+def net(seed=0):
+    """Two linear layers with biases: matrices for Muon, vectors for AdamW."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4))
+
+
+def make(folder, seed=0, settings=None, steps=4, muon=0.02, save_every=100):
+    """A Run on a fresh small network: (run, network, optimizers)."""
+    model = net(seed)
+    opts = optimizers([model], lr=0.01, muon=muon, weight_decay=0.01)
+    run = Run(folder, settings or dict(width=4), 0, steps, dict(policy=model), opts, save_every)
+    return run, model, opts
+
+
+def walk(run, model, stop_at=0):
+    """Regress random targets for the remaining steps."""
+    for step in run.loop("toy", stop_at):
+        x = torch.randn(16, 4, generator=run.rng(step))
+        norm = run.update((model(x) - x).square().mean(), [list(model.parameters())], cosine(step, run.steps))
+        run.log(step, **{"grad/norm": norm})
+
+
+def flat(model, opts):
+    return pack(dict(policy=model), opts)
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
+
+
+def strict(text):
+    """json.loads that refuses NaN and Infinity, which are not JSON."""
+    def refuse(word):
+        raise AssertionError(f"{word} is not JSON")
+    return json.loads(text, parse_constant=refuse)
+
+
+# randomness -----------------------------------------------------------------------------------------------------
+
+def test_a_key_always_gives_the_same_numbers():
+    assert torch.equal(torch.rand(9, generator=generator(1, 2, 3)), torch.rand(9, generator=generator(1, 2, 3)))
+
+
+def test_a_key_gives_the_same_seed_on_every_machine():
+    # written down once: other numbers here would make every recorded run another run
+    assert generator(0, 1).initial_seed() == 4547492189544328444
+    assert generator(3, 2**40).initial_seed() == 6538090011562234384
+
+
+def test_different_keys_give_different_numbers():
+    keys = [(), (0,), (1,), (0, 0), (0, 1), (1, 0), (1, 1), (0, 0, 1), (0, 1, 0), (2**40,), (-1,)]
+    seeds = {generator(*k).initial_seed() for k in keys} | {generator(0, 0, 0, i).initial_seed() for i in range(1000)}
+    assert len(seeds) == len(keys) + 1000
+
+
+def test_a_generator_leaves_the_global_state_alone():
+    before = torch.get_rng_state()
+    torch.rand(3, generator=generator(4))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_ranks_and_streams_draw_different_numbers(tmp_path, monkeypatch):
+    run = make(tmp_path)[0]
+    one, other = run.rng(3), run.rng(3, stream=1)
+    monkeypatch.setenv("RANK", "1")
+    seeds = {one.initial_seed(), other.initial_seed(), run.rng(3).initial_seed(), run.rng(4).initial_seed()}
+    assert len(seeds) == 4
+
+
+# learning rate, averaged weights ----------------------------------------------------------------------------------
+
+def test_cosine_falls_from_one_to_zero_and_warms_up():
+    assert cosine(0, 10) == 1 and abs(cosine(5, 10) - 0.5) < 1e-12 and abs(cosine(10, 10)) < 1e-12
+    values = [cosine(i, 10) for i in range(11)]
+    assert values == sorted(values, reverse=True)
+    assert [cosine(i, 10, warmup=4) for i in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+
+
+def test_ema_moves_by_one_minus_decay():
+    a, b = net(0), net(1)
+    want = [0.9 * p + 0.1 * q for p, q in zip(a.parameters(), b.parameters(), strict=True)]
+    ema_update(a, b, 0.9)
+    for got, w in zip(a.parameters(), want, strict=True):
+        torch.testing.assert_close(got, w, rtol=1e-6, atol=1e-7)                # one fp32 rounding
+
+
+# optimizers -------------------------------------------------------------------------------------------------------
+
+def test_muon_takes_hidden_matrices_and_adamw_the_rest():
+    model = nn.ModuleDict(dict(hidden=nn.Linear(4, 4), head=nn.Linear(4, 4), words=nn.Embedding(4, 4)))
+    adam, muon = optimizers([model], 0.1, 0.2, 0.0)
+    held = [{id(p) for g in opt.param_groups for p in g["params"]} for opt in (adam, muon)]
+    assert held[1] == {id(model.hidden.weight)}
+    assert held[0] == {id(p) for p in model.parameters()} - held[1]
+
+
+def test_without_muon_everything_is_adamw():
+    model = net()
+    only, = optimizers([model], 0.1, 0, 0.0)
+    assert isinstance(only, torch.optim.AdamW) and len(only.param_groups[0]["params"]) == len(list(model.parameters()))
+
+
+# checkpoints ------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("muon", [0, 0.02])
+def test_pack_then_unpack_restores_weights_and_optimizer_state(tmp_path, muon):
+    run, model, opts = make(tmp_path / "a", muon=muon)
+    walk(run, model)
+    kept = flat(model, opts)
+    assert any(k.startswith("opt0/") for k in kept) and bool(muon) == any(k.endswith("momentum_buffer") for k in kept)
+    _, other, other_opts = make(tmp_path / "b", seed=1, muon=muon)
+    unpack(kept, dict(policy=other), other_opts)
+    assert equal(kept, flat(other, other_opts))
+
+
+def test_packed_tensors_are_copies():
+    model = net()
+    kept = flat(model, [])
+    with torch.no_grad():
+        model[0].weight.zero_()
+    assert kept["policy/0.weight"].any()
+
+
+def test_stopping_and_resuming_is_bitwise_the_uninterrupted_run(tmp_path):
+    run, model, opts = make(tmp_path / "a")
+    walk(run, model)
+    again, half, half_opts = make(tmp_path / "b")
+    walk(again, half, stop_at=2)
+    assert not again.finished()
+    resumed, other, other_opts = make(tmp_path / "b", seed=7)
+    assert resumed.start == 2
+    walk(resumed, other)
+    assert resumed.finished() and equal(flat(model, opts), flat(other, other_opts))
+
+
+def test_a_checkpoint_names_its_step_settings_and_origin(tmp_path):
+    run, model, _ = make(tmp_path, settings=dict(width=4, lr=0.5))
+    walk(run, model)
+    with safe_open(tmp_path / CHECKPOINT, "pt") as f:
+        header = f.metadata()
+    assert header["step"] == "4" and json.loads(header["settings"]) == dict(width=4, lr=0.5)
+    assert header["torch"] == torch.__version__ and header["commit"]
+
+
+def test_config_json_holds_settings_command_versions_and_device(tmp_path):
+    make(tmp_path, settings=dict(width=4))
+    kept = strict((tmp_path / "config.json").read_text())
+    assert kept["settings"] == dict(width=4) and kept["seed"] == 0
+    assert all(kept[k] for k in ("command", "commit", "python", "torch", "transformers", "numpy", "device"))
+
+
+def test_a_changed_setting_is_refused_by_name_with_both_values(tmp_path):
+    run, model, _ = make(tmp_path, settings=dict(width=4, lr=0.5, gone=1))
+    walk(run, model, stop_at=1)
+    with pytest.raises(UserError) as error:
+        make(tmp_path, settings=dict(width=4, lr=0.25, new=2))
+    text = str(error.value)
+    assert "lr 0.5 -> 0.25" in text and "gone" in text and "new" in text and "width" not in text and "\n" not in text
+
+
+def test_another_seed_is_refused(tmp_path):
+    run, model, _ = make(tmp_path)
+    walk(run, model, stop_at=1)
+    other = net()
+    with pytest.raises(UserError, match="seed"):
+        Run(tmp_path, dict(width=4), 1, 4, dict(policy=other), optimizers([other], 0.01, 0.02, 0.01))
+
+
+@pytest.mark.parametrize("keep", [0, 7, 200])
+def test_a_truncated_checkpoint_is_named_in_one_line(tmp_path, keep):
+    run, model, _ = make(tmp_path)
+    walk(run, model)
+    path = tmp_path / CHECKPOINT
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(UserError) as error:
+        make(tmp_path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value) and "delete" in str(error.value)
+
+
+def test_no_partial_file_is_left_and_saves_happen_on_time(tmp_path, monkeypatch):
+    saved = []
+    real = Run.save
+    monkeypatch.setattr(Run, "save", lambda self, step: (saved.append(step), real(self, step)))
+    run, model, _ = make(tmp_path, steps=5, save_every=2)
+    walk(run, model)
+    assert saved == [2, 4, 5]
+    assert {p.name for p in tmp_path.iterdir()} == {CHECKPOINT, "config.json", "metrics.jsonl"}
+
+
+def test_a_failed_write_keeps_the_old_checkpoint(tmp_path, monkeypatch):
+    run, model, _ = make(tmp_path)
+    walk(run, model, stop_at=2)
+    old = (tmp_path / CHECKPOINT).read_bytes()
+    monkeypatch.setattr(runtime.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        run.save(3)
+    assert (tmp_path / CHECKPOINT).read_bytes() == old
+
+
+# updates ----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_non_finite_loss_stops_the_run_and_changes_nothing(tmp_path, bad):
+    run, model, opts = make(tmp_path)
+    walk(run, model, stop_at=1)
+    before = flat(model, opts)
+    with pytest.raises(FloatingPointError, match="loss"):
+        run.update(model(torch.ones(1, 4)).sum() * bad, [list(model.parameters())], 1.0)
+    assert equal(before, flat(model, opts))
+
+
+def test_a_non_finite_gradient_stops_the_run_and_changes_nothing(tmp_path):
+    run, model, opts = make(tmp_path)
+    walk(run, model, stop_at=1)
+    before = flat(model, opts)
+    with pytest.raises(FloatingPointError, match="gradient"):                   # sqrt at 0: finite loss, infinite slope
+        run.update((model(torch.ones(1, 4)) * 0).square().sum().sqrt(), [list(model.parameters())], 1.0)
+    assert equal(before, flat(model, opts))
+
+
+def test_update_returns_the_norm_before_clipping_and_clips_each_list(tmp_path):
+    run, model, _ = make(tmp_path)
+    first, second = list(model[0].parameters()), list(model[2].parameters())
+    norm = run.update(1e3 * model(torch.ones(2, 4)).square().sum(), [first, second], 0.0)
+    after = [torch.stack([p.grad.norm() for p in part]).norm().item() for part in (first, second)]
+    assert norm > 10 and all(abs(n - 1) < 1e-3 for n in after)                  # clip_grad_norm_ divides by norm + 1e-6
+
+
+def test_the_factor_scales_the_peak_learning_rate(tmp_path):
+    run, model, opts = make(tmp_path)
+    run.update(model(torch.ones(2, 4)).sum(), [list(model.parameters())], 0.25)
+    assert [g["lr"] for o in opts for g in o.param_groups] == [0.25 * g["peak"] for o in opts for g in o.param_groups]
+
+
+# logs -------------------------------------------------------------------------------------------------------------
+
+def test_the_log_is_one_strict_json_object_a_line(tmp_path):
+    run, model, _ = make(tmp_path)
+    walk(run, model)
+    rows = [strict(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1, 2, 3] and all(row["grad/norm"] > 0 for row in rows)
+
+
+def test_a_value_that_is_not_a_number_still_logs_strict_json(tmp_path):
+    run, _, _ = make(tmp_path, steps=1)
+    for step in run.loop("toy"):
+        run.log(step, bad=math.nan, good=torch.tensor(2.0))
+    row = strict((tmp_path / "metrics.jsonl").read_text())
+    assert row["good"] == 2 and row.get("bad") is None
+
+
+def test_written_json_is_strict(tmp_path):
+    runtime.write_json(tmp_path / "a.json", dict(tables=[dict(x=math.nan)], y=1.5))
+    assert strict((tmp_path / "a.json").read_text()) == dict(tables=[dict(x=None)], y=1.5)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_after_a_crash_every_step_is_logged_once(tmp_path):
+    run, model, _ = make(tmp_path, steps=5, save_every=2)
+    with pytest.raises(KeyboardInterrupt):
+        for step in run.loop("toy"):
+            run.update(model(torch.ones(1, 4)).sum(), [list(model.parameters())], 1.0)
+            run.log(step)
+            if step == 2:
+                raise KeyboardInterrupt                                         # step 2 is logged and not yet saved
+    run, model, _ = make(tmp_path, steps=5, save_every=2)
+    walk(run, model)
+    rows = [strict(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+
+
+# commands ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("error", [UserError("no such\nthing"), ValueError("no such thing"), FileNotFoundError("no such thing"),
+                                   FileNotFoundError(2, "no such thing", "x.png")])
+def test_a_user_error_is_one_line_and_exit_code_two(capsys, error):
+    def fail():
+        raise error
+    with pytest.raises(SystemExit) as stop:
+        run_command(fail, "train.py")
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1 and err.startswith("train.py: ") and "no such thing" in err
+
+
+def test_a_bug_keeps_its_traceback():
+    def fail():
+        raise TypeError("a bug")
+    with pytest.raises(TypeError):
+        run_command(fail, "train.py")
+
+
+def test_interrupting_says_how_to_go_on(capsys):
+    def stop():
+        raise KeyboardInterrupt
+    with pytest.raises(SystemExit) as end:
+        run_command(stop, "train.py")
+    assert end.value.code == 130 and "resume" in capsys.readouterr().err
+
+
+def test_cuda_without_a_gpu_is_refused():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    from config import Config
+    with pytest.raises(UserError, match="--device cpu"):
+        runtime.setup(Config(device="cuda"))
