@@ -89,7 +89,7 @@ PRESETS = {
     "mini": dict(
         size=32, width=128, encoder_layers=4, layers=3, heads=4, patch=4, eval_steps=10,
         base_scenes=8000, base_steps=2000, base_batch=32, base_lr=1e-3, base_muon=2e-3, base_ema=0.995,
-        judge_scenes=16000, judge_steps=2400, judge_batch=64, judge_lr=1e-3, judge_muon=4e-3, judge_decay=0.02,
+        judge_scenes=40000, judge_steps=2400, judge_batch=64, judge_lr=1e-3, judge_muon=4e-3, judge_decay=0.02,
         judge_width=128, judge_vision_layers=5, judge_text_layers=2, judge_heads=4, judge_patch=4,
         photos=384, pairs=48, bank_pairs=64, sample_steps=8, credit="pair", rollout="branch", reward="soft",
         modalities="joint", balance=1, norm="global", steps=400, batch=8, clip=0.1, kl_weight=0.1, lr=2e-4, ema=0.98),
@@ -110,6 +110,10 @@ CHOICES = {
     "exploration": ("flow", "ddim"), "credit": ("global", "pair"), "rollout": ("full", "branch"),
     "reward": ("hard", "soft"), "modalities": ("one", "joint"), "norm": ("group", "global", "none"),
 }
+
+
+MAY_BE_ZERO = ("seed", "threads", "stop_at", "base_muon", "judge_muon", "judge_warm", "judge_decay", "window", "balance",
+               "kl_weight", "replay", "ema", "base_ema", "eval_every")
 
 
 class Parser(argparse.ArgumentParser):
@@ -148,9 +152,12 @@ def problem(cfg, preset="mini"):
         return ("--preset paper fine-tunes published weights: want --stage grpo, --policy FOLDER (prs-eth/marigold-iid-lighting-v1-1), "
                 "--judge FOLDER (adirik/InternVL2_5-4B-Intrinsic-Judge) and --images FOLDER (10000 photos of COCO train2017); "
                 "use --preset mini to run without any")
-    for name in ("base_steps", "judge_steps", "steps", "batch", "base_batch", "judge_batch", "photos", "pairs", "updates", "size"):
-        if getattr(cfg, name) < 1:
-            return f"--{name.replace('_', '-')} {getattr(cfg, name)}: want at least 1"
+    for f in dataclasses.fields(cfg):
+        value = getattr(cfg, f.name)
+        if f.type in (int, float) and not value > 0 and f.name not in MAY_BE_ZERO:
+            return f"--{f.name.replace('_', '-')} {value}: want more than 0"
+        if f.type in (int, float) and value < 0:
+            return f"--{f.name.replace('_', '-')} {value}: want at least 0"
     if cfg.group < 2:
         return f"--group {cfg.group}: a group of one has no advantage; want at least 2"
     if cfg.sample_steps < 2:
@@ -161,6 +168,4 @@ def problem(cfg, preset="mini"):
         return f"--width {cfg.width} / --judge-width {cfg.judge_width}: want a multiple of 4 x heads"
     if cfg.pairs > cfg.bank_pairs:
         return f"--pairs {cfg.pairs} drawn of --bank-pairs {cfg.bank_pairs} judged; want at most as many"
-    if not 0 < cfg.noise:
-        return f"--noise {cfg.noise}: without noise there is nothing to learn from; want more than 0"
     return None

@@ -16,7 +16,7 @@ from config import Parser
 from judge import load_judge, true_relations
 from predictor import NAMES, load_predictor, sample_ode
 from relations import at_points, margin, sample_pairs
-from runtime import UserError, generator, run_command, write_json
+from runtime import generator, run_command, write_json
 from scenes import srgb_decode
 
 PROCEDURAL = ("synthetic", "broad", "wild")
@@ -134,7 +134,10 @@ def compare(base, new):
     rows = {}
     for name, (_, better) in METRICS.items():
         known = np.isfinite(base[name]) & np.isfinite(new[name])                 # images that have such pairs
-        change, low, high = metrics.bootstrap_interval(base[name][known], new[name][known], relative=True)
+        if not known.any() or base[name][known].mean() == 0:                    # nothing to be relative to
+            change = low = high = float("nan")
+        else:
+            change, low, high = metrics.bootstrap_interval(base[name][known], new[name][known], relative=True)
         rows[name] = dict(base=float(np.nanmean(base[name])), x=float(np.nanmean(new[name])), change=change, low=low, high=high,
                           verdict="better" if low * better > 0 and high * better > 0 else
                                   "worse" if low * better < 0 and high * better < 0 else "same")
@@ -186,6 +189,7 @@ def table(title, rows, header):
 
 
 def number(x):
+    """Four decimals, two for large numbers."""
     return f"{x:.4f}" if abs(x) < 10 else f"{x:.2f}"
 
 
@@ -215,6 +219,7 @@ def report(name, values, base_values=None, judge_values=None):
 
 
 def arguments(argv):
+    """Parse and check the command line; a user error exits with 2 before any model is loaded."""
     p = Parser(prog="eval.py", allow_abbrev=False, description=__doc__.splitlines()[0])
     p.add_argument("--dataset", required=True, choices=(*PROCEDURAL, "scenes"), help="synthetic, broad, wild: procedural test "
                    "scenes; scenes: a folder with ID_rgb.png, ID_depth.png, ID_normal.png, ID_albedo.png, ID_irradiance.png")
@@ -224,28 +229,35 @@ def arguments(argv):
     p.add_argument("--compare", default="", help="predictor to compare it with [OUT/base when --checkpoint is not given]")
     p.add_argument("--judge", default="", help="judge to score on the same pairs [OUT/judge if there]; none: no judge")
     p.add_argument("--images", type=int, default=128, help="test scenes of a procedural set [128]")
-    p.add_argument("--size", type=int, default=32, help="px, side of the square images [32]")
+    p.add_argument("--size", type=int, default=0, help="px, side of the square images [what the predictor was trained at]")
     p.add_argument("--denoise-steps", type=int, default=10, help="sampling steps [10]")
     p.add_argument("--seed", type=int, default=0, help="seed of noise and pairs [0]")
     p.add_argument("--json", default="", help="file for every printed number")
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    for name in ("images", "denoise_steps"):
+        if getattr(args, name) < 1:
+            p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: want at least 1")
+    if args.dataset == "scenes" and not args.data:
+        p.error("--dataset scenes needs --data FOLDER with ID_rgb.png, ID_depth.png, ID_normal.png, ID_albedo.png, "
+                "ID_irradiance.png (README, Data)")
+    return args
 
 
 def main(argv=None):
+    """Command line: the tables of one data set."""
     args = arguments(argv)
     out = Path(args.out)
     policy = load_predictor(args.checkpoint or out / "grpo")
     compare_with = args.compare or ("" if args.checkpoint else out / "base")
     base = load_predictor(compare_with) if compare_with else None
+    size = args.size or policy.cfg.size
     folder = Path(args.judge) if args.judge else out / "judge"
     judge = load_judge(folder) if args.judge not in ("", "none") or (not args.judge and folder.is_dir()) else None
     if args.dataset == "scenes":
-        if not args.data:
-            raise UserError("eval.py: --dataset scenes needs --data FOLDER with ID_rgb.png and its four maps; see README, Data")
-        maps = data.scene_batch(args.data, args.size)
+        maps = data.scene_batch(args.data, size)
         maps["depth"] = maps["depth"] + 1                                       # files are affine in [0, 1]: no zero to divide by
     else:
-        maps = data.ScenePool(args.dataset, "test", args.images, args.size).all()
+        maps = data.ScenePool(args.dataset, "test", args.images, size).all()
     grid = judge.grid if judge is not None else 1
     values = evaluate(policy, maps, args.denoise_steps, args.seed, grid)
     base_values = evaluate(base, maps, args.denoise_steps, args.seed, grid) if base is not None else None

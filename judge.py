@@ -21,7 +21,9 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers.utils import logging
 from transformers import (
     InternVLConfig,
     InternVLForConditionalGeneration,
@@ -35,10 +37,13 @@ from config import Parser
 from relations import LUMA, MODALITIES, draw_markers, relation, sample_pairs
 from runtime import run_command
 
+logging.disable_progress_bar()       # of loading and saving weights: errors stay one line
 NAMES = tuple(MODALITIES)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMG, IMG_START, IMG_END = "<IMG_CONTEXT>", "<img>", "</img>"
 TURN, END = "<|im_start|>", "<|im_end|>"
+EMPHASIS = (1.5, 1.5, 0.5, 0.5)      # of the training losses, in the order of NAMES: shape is learnt slower than colour
+DENSE_EMPHASIS = (3.0, 1.0, 1.0, 2.0, 0.5, 0.5, 0.5, 1.0)     # depth, normal x y z, albedo r g b, irradiance luma
 SPECIAL = (TURN, END, IMG_START, IMG_END, IMG)
 SYSTEM = ("你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的"
           "多模态大语言模型。")
@@ -93,9 +98,10 @@ def build_mini(cfg, rng):
         model = InternVLForConditionalGeneration(config)
         with torch.no_grad():
             model.model.vision_tower.embeddings.position_embeddings[0, 1:] = 0.5 * position_table(n, cfg.width)
-            for layer in model.model.vision_tower.encoder.layer:                # 0.02 is far too small at width 128
-                for linear in (m for m in layer.modules() if isinstance(m, nn.Linear)):
-                    nn.init.trunc_normal_(linear.weight, std=linear.in_features**-0.5)
+            for name, m in model.named_modules():                               # std 0.02 is far too small at width 128
+                if isinstance(m, nn.Linear) and name != "lm_head":
+                    nn.init.trunc_normal_(m.weight, std=m.in_features**-0.5)
+            nn.init.normal_(model.get_input_embeddings().weight)
     return Judge(model, tokenizer, system="", grid=cfg.patch)
 
 
@@ -238,7 +244,16 @@ def load_judge(folder):
     kind = json.loads((folder / "config.json").read_text()).get("model_type")
     if kind != "internvl":
         raise ValueError(f"judge.load_judge: got model_type {kind!r} in {folder}; want 'internvl'")
-    model = InternVLForConditionalGeneration.from_pretrained(folder, local_files_only=True)
+    try:
+        model, found = InternVLForConditionalGeneration.from_pretrained(
+            folder, local_files_only=True, output_loading_info=True, use_safetensors=True)
+    except (SafetensorError, RuntimeError, OSError) as error:
+        raise ValueError(f"judge.load_judge: the weights in {folder} cannot be read ({error}); want model.safetensors "
+                         "that fits config.json") from None
+    wrong = [str(k) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for k in found.get(kind, ())]
+    if wrong:
+        raise ValueError(f"judge.load_judge: {len(wrong)} weights in {folder} do not fit config.json (first: {wrong[0]}); "
+                         "want a complete checkpoint of that architecture")
     extra = folder / "judge.json"
     about = json.loads(extra.read_text()) if extra.is_file() else dict(system=SYSTEM, grid=1)
     return Judge(model, PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json")), **about).eval()
@@ -247,9 +262,10 @@ def load_judge(folder):
 class Probe(nn.Module):
     """Training-only heads on the vision tokens; thrown away when the judge is saved.
 
-    A judge of a few million weights that sees only answers stays at chance. Two denser tasks carry it: `dense`
-    regresses the maps under every token, `pairs` compares many random pairs of tokens of one photo.
-    differs: the paper fine-tunes a pre-trained MLLM and needs neither.
+    A judge of a million weights that sees only answers stays at chance. Three denser tasks carry it: `dense` regresses
+    the maps under every token, `pairs` compares many random pairs of tokens of one photo, and `marker_head` says which
+    token holds the red and which the green marker, so that the language model can find them.
+    differs: the paper fine-tunes a pre-trained MLLM and needs none of them.
     """
 
     def __init__(self, sizes, rng, channels=8):
@@ -261,14 +277,19 @@ class Probe(nn.Module):
             self.dense = nn.Linear(sizes.width, channels * sizes.patch**2)
             self.pairs = nn.Sequential(nn.Linear(2 * sizes.width, sizes.width), nn.GELU(),
                                        nn.Linear(sizes.width, len(MODALITIES)))
+            self.marker_head = nn.Linear(sizes.width, 3)
+        self.side = sizes.size // sizes.patch
 
-    def forward(self, tokens, pts, side):
-        """tokens (B, L, D), pts (B, P, 2, 2) px, side: tokens per row -> dense (B, L, K), pair logits (B, P, M)."""
+    def index(self, pts):
+        """Number of the token that holds a point: (..., 2) px -> (...)."""
+        return (pts // self.patch * torch.tensor([self.side, 1], device=pts.device)).sum(-1)
+
+    def forward(self, tokens, pts):
+        """tokens (B, L, D), pts (B, P, 2, 2) px -> dense (B, L, K), pair logits (B, P, M), marker logits (B, L, 3)."""
         tokens = self.norm(tokens)
         B, P = pts.shape[:2]
-        index = (pts // self.patch * torch.tensor([side, 1], device=pts.device)).sum(-1).flatten(1)  # (B, 2P)
-        pair = tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1])).view(B, P, -1)
-        return self.dense(tokens), self.pairs(pair)
+        index = self.index(pts).flatten(1)[..., None].expand(-1, -1, tokens.shape[-1])          # (B, 2P, D)
+        return self.dense(tokens), self.pairs(tokens.gather(1, index).view(B, P, -1)), self.marker_head(tokens)
 
 
 def true_relations(maps, pts):
@@ -298,11 +319,22 @@ def dense_targets(maps, patch):
     return tokens(maps), tokens(mask.float().expand(-1, 8, -1, -1))
 
 
-def judge_loss(judge, probe, maps, answers, rng, pairs=48):
+def marker_loss(logits, index, shown):
+    """Cross-entropy of "no marker, red, green" per token, the three classes weighing the same.
+
+    logits (B, L, 3); index (B, 2) tokens of red and green; shown (B,) bool, False: the photo has no markers
+    """
+    target = torch.zeros(logits.shape[:2], dtype=torch.long, device=logits.device)
+    target.scatter_(1, index, torch.tensor([1, 2], device=logits.device) * shown[:, None])
+    weight = logits.new_tensor([1.0, logits.shape[1] / 2, logits.shape[1] / 2])
+    return F.cross_entropy(logits.float().flatten(0, 1), target.flatten(), weight=weight.float())
+
+
+def judge_loss(judge, probe, maps, answers, rng, pairs=128):
     """Loss of one step of training a judge from scratch.
 
     maps     dict of scenes with rgb, depth, normal, albedo, irradiance, mask
-    answers  False: the vision tower alone (dense + pairs); True: also the answer to four questions on one marked pair
+    answers  False: the vision tower alone (dense, pairs, markers); True: also the answer to four questions on one marked pair
     returns  scalar, dict of its 0-dim parts
     Pairs without an answer (dead zone, sky) are taught as 50/50, so that the judge is unsure there.
     differs: only the deciding word is supervised; the released recipe supervises the whole sentence.
@@ -318,28 +350,31 @@ def judge_loss(judge, probe, maps, answers, rng, pairs=48):
     marked_pts = pts.gather(1, pick[..., None, None].expand(-1, -1, 2, 2))
     marked_rel = rel.gather(1, pick[..., None].expand(-1, -1, len(NAMES)))[:, 0]  # (B, M)
     images = draw_markers(rgb, marked_pts)[:, 0]
-    if not answers:                                                             # half of the photos stay unmarked
-        plain = (torch.rand(B, generator=rng) < 0.5).to(rgb.device)
-        images = torch.where(plain.view(-1, 1, 1, 1), rgb, images)
+    shown = (torch.rand(B, generator=rng) < (1.0 if answers else 0.5)).to(rgb.device)   # the others stay unmarked
+    images = torch.where(shown.view(-1, 1, 1, 1), images, rgb)
     tokens = judge.vision(images)
-    dense, pair_logits = probe(tokens, pts, W // probe.patch)
+    dense, pair_logits, marker_logits = probe(tokens, pts)
     target, ok = dense_targets(maps, probe.patch)
+    ok = ok * ok.new_tensor(DENSE_EMPHASIS).repeat_interleave(probe.patch**2)
+    emphasis = dense.new_tensor(EMPHASIS).float()
     loss_dense = ((dense - target).square() * ok).sum() / ok.sum().clamp_min(1)
-    loss_pairs = (F.binary_cross_entropy_with_logits(pair_logits, (rel > 0).float(), reduction="none")
-                  * class_weights(rel)).mean()
-    stats = {"loss/dense": loss_dense.detach(), "loss/pairs": loss_pairs.detach()}
-    loss = loss_dense + loss_pairs
+    loss_pairs = (F.binary_cross_entropy_with_logits(pair_logits.float(), (rel > 0).float(), reduction="none")
+                  * class_weights(rel) * emphasis).mean()
+    loss_marker = marker_loss(marker_logits, probe.index(marked_pts)[:, 0], shown)
+    stats = {"loss/dense": loss_dense.detach(), "loss/pairs": loss_pairs.detach(), "loss/marker": loss_marker.detach()}
+    loss = loss_dense + loss_pairs + loss_marker
     if answers:
         logp = judge.logits(images, features=tokens).float().log_softmax(-1)    # (B, M, vocab)
         two = logp.gather(-1, torch.tensor([judge.answer_ids[m] for m in NAMES], device=rgb.device).expand(B, -1, -1))
         share = torch.stack((1 + marked_rel, 1 - marked_rel), -1) / 2           # (B, M, 2): 1/0, 0/1 or 1/2 each
-        loss_answers = -(share * two).sum(-1).mean()
+        loss_answers = -((share * two).sum(-1) * emphasis).mean()
         stats["loss/answers"] = loss_answers.detach()
         loss = loss + loss_answers
     return loss, stats
 
 
 def main(argv=None):
+    """Command line: one answer, or all four, for two points of a photo."""
     p = Parser(prog="judge.py", allow_abbrev=False, description="Ask the judge to compare two points of a photo.")
     p.add_argument("image", metavar="IMAGE", help="a photo")
     p.add_argument("--red", type=int, nargs=2, required=True, metavar=("X", "Y"), help="red point, pixels from the left and the top")

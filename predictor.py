@@ -15,12 +15,13 @@ variance-preserving coefficients of EDM (Karras et al. 2022) for this path.
 """
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -174,11 +175,19 @@ def load_predictor(path):
         if not (path / name).is_file():
             raise FileNotFoundError(f"predictor.load_predictor: got no {name} in {path}; want a folder written by "
                                     "`python train.py` (out/mini/base or out/mini/grpo)")
-    about = json.loads((path / "predictor.json").read_text())
+    try:
+        about = json.loads((path / "predictor.json").read_text())
+        state = load_file(path / "predictor.safetensors")
+    except (json.JSONDecodeError, SafetensorError) as error:
+        raise ValueError(f"predictor.load_predictor: {path} cannot be read ({error}); want a folder written by train.py") from None
     if about.get("architecture") != ARCHITECTURE:
         raise ValueError(f"predictor.load_predictor: got architecture {about.get('architecture')!r} in {path}; want {ARCHITECTURE!r}")
-    model = DiT(DiTConfig(**about["config"]))
-    load_strict(model, load_file(path / "predictor.safetensors"), path)
+    sizes = about.get("config")
+    known = {f.name for f in fields(DiTConfig)}
+    if not isinstance(sizes, dict) or set(sizes) - known:
+        raise ValueError(f"predictor.load_predictor: got config {sizes} in {path}; want the sizes {', '.join(sorted(known))}")
+    model = DiT(DiTConfig(**sizes))
+    load_strict(model, state, path)
     return model.eval()
 
 
@@ -265,6 +274,7 @@ def predict_photo(policy, rgb, processing_res, steps, seed, ensemble=1):
 
 
 def main(argv=None):
+    """Command line: maps of photos."""
     p = Parser(prog="predictor.py", allow_abbrev=False, description="Depth, normal, albedo and irradiance of your own photos.")
     p.add_argument("images", metavar="IMAGE_OR_DIR", help="a photo, or a folder of photos (searched recursively)")
     p.add_argument("--checkpoint", default="out/mini/grpo", help="predictor folder [out/mini/grpo]")
@@ -279,7 +289,7 @@ def main(argv=None):
             p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: want at least 1")
     paths = data.find_images(args.images)
     policy = load_predictor(args.checkpoint)
-    bad, root = 0, Path(args.images)
+    bad, root, done = 0, Path(args.images), set()
     for path in tqdm(paths, desc="photos", disable=len(paths) < 3):
         try:
             rgb = data.read_rgb(path)
@@ -291,10 +301,12 @@ def main(argv=None):
             continue
         maps = predict_photo(policy, rgb, args.processing_res or policy.cfg.size, args.denoise_steps, args.seed, args.ensemble_size)
         name = "_".join((path.relative_to(root) if root.is_dir() else Path(path.name)).with_suffix("").parts)
+        name = f"{name}_{path.suffix[1:]}" if name in done else name             # a.jpg and a.png keep their own files
+        done.add(name)
         for m, value in maps.items():
             data.save_map(args.out, name, m, value.numpy())
-        small = {k: data.resize_long(v, min(512, max(v.shape[-2:]))) for k, v in dict(photo=rgb, **maps).items()}
-        tiles = [(k, data.display(k, v.numpy())) for k, v in small.items()]
+        shown = {k: torch.from_numpy(data.display(k, v.numpy())) for k, v in dict(photo=rgb, **maps).items()}
+        tiles = [(k, data.resize_long(v, min(512, max(v.shape[-2:]))).numpy()) for k, v in shown.items()]
         data.save_png(Path(args.out) / f"{name}_panel.png", data.panel(tiles))
     if bad == len(paths):
         raise ValueError(f"none of {bad} images in {args.images} could be read; want JPEG or PNG photos")

@@ -1,6 +1,6 @@
 """What every stage needs around its loop: ranks, per-step randomness, run folder, checkpoints, log lines.
 
-A run folder holds config.json (settings, command, commit, versions, device), metrics.jsonl (one object a line) and
+A run folder holds run.json (settings, command, commit, versions, device), metrics.jsonl (one object a line) and
 checkpoint.safetensors (weights, EMA, optimizer state; step and settings in its header). No pickle anywhere.
 To resume, run the same command again. The only file that touches torch.distributed.
 """
@@ -29,10 +29,12 @@ class UserError(Exception):
 
 
 def rank():
+    """Number of this process, 0 without torchrun."""
     return int(os.environ.get("RANK", 0))
 
 
 def world():
+    """How many processes share the batch."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -70,6 +72,7 @@ def barrier():
 
 
 def shutdown():
+    """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -101,11 +104,20 @@ def about():
                 numpy=numpy.__version__, device=gpu)
 
 
+def strict(value):
+    """The value with non-finite floats as null, which JSON has and NaN it has not."""
+    if isinstance(value, dict):
+        return {k: strict(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [strict(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_json(path, value):
-    """Write JSON atomically."""
+    """Write strict JSON atomically."""
     path = Path(path)
     part = path.with_name(path.name + f".{os.getpid()}.part")
-    part.write_text(json.dumps(value, indent=1))
+    part.write_text(json.dumps(strict(value), indent=1, allow_nan=False))
     os.replace(part, path)
 
 
@@ -161,8 +173,11 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.start = self.done = self._restore()
         if rank() == 0 and self.start == 0:
-            write_json(self.folder / "config.json", dict(settings=settings, seed=seed, **about()))
-            (self.folder / "metrics.jsonl").write_text("")
+            write_json(self.folder / "run.json", dict(settings=settings, seed=seed, **about()))
+        if rank() == 0 and self.start < steps:                                  # drop rows later than the checkpoint
+            log = self.folder / "metrics.jsonl"
+            rows = log.read_text().splitlines() if log.exists() and self.start else []
+            log.write_text("".join(row + "\n" for row in rows if json.loads(row)["step"] < self.start))
         self.began = time.time()
 
     def _restore(self):
@@ -174,9 +189,8 @@ class Run:
                 header, flat = f.metadata(), {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise UserError(f"{path}: got an unreadable checkpoint ({error}); delete it to start this stage again") from None
-        old = json.loads(header["settings"])
-        changed = [f"{k} {old.get(k)} -> {self.settings.get(k)}" for k in sorted(old.keys() | self.settings.keys())
-                   if old.get(k) != self.settings.get(k)]
+        old, new = json.loads(header["settings"]) | {"seed": int(header["seed"])}, self.settings | {"seed": self.seed}
+        changed = [f"{k} {old.get(k)} -> {new.get(k)}" for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
         if changed:
             raise UserError(f"{self.folder} holds a run with other settings ({', '.join(changed[:4])}); "
                             "use another --out, or delete that folder")
@@ -228,11 +242,11 @@ class Run:
         for opt in self.opts:
             opt.zero_grad(set_to_none=True)
         loss.backward()
-        grads = [p.grad if p.grad is not None else torch.zeros_like(p) for group in params for p in group]
+        trained = [p for group in params for p in group if p.grad is not None]
         if world() > 1:
-            flat = torch.cat([g.flatten() for g in grads])
+            flat = torch.cat([p.grad.flatten() for p in trained])
             dist.all_reduce(flat)
-            for p, g in zip((p for group in params for p in group), flat.split([g.numel() for g in grads]), strict=True):
+            for p, g in zip(trained, flat.split([p.numel() for p in trained]), strict=True):
                 p.grad = (g / world()).view_as(p)
         norms = [torch.nn.utils.clip_grad_norm_(group, clip) for group in params]
         if not all(n.isfinite() for n in norms):
@@ -249,7 +263,7 @@ class Run:
             return
         row = {k: float(v) if isinstance(v, torch.Tensor) else v for k, v in values.items()}
         with open(self.folder / "metrics.jsonl", "a") as f:
-            f.write(json.dumps(dict(step=step, seconds=round(time.time() - self.began, 2), **row)) + "\n")
+            f.write(json.dumps(strict(dict(step=step, seconds=round(time.time() - self.began, 2), **row)), allow_nan=False) + "\n")
         self.bar.set_postfix_str("  ".join(f"{k} {row[k]:.3g}" for k in show if k in row), refresh=False)
 
 
@@ -261,7 +275,8 @@ def run_command(main, name):
         if os.environ.get("REASONX_TRACEBACK"):
             raise
         text = str(error) if not isinstance(error, OSError) or error.filename is None else f"{error.filename}: {error.strerror}"
-        print(f"{name}: {' '.join(text.split())}", file=sys.stderr)
+        text = " ".join(text.split())
+        print(text if text.startswith(f"{name}: ") else f"{name}: {text}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print(f"{name}: interrupted; the same command resumes from the last checkpoint", file=sys.stderr)

@@ -109,6 +109,9 @@ def judged_photos(cfg, device):
     if judge_model.size != cfg.size:
         raise UserError(f"train.py: the judge sees {judge_model.size} px photos and --size is {cfg.size}; use one size for both")
     bank = Bank(cfg.bank or Path(cfg.out) / "bank", judge_model)
+    if runtime.world() > 1 and runtime.rank() == 0:
+        bank.fill(photos, cfg.bank_pairs, device)
+    runtime.barrier()                                                           # the others read what rank 0 has asked
     pts, prob = bank.fill(photos, cfg.bank_pairs, device)
     if runtime.rank() == 0:
         print(f"grpo: {what}; judgement bank: {bank.asked} pairs asked, {bank.known} already known", flush=True)
@@ -247,6 +250,7 @@ def tune(cfg, device):
 
 
 def mean(values):
+    """Mean of a list of numbers or tensors."""
     return sum(values) / len(values)
 
 
@@ -310,6 +314,7 @@ def save_panel(path, rgb, before, after, truth=None, labels=None, rows=4):
 
 
 def main(argv=None):
+    """Command line: one stage or all, then the tables."""
     preset, cfg, dry_run = parse(argv)
     if dry_run:
         return print_plan(preset, cfg)
@@ -318,17 +323,30 @@ def main(argv=None):
     if runtime.rank() == 0:
         print(f"preset {preset}, seed {cfg.seed}, {device}, {torch.get_num_threads()} threads, {kernels.describe()}; "
               f"run folder {cfg.out}", flush=True)
-    if cfg.images:                                                              # a wrong folder must fail before hours of work
-        data.find_images(cfg.images)
+    check_inputs(cfg)
     stages = dict(base=base, judge=judge, grpo=tune)
     for name in stages if cfg.stage == "all" else (cfg.stage,):
         stages[name](cfg, device)
         runtime.barrier()
+        if cfg.stop_at and cfg.stage == "all":
+            print(f"train.py: stopped after {cfg.stop_at} steps of {name} (--stop-at); run again without it to go on")
+            return
     if runtime.rank() == 0 and cfg.stage in ("all", "grpo") and not cfg.stop_at:
         if cfg.images:
             report_photos(cfg, device)
         if cfg.stage == "all" or not cfg.images:
             report_wild(cfg)
+
+
+def check_inputs(cfg):
+    """Open everything the user named, so that a wrong path fails now and not after hours. raises as the readers do."""
+    if cfg.stage in ("all", "grpo"):
+        if cfg.images:
+            data.Photos(cfg.images, 8)
+        if cfg.policy or cfg.stage == "grpo":
+            load_predictor(cfg.policy or Path(cfg.out) / "base")
+        if cfg.judge or cfg.stage == "grpo":
+            load_judge(cfg.judge or Path(cfg.out) / "judge")
 
 
 def print_plan(preset, cfg):

@@ -81,14 +81,16 @@ def test_choices_name_real_settings_and_hold_their_default():
 
 @pytest.mark.parametrize("argv, words", [
     (["--group", "1"], "--group 1"), (["--sample-steps", "1"], "--sample-steps 1"), (["--noise", "0"], "--noise 0"),
-    (["--noise", "nan"], "--noise nan"), (["--steps", "0"], "--steps 0"), (["--pairs", "9", "--bank-pairs", "8"], "--bank-pairs 8"),
+    (["--noise", "nan"], "--noise nan"), (["--steps", "0"], "--steps 0"),
+    (["--pairs", "9", "--bank-pairs", "8"], "--bank-pairs 8"),
     (["--size", "30"], "--size 30"), (["--width", "100"], "--width 100"), (["--photos", "-1"], "--photos -1")])
 def test_settings_that_do_not_add_up_are_named_with_their_value(capsys, argv, words):
     assert words in refusal(capsys, *argv)
 
 
-@pytest.mark.parametrize("name", ["patch", "judge_patch", "heads", "judge_heads", "save_every", "base_scenes", "judge_scenes",
-                                  "eval_images", "eval_steps", "tau", "credit_width", "window", "lr", "layers"])
+@pytest.mark.parametrize("name", ["patch", "judge_patch", "heads", "judge_heads", "save_every", "base_scenes",
+                                  "judge_scenes", "eval_images", "eval_steps", "tau", "credit_width", "window",
+                                  "lr", "layers"])
 def test_a_number_that_would_fail_or_mislead_later_is_refused_now(capsys, name):
     flag = "--" + name.replace("_", "-")
     bad = "-1" if name in ("window", "lr", "layers") else "0"

@@ -115,7 +115,8 @@ def test_packing_equals_the_plain_model_on_one_plain_sequence(judge, images):
     for m in NAMES:
         ids = torch.tensor([judge.head_ids + judge.blocks[m]]).expand(len(images), -1)
         with torch.no_grad():
-            out = judge.model(input_ids=ids, pixel_values=(images - judge.mean) / judge.std, attention_mask=torch.ones_like(ids))
+            out = judge.model(input_ids=ids, pixel_values=(images - judge.mean) / judge.std,
+                              attention_mask=torch.ones_like(ids))
             want = judge.decide(out.logits[:, -1:], (m,)).sigmoid()[:, 0]
         assert (judge.score(images, m) - want).abs().max() < ROUNDING
 

@@ -11,7 +11,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted([*ROOT.glob("*.py"), *(ROOT / "kernels").glob("*.py")])
 NAMES = {p.stem for p in ROOT.glob("*.py")} | {"kernels"}
 LAYERS = {  # module: project modules it may import; a module that is not listed fails
-    "relations": set(), "scenes": set(), "metrics": set(), "config": set(), "runtime": set(), "kernels": set(), "lora": set(),
+    "relations": set(), "scenes": set(), "metrics": set(), "config": set(), "runtime": set(), "kernels": set(),
+    "lora": set(),
     "data": {"scenes", "relations"},
     "grpo": {"kernels", "relations"},
     "bank": {"relations", "data", "runtime"},
@@ -150,7 +151,7 @@ def readme_commands():
 
 
 def script_of(words):
-    """(module with a main(argv), its arguments) of `python X.py ...`, `python -m X ...` or `torchrun ... X.py ...`; else None."""
+    """(module with a main(argv), its arguments) of `python X.py`, `python -m X` or `torchrun ... X.py`; else None."""
     for i, word in enumerate(words):
         if word.endswith(".py") and (ROOT / word).is_file():
             return word[:-3], words[i + 1:]
@@ -167,6 +168,11 @@ def test_the_readme_shows_how_to_train_evaluate_and_predict():
 def test_every_file_a_readme_command_runs_exists():
     named = [word for words in readme_commands() for word in words[:4] if word.endswith(".py")]
     assert named and all((ROOT / name).is_file() for name in named)
+
+
+def test_every_local_link_of_the_readme_leads_somewhere():
+    links = re.findall(r"\]\(([^)#\s]+)", README.read_text())
+    assert [x for x in links if "://" not in x and not (ROOT / x).exists()] == []
 
 
 def test_every_flag_of_the_readme_is_in_the_help(capsys):

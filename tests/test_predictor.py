@@ -12,8 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import data
 import predictor
-from predictor import (DATA_STD, NAMES, DiT, DiTConfig, flow_loss, load_predictor, predict_photo, sample_ode, times,
-                       to_state)
+from predictor import DATA_STD, NAMES, DiT, DiTConfig, flow_loss, load_predictor, predict_photo, sample_ode, times, to_state
 from relations import MODALITIES
 from runtime import run_command
 

@@ -157,7 +157,7 @@ def test_a_checkpoint_names_its_step_settings_and_origin(tmp_path):
 
 def test_config_json_holds_settings_command_versions_and_device(tmp_path):
     make(tmp_path, settings=dict(width=4))
-    kept = strict((tmp_path / "config.json").read_text())
+    kept = strict((tmp_path / "run.json").read_text())
     assert kept["settings"] == dict(width=4) and kept["seed"] == 0
     assert all(kept[k] for k in ("command", "commit", "python", "torch", "transformers", "numpy", "device"))
 
@@ -197,7 +197,7 @@ def test_no_partial_file_is_left_and_saves_happen_on_time(tmp_path, monkeypatch)
     run, model, _ = make(tmp_path, steps=5, save_every=2)
     walk(run, model)
     assert saved == [2, 4, 5]
-    assert {p.name for p in tmp_path.iterdir()} == {CHECKPOINT, "config.json", "metrics.jsonl"}
+    assert {p.name for p in tmp_path.iterdir()} == {CHECKPOINT, "run.json", "metrics.jsonl"}
 
 
 def test_a_failed_write_keeps_the_old_checkpoint(tmp_path, monkeypatch):
@@ -284,8 +284,8 @@ def test_after_a_crash_every_step_is_logged_once(tmp_path):
 
 # commands ---------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("error", [UserError("no such\nthing"), ValueError("no such thing"), FileNotFoundError("no such thing"),
-                                   FileNotFoundError(2, "no such thing", "x.png")])
+@pytest.mark.parametrize("error", [UserError("no such\nthing"), ValueError("no such thing"),
+                                   FileNotFoundError("no such thing"), FileNotFoundError(2, "no such thing", "x.png")])
 def test_a_user_error_is_one_line_and_exit_code_two(capsys, error):
     def fail():
         raise error
@@ -293,6 +293,14 @@ def test_a_user_error_is_one_line_and_exit_code_two(capsys, error):
         run_command(fail, "train.py")
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.count("\n") == 1 and err.startswith("train.py: ") and "no such thing" in err
+
+
+def test_an_error_that_names_its_command_is_not_prefixed_twice(capsys):
+    def fail():
+        raise UserError("train.py: got no GPU")
+    with pytest.raises(SystemExit):
+        run_command(fail, "train.py")
+    assert capsys.readouterr().err == "train.py: got no GPU\n"
 
 
 def test_a_bug_keeps_its_traceback():

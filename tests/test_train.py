@@ -1,0 +1,416 @@
+"""train.py end to end at toy size: resume, seeds, the ratio, the log, photos of one's own, refusals, two processes.
+
+`tiny_run` trains one complete run folder per session; test_eval.py uses it too.
+"""
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import grpo
+import predictor
+import runtime
+import train
+from config import Config
+from predictor import DiT, DiTConfig
+from relations import MODALITIES, agreement, relation, sample_pairs
+
+ROOT = Path(__file__).resolve().parents[1]
+NAMES = list(MODALITIES)
+TINY = """--threads 1 --device cpu --size 16 --width 32 --heads 2 --encoder-layers 1 --layers 1 --patch 4 --judge-patch 4
+    --judge-width 32 --judge-heads 2 --judge-vision-layers 1 --judge-text-layers 1 --base-scenes 32 --base-steps 4
+    --base-batch 4 --judge-scenes 32 --judge-steps 4 --judge-batch 4 --photos 4 --pairs 8 --bank-pairs 16 --group 4
+    --sample-steps 4 --steps 4 --batch 2 --eval-images 4 --eval-steps 2 --eval-every 2 --save-every 2""".split()
+
+
+def go(out, *extra):
+    """Run train.py in this process."""
+    train.main([*TINY, "--out", str(out), *map(str, extra)])
+
+
+@functools.cache
+def tiny_run(root):
+    """A complete toy run under a folder: OUT/base, judge, bank, grpo, report.json, panel.png."""
+    out = Path(root) / "tiny_run"
+    go(out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory):
+    return tiny_run(tmp_path_factory.getbasetemp())
+
+
+def parts(run):
+    """Flags that let a GRPO stage start from the toy run's predictor, judge and bank."""
+    return ["--stage", "grpo", "--policy", run / "base", "--judge", run / "judge", "--bank", run / "bank"]
+
+
+def weights(folder):
+    """Every tensor a stage wrote: its checkpoint, and the weights it hands on."""
+    return {f"{p.name}/{k}": v for p in folder.glob("*.safetensors") for k, v in load_file(p).items()}
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def strict(text):
+    """json.loads that refuses NaN and Infinity, which are not JSON."""
+    def refuse(word):
+        raise AssertionError(f"{word} is not JSON")
+    return json.loads(text, parse_constant=refuse)
+
+
+def log(folder):
+    return [strict(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def refused(capsys, *argv):
+    """stderr of a train.py command that must exit with 2 and one line."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        runtime.run_command(lambda: train.main(list(map(str, argv))), "train.py")
+    lines = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert stop.value.code == 2 and len(lines) == 1 and lines[0].startswith("train.py: ")
+    return lines[0]
+
+
+# a whole run ------------------------------------------------------------------------------------------------------
+
+def test_one_command_leaves_every_part(run):
+    for name in ("base/predictor.safetensors", "judge/model.safetensors", "judge/tokenizer.json",
+                 "grpo/predictor.safetensors", "base/metrics.jsonl", "judge/metrics.jsonl",
+                 "grpo/metrics.jsonl", "report.json", "panel.png"):
+        assert (run / name).stat().st_size > 0, name
+    assert not list(run.rglob("*.part")) and len(list((run / "bank").rglob("*.safetensors"))) == 4
+
+
+@pytest.mark.parametrize("stage", ["base", "judge", "grpo"])
+def test_every_stage_keeps_its_settings_seed_command_and_versions(run, stage):
+    found = [strict(p.read_text()) for p in (run / stage).glob("*.json")]
+    about = next((x for x in found if "settings" in x), None)
+    assert about is not None, "no json in the folder holds the settings of the run"
+    assert about["seed"] == 0 and about["torch"] == torch.__version__ and "command" in about and "commit" in about
+
+
+def test_the_report_has_the_three_domains_before_and_after(run):
+    report = strict((run / "report.json").read_text())
+    assert [t["dataset"] for t in report["tables"]] == ["wild", "synthetic", "broad"]
+    for t in report["tables"]:
+        assert t["n"] == 4 and all({"base", "x", "change", "low", "high"} <= set(row) for row in t["metrics"].values())
+        assert {f"judge/{m}" for m in NAMES} <= set(t["judge"])
+
+
+def test_running_a_finished_run_again_changes_nothing(run):
+    def content():
+        return {p: p.read_bytes() for p in sorted(run.rglob("*")) if p.is_file() and p.name != "report.json"}
+    before, tables = content(), strict((run / "report.json").read_text())["tables"]
+    go(run)
+    assert content() == before and strict((run / "report.json").read_text())["tables"] == tables
+
+
+# resume and seeds -------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("stage", ["base", "judge", "grpo"])
+def test_stopping_after_two_steps_and_resuming_is_bitwise_the_whole_run(run, tmp_path, stage):
+    flags = parts(run) if stage == "grpo" else ["--stage", stage]
+    go(tmp_path, *flags, "--stop-at", 2)
+    assert len(log(tmp_path / stage)) == 2 and not list((tmp_path / stage).glob("[pm]*.safetensors"))
+    go(tmp_path, *flags, "--stop-at", 4)                                        # 4 is the end; no report
+    assert equal(weights(run / stage), weights(tmp_path / stage))
+    ours, theirs = log(run / stage), log(tmp_path / stage)
+    for row in ours + theirs:
+        row.pop("seconds")
+    assert ours == theirs
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_others(run, tmp_path):
+    go(tmp_path / "same", "--stage", "base")
+    go(tmp_path / "other", "--stage", "base", "--seed", 1)
+    assert equal(weights(run / "base"), weights(tmp_path / "same" / "base"))
+    ours, others = (load_file(p / "base" / "predictor.safetensors") for p in (run, tmp_path / "other"))
+    assert ours.keys() == others.keys() and not torch.equal(ours["x_in.weight"], others["x_in.weight"])
+
+
+def test_a_run_does_not_resume_with_another_seed(run, capsys):
+    assert "seed" in refused(capsys, *TINY, "--out", run, "--stage", "base", "--seed", 1)
+
+
+def test_a_changed_setting_is_refused_by_name(run, capsys):
+    assert re.search(r"\blr \S+ -> 0\.5", refused(capsys, *TINY, "--out", run, "--stage", "grpo", "--lr", "0.5"))
+
+
+def test_training_leaves_the_global_random_state_alone(tmp_path):
+    before = torch.get_rng_state()
+    go(tmp_path, "--stage", "base", "--stop-at", 1)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+# the ratio, the log -----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("step", ["flow", "ddim"])
+@pytest.mark.parametrize("rollout", ["full", "branch"])
+@pytest.mark.parametrize("credit", ["global", "pair"])
+def test_the_ratio_is_exactly_one_before_the_first_update(run, tmp_path, credit, rollout, step):
+    go(tmp_path, *parts(run), "--credit", credit, "--rollout", rollout, "--exploration", step, "--eval-every", 0,
+       "--steps", 3, "--stop-at", 3)
+    rows = log(tmp_path / "grpo")
+    assert len(rows) == 3 and all(row["policy/ratio_min"] == row["policy/ratio_max"] == 1 for row in rows)
+    assert all(row["policy/clip_frac"] == 0 and row["grad/norm"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("extra", [["--modalities", "one"], ["--modalities", "joint"], ["--reward", "hard"],
+                                   ["--norm", "none"], ["--norm", "group"], ["--replay", "0.5"],
+                                   ["--window", "1"], ["--precision", "bf16"],
+                                   ["--kl-weight", "0"]])
+def test_every_option_trains_with_ratio_one(run, tmp_path, extra):
+    go(tmp_path, *parts(run), *extra, "--eval-every", 0, "--steps", 2, "--stop-at", 2)
+    rows = log(tmp_path / "grpo")
+    assert len(rows) == 2 and all(row["policy/ratio_min"] == row["policy/ratio_max"] == 1 for row in rows)
+
+
+@pytest.mark.parametrize("rollout", ["full", "branch"])
+def test_a_rollout_has_the_asked_steps_group_and_noise(run, tmp_path, monkeypatch, rollout):
+    seen = []
+    real = grpo.rollout
+
+    def spy(velocity, x, grid, group, mode, step, noise, rng):
+        out = real(velocity, x, grid, group, mode, step, noise, rng)
+        seen.append((len(grid) - 1, group, mode, step, noise, len(out[1]), tuple(out[0].shape)))
+        return out
+    monkeypatch.setattr(grpo, "rollout", spy)
+    go(tmp_path, *parts(run), "--rollout", rollout, "--modalities", "one", "--noise", "0.5", "--sample-steps", "6",
+       "--eval-every", 0, "--stop-at", 1)
+    trained = 5 if rollout == "full" else 1                                     # the last step is deterministic
+    assert seen == [(6, 4, rollout, grpo.STEPS["flow"], 0.5, trained, (2, 4, 3, 16, 16))]
+
+
+def test_a_second_update_on_the_same_rollout_moves_the_ratio(run, tmp_path):
+    go(tmp_path, *parts(run), "--updates", 3, "--lr", "1e-2", "--eval-every", 0, "--steps", 2, "--stop-at", 2)
+    last = log(tmp_path / "grpo")[-1]
+    assert last["policy/ratio_min"] < 1 < last["policy/ratio_max"]
+
+
+def test_the_log_of_grpo_holds_what_one_watches(run):
+    rows = log(run / "grpo")
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    for row in rows:
+        names = [m for m in NAMES if f"reward/{m}" in row]
+        assert names and all({f"reward/{m}_spread", f"reward/{m}_unanimous"} <= set(row) for m in names)
+        assert {"reward", "loss", "grad/norm", "seconds", "policy/ratio_min", "policy/ratio_max", "policy/clip_frac",
+                "policy/kl"} <= set(row)
+        assert 0 <= row["reward"] <= 1 and abs(row["reward"] - np.mean([row[f"reward/{m}"] for m in names])) < 1e-6
+        assert all(0 <= row[f"reward/{m}_unanimous"] <= 1 and row[f"reward/{m}_spread"] >= 0 for m in names)
+    assert rows[0]["policy/kl"] == 0 < rows[-1]["policy/kl"]                    # the policy starts as the reference
+
+
+def test_diagnostics_that_no_reward_sees_are_logged_at_evaluations(run):
+    rows = log(run / "grpo")
+    want = {f"wild/{m}_{what}" for m in NAMES for what in ("high_frequency", "spread")}
+    assert want <= set(rows[1]) and want <= set(rows[3]) and not want & set(rows[2])
+    for m in ("depth/abs_rel", "depth/pairs", "normal/angle", "albedo/whdr10", "irradiance/si_mse"):
+        assert np.isfinite(rows[3][f"synthetic/{m}"])
+
+
+def test_the_losses_of_the_supervised_stages_are_logged(run):
+    assert all(np.isfinite(row["loss"]) and row["grad/norm"] > 0 for row in log(run / "base"))
+    answers = ["loss/answers" in row for row in log(run / "judge")]
+    assert answers == [False, False, True, True]                                # half of the steps warm the vision tower
+
+
+def test_only_the_policy_moves(run, tmp_path):
+    before = weights(run / "base") | weights(run / "judge")
+    go(tmp_path, *parts(run), "--stop-at", 4)
+    assert equal(before, weights(run / "base") | weights(run / "judge"))
+    trained, start = (load_file(f / "predictor.safetensors") for f in (tmp_path / "grpo", run / "base"))
+    assert trained.keys() == start.keys() and any(not torch.equal(trained[k], start[k]) for k in start)
+
+
+def test_the_bank_is_asked_once(run, tmp_path, capsys):
+    go(tmp_path, *parts(run), "--stop-at", 1)
+    assert "0 pairs asked, 64 already known" in capsys.readouterr().out
+
+
+# reward and credit ------------------------------------------------------------------------------------------------
+
+def case(m, seed=0, B=3, G=4, P=12):
+    rng = torch.Generator().manual_seed(seed)
+    pred = torch.rand(B, G, MODALITIES[m].channels, 16, 16, generator=rng)
+    if m == "normal":
+        pred = torch.nn.functional.normalize(2 * pred - 1, dim=2)
+    return pred, sample_pairs(B, (16, 16), P, rng), torch.rand(B, P, generator=rng)
+
+
+@pytest.mark.parametrize("m", NAMES)
+def test_the_hard_reward_is_the_share_of_pairs_on_which_map_and_judge_agree(m):
+    pred, pts, prob = case(m)
+    agree, weight = train.agreement_of(pred, pts, prob, m, replace(Config(), reward="hard"))
+    answer = torch.where(prob > 0.5, 1, -1)
+    want = agreement(relation(pred, pts[:, None], m), answer[:, None])
+    torch.testing.assert_close((agree * weight[:, None]).sum(-1), want, rtol=1e-6, atol=1e-6)      # fp32 sum of 12
+
+
+@pytest.mark.parametrize("m", NAMES)
+@pytest.mark.parametrize("reward", ["hard", "soft"])
+def test_a_map_that_answers_as_the_judge_does_beats_one_that_contradicts_it(m, reward):
+    pred, pts, _ = case(m, G=1)
+    rel = relation(pred[:, 0], pts, m).float()
+    cfg = replace(Config(), reward=reward)
+    score = [(a * w[:, None]).sum(-1) for a, w in
+             (train.agreement_of(pred, pts, 0.5 + 0.5 * sign * rel, m, cfg) for sign in (1, -1))]
+    assert (score[0] > 0.5).all() and (score[1] < 0.5).all() and torch.allclose(score[0] + score[1], torch.ones(3, 1))
+
+
+def test_a_balanced_albedo_reward_gives_both_answers_half_of_the_weight():
+    pred, pts, prob = case("albedo")
+    weight = train.agreement_of(pred, pts, prob, "albedo", replace(Config(), balance=1))[1]
+    torch.testing.assert_close(weight.sum(1), torch.ones(3))
+    yes = torch.tensor([[1.0, 1.0, 0.0, 1.0]])
+    rows = train.agreement_of(pred[:1], pts[:1, :4], yes, "albedo", replace(Config(), balance=1))[1]
+    torch.testing.assert_close(rows, torch.tensor([[1 / 6, 1 / 6, 1 / 2, 1 / 6]]), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("credit", ["global", "pair"])
+@pytest.mark.parametrize("norm", ["group", "global", "none"])
+def test_a_unanimous_group_gets_no_credit(credit, norm):
+    _, pts, _ = case("depth")
+    agree, weight = torch.full((3, 4, 12), 0.75), torch.full((3, 12), 1 / 12)
+    adv, reward = train.credit_of(agree, weight, pts, (16, 16), replace(Config(), credit=credit, norm=norm))
+    assert (adv == 0).all() and torch.allclose(reward, torch.tensor(0.75))
+
+
+# photos of one's own ----------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def photos(tmp_path):
+    """Three JPEGs of odd sizes, in a sub-folder too, and one file that is none."""
+    folder = tmp_path / "photos"
+    (folder / "more").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for name, size in (("a.jpg", (40, 31)), ("b.jpg", (23, 37)), ("more/c.jpeg", (64, 64))):
+        Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(folder / name)
+    (folder / "broken.jpg").write_bytes(b"\xff\xd8 not much of a photo")
+    return folder
+
+
+def test_grpo_on_a_folder_of_photos_trains_and_reports_without_truth(run, tmp_path, photos, capsys):
+    out = tmp_path / "run"
+    go(out, *parts(run), "--bank", out / "bank", "--images", photos)
+    said = capsys.readouterr()
+    assert "broken.jpg" in said.err and "3 photos" in said.out and "1 unreadable" in said.out
+    report = strict((out / "photos.json").read_text())
+    assert report["n"] == 3 and set(report["judge/confidence"]) == set(NAMES)
+    assert all(0 <= c <= 1 for c in report["judge/confidence"].values())
+    rows = [report[f"reward/{m}"] for m in NAMES] + [next(v for k, v in report.items() if "depth-normal" in k)]
+    for row in rows:
+        assert {"base", "x", "change", "low", "high"} <= set(row) and np.isfinite(list(row.values())).all()
+        assert abs(row["x"] - row["base"] - row["change"]) < 1e-6 and row["low"] <= row["change"] <= row["high"]
+    with Image.open(out / "photos.png") as image:
+        assert min(image.size) > 128
+    assert len(log(out / "grpo")) == 4 and len(list((out / "bank").rglob("*.safetensors"))) == 3
+    predictor.load_predictor(out / "grpo")
+
+
+@pytest.mark.parametrize("make", [lambda p: p / "nowhere", lambda p: ((p / "empty").mkdir(), p / "empty")[1]])
+@pytest.mark.parametrize("stage", ["all", "grpo"])
+def test_a_folder_without_photos_fails_before_anything_is_written(tmp_path, capsys, make, stage):
+    folder = make(tmp_path)
+    assert folder.name in refused(capsys, *TINY, "--stage", stage, "--out", tmp_path / "run", "--images", folder)
+    assert not (tmp_path / "run").exists()
+
+
+# refusals ---------------------------------------------------------------------------------------------------------
+
+def test_the_paper_preset_without_weights_names_them(tmp_path, capsys):
+    line = refused(capsys, "--preset", "paper", "--out", tmp_path / "run")
+    assert "marigold" in line and "Intrinsic-Judge" in line and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("flag", ["--policy", "--judge"])
+@pytest.mark.parametrize("stage", ["all", "grpo"])
+def test_missing_weights_fail_before_any_training(run, tmp_path, capsys, flag, stage):
+    flags = {"--policy": run / "base", "--judge": run / "judge"} | {flag: tmp_path / "nowhere"}
+    line = refused(capsys, *TINY, "--stage", stage, "--out", tmp_path / "run", *[x for kv in flags.items() for x in kv])
+    assert "nowhere" in line and not list((tmp_path / "run").rglob("metrics.jsonl"))
+
+
+def test_grpo_without_a_base_says_how_to_make_one(tmp_path, capsys):
+    line = refused(capsys, *TINY, "--stage", "grpo", "--out", tmp_path / "run")
+    assert "python train.py" in line and str(tmp_path / "run") in line
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(run, tmp_path, capsys):
+    for p in (run / "base").glob("predictor.*"):
+        (tmp_path / p.name).write_bytes(p.read_bytes())
+    about = strict((tmp_path / "predictor.json").read_text())
+    (tmp_path / "predictor.json").write_text(json.dumps(about | dict(architecture="marigold")))
+    line = refused(capsys, *TINY, *parts(run), "--policy", tmp_path, "--out", tmp_path / "run")
+    assert "'marigold'" in line and "'reasonx-dit'" in line
+
+
+def test_weights_of_another_size_are_refused(run, tmp_path, capsys):
+    DiT(DiTConfig(16, 4, 64, 1, 1, 2)).save(tmp_path)
+    (tmp_path / "predictor.json").write_bytes((run / "base" / "predictor.json").read_bytes())
+    line = refused(capsys, *TINY, *parts(run), "--policy", tmp_path, "--out", tmp_path / "run")
+    assert "(first: " in line and str(tmp_path) in line
+
+
+def test_a_judge_of_another_image_size_is_refused(run, tmp_path, capsys):
+    line = refused(capsys, *TINY, *parts(run), "--out", tmp_path / "run", "--size", "24")
+    assert "16 px" in line and "24" in line
+
+
+def test_a_batch_that_does_not_divide_among_processes_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert train.shares(6, "batch") == 2
+    with pytest.raises(runtime.UserError, match="--batch 4 is not divisible by 3 processes"):
+        train.shares(4, "batch")
+
+
+def test_a_bad_flag_as_a_process_is_one_line_and_exit_code_two(tmp_path):
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), "--group", "1"], cwd=tmp_path, capture_output=True,
+                          text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+# processes --------------------------------------------------------------------------------------------------------
+
+def test_two_processes_with_the_same_data_are_one_process(tmp_path, monkeypatch):
+    """All-reduce of two equal gradients, averaged, is the gradient: also for parameters that get none (a judge's text part
+    while only its vision tower trains)."""
+    def after(folder):
+        torch.manual_seed(0)
+        used, idle = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+        opts = runtime.optimizers([used, idle], lr=0.1, muon=0.1, weight_decay=0.1)
+        one = runtime.Run(folder, {}, 0, 3, dict(used=used, idle=idle), opts)
+        for _ in one.loop("toy"):
+            one.update(used(torch.ones(2, 4)).square().mean(), [list(used.parameters()), list(idle.parameters())], 1.0)
+        return runtime.pack(dict(used=used, idle=idle), opts)
+
+    alone = after(tmp_path / "alone")
+    monkeypatch.setattr(runtime, "world", lambda: 2)
+    monkeypatch.setattr(runtime.dist, "all_reduce", lambda x, *_, **__: x.mul_(2))
+    assert equal(alone, after(tmp_path / "together"))
+
+
+def test_torchrun_with_two_processes_trains(run, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "train.py"), *TINY,
+         *map(str, parts(run)), "--bank", str(tmp_path / "bank"), "--out", str(tmp_path / "run"), "--steps", "2",
+         "--eval-every", "1", "--stop-at", "2"],
+        env=os.environ | dict(OMP_NUM_THREADS="1"), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [row["step"] for row in log(tmp_path / "run" / "grpo")] == [0, 1]
+    assert (tmp_path / "run" / "grpo" / "predictor.safetensors").is_file()
+    assert len(list((tmp_path / "bank").rglob("*.safetensors"))) == 4 and not list(tmp_path.rglob("*.part"))
