@@ -88,8 +88,8 @@ PRESETS = {
     # 2 CPU cores, procedural scenes, everything trained from scratch
     "mini": dict(
         size=32, width=128, encoder_layers=4, layers=3, heads=4, patch=4, eval_steps=10,
-        base_scenes=8000, base_steps=2000, base_batch=32, base_lr=1e-3, base_muon=2e-3, base_ema=0.995,
-        judge_scenes=40000, judge_steps=2400, judge_batch=64, judge_lr=1e-3, judge_muon=4e-3, judge_decay=0.02,
+        base_scenes=8000, base_steps=750, base_batch=32, base_lr=1e-3, base_muon=2e-3, base_ema=0.995,
+        judge_scenes=30000, judge_steps=2000, judge_warm=0.25, judge_batch=64, judge_lr=1e-3, judge_muon=4e-3, judge_decay=0.02,
         judge_width=128, judge_vision_layers=5, judge_text_layers=2, judge_heads=4, judge_patch=4,
         photos=384, pairs=48, bank_pairs=64, sample_steps=8, credit="pair", rollout="branch", reward="soft",
         modalities="joint", balance=1, norm="global", steps=400, batch=8, clip=0.1, kl_weight=0.1, lr=2e-4, ema=0.98),

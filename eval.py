@@ -20,6 +20,7 @@ from runtime import generator, run_command, write_json
 from scenes import srgb_decode
 
 PROCEDURAL = ("synthetic", "broad", "wild")
+PAIRS = 24                        # per image and modality
 DEPTH_RANGE = (0.1, 100.0)        # metres, clips aligned predictions
 METRICS = {  # name: (modality, text, better)
     "depth/abs_rel": ("AbsRel, least-squares scale and shift", -1),
@@ -144,9 +145,9 @@ def compare(base, new):
     return rows
 
 
-def evaluate(policy, maps, steps, seed, grid=1, pairs_per_image=40):
+def evaluate(policy, maps, steps, seed, grid=1):
     """Metrics per image of one predictor on one set; see METRICS."""
-    pairs = eval_pairs(maps, pairs_per_image, grid, seed)
+    pairs = eval_pairs(maps, PAIRS, grid, seed)
     return score(predict(policy, maps["rgb"], steps, seed), maps, pairs)
 
 
@@ -261,7 +262,7 @@ def main(argv=None):
     grid = judge.grid if judge is not None else 1
     values = evaluate(policy, maps, args.denoise_steps, args.seed, grid)
     base_values = evaluate(base, maps, args.denoise_steps, args.seed, grid) if base is not None else None
-    judge_values = judge_scores(judge, maps, eval_pairs(maps, 40, grid, args.seed)) if judge is not None else None
+    judge_values = judge_scores(judge, maps, eval_pairs(maps, PAIRS, grid, args.seed)) if judge is not None else None
     result = report(args.dataset, values, base_values, judge_values)
     if args.json:
         write_json(args.json, result)

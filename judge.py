@@ -42,8 +42,8 @@ NAMES = tuple(MODALITIES)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMG, IMG_START, IMG_END = "<IMG_CONTEXT>", "<img>", "</img>"
 TURN, END = "<|im_start|>", "<|im_end|>"
-EMPHASIS = (1.5, 1.5, 0.5, 0.5)      # of the training losses, in the order of NAMES: shape is learnt slower than colour
-DENSE_EMPHASIS = (3.0, 1.0, 1.0, 2.0, 0.5, 0.5, 0.5, 1.0)     # depth, normal x y z, albedo r g b, irradiance luma
+EMPHASIS = (1.2, 2.0, 0.4, 0.4)      # of the probe's pair loss, in the order of NAMES: shape is learnt slower than colour
+DENSE_EMPHASIS = (3.0, 1.0, 1.0, 3.0, 0.5, 0.5, 0.5, 1.0)     # depth, normal x y z, albedo r g b, irradiance luma
 SPECIAL = (TURN, END, IMG_START, IMG_END, IMG)
 SYSTEM = ("你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的"
           "多模态大语言模型。")
@@ -237,7 +237,8 @@ def load_judge(folder):
     raises  FileNotFoundError when config.json, tokenizer.json or the weights are missing; ValueError for another architecture
     """
     folder = Path(folder)
-    for name in ("config.json", "tokenizer.json"):
+    weights = "model.safetensors" if not (folder / "model.safetensors.index.json").is_file() else "model.safetensors.index.json"
+    for name in ("config.json", "tokenizer.json", weights):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"judge.load_judge: got no {name} in {folder}; want a judge folder written by "
                                     "`python train.py --stage judge` or a native InternVL folder")
@@ -336,7 +337,8 @@ def judge_loss(judge, probe, maps, answers, rng, pairs=128):
     maps     dict of scenes with rgb, depth, normal, albedo, irradiance, mask
     answers  False: the vision tower alone (dense, pairs, markers); True: also the answer to four questions on one marked pair
     returns  scalar, dict of its 0-dim parts
-    Pairs without an answer (dead zone, sky) are taught as 50/50, so that the judge is unsure there.
+    Pairs without an answer (dead zone, sky) are taught as 50/50, so that the judge is unsure there. Other answers are
+    taught half by the truth, half by the probe's probability for the same pair: a smoother target to start from.
     differs: only the deciding word is supervised; the released recipe supervises the whole sentence.
     """
     rgb = maps["rgb"]
@@ -366,8 +368,9 @@ def judge_loss(judge, probe, maps, answers, rng, pairs=128):
     if answers:
         logp = judge.logits(images, features=tokens).float().log_softmax(-1)    # (B, M, vocab)
         two = logp.gather(-1, torch.tensor([judge.answer_ids[m] for m in NAMES], device=rgb.device).expand(B, -1, -1))
-        share = torch.stack((1 + marked_rel, 1 - marked_rel), -1) / 2           # (B, M, 2): 1/0, 0/1 or 1/2 each
-        loss_answers = -((share * two).sum(-1) * emphasis).mean()
+        taught = pair_logits.detach().float().gather(1, pick[..., None].expand(-1, -1, len(NAMES)))[:, 0].sigmoid()
+        first = torch.where(marked_rel == 0, 0.5, (0.5 + 0.5 * marked_rel + taught) / 2)        # (B, M) share of answer one
+        loss_answers = -(torch.stack((first, 1 - first), -1) * two).sum(-1).mean()
         stats["loss/answers"] = loss_answers.detach()
         loss = loss + loss_answers
     return loss, stats

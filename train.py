@@ -262,7 +262,7 @@ def report_wild(cfg):
     results = []
     for name in ("wild", "synthetic", "broad"):
         maps = data.ScenePool(name, "test", cfg.eval_images, cfg.size).all()
-        pairs = evaluation.eval_pairs(maps, 40, judge_model.grid, 0)
+        pairs = evaluation.eval_pairs(maps, evaluation.PAIRS, judge_model.grid, 0)
         pred = [evaluation.predict(p, maps["rgb"], cfg.eval_steps, 0) for p in (before, after)]
         values = [evaluation.score(p, maps, pairs) for p in pred]
         results.append(evaluation.report(name, values[1], values[0], evaluation.judge_scores(judge_model, maps, pairs)))
