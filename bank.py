@@ -49,7 +49,8 @@ class Bank:
         """The first n pairs of a photo, drawn in blocks so that a longer request has the shorter one as its start."""
         block = 16
         rngs = (torch.Generator().manual_seed(int(_digest(key, i)[:15], 16)) for i in range(-(-n // block)))
-        return torch.cat([sample_pairs(1, (self.judge.size,) * 2, block, rng, grid=self.judge.grid)[0] for rng in rngs])[:n]
+        return torch.cat([sample_pairs(1, (self.judge.size,) * 2, block, rng, grid=self.judge.grid)[0]
+                          for rng in rngs])[:n]
 
     def _read(self, path):
         try:
@@ -69,7 +70,8 @@ class Bank:
         """
         all_pts = torch.empty(len(photos), n, 2, 2, dtype=torch.int64)
         all_prob = torch.empty(len(photos), n, len(MODALITIES))
-        bar = tqdm(range(len(photos)), desc="bank", unit="photo", disable=None if len(photos) > 8 else True, mininterval=1.0)
+        bar = tqdm(range(len(photos)), desc="bank", unit="photo", disable=None if len(photos) > 8 else True,
+                   mininterval=1.0)
         for i in bar:
             key = _digest(photos[i].contiguous().numpy().tobytes(), list(photos[i].shape))
             pts, path = self._pairs(key, n), self.folder / f"{key}.safetensors"

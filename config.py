@@ -24,7 +24,7 @@ class Config:
     save_every: int = 100            # steps between checkpoints
     stop_at: int = 0                 # stop a stage after this many steps as if interrupted; 0: run to its end
     size: int = 512                  # px, side of the square training photos (judge: 512)
-    images: str = ""                 # folder of unlabeled photos for GRPO; empty: procedural `wild` photos (paper: COCO)
+    images: str = ""                 # folder of unlabeled photos for GRPO; empty: procedural `wild` ones (paper: COCO)
     policy: str = ""                 # predictor to fine-tune by GRPO; empty: OUT/base (paper: PRISM, Marigold)
     judge: str = ""                  # judge folder; empty: OUT/judge (paper: InternVL2.5-4B, tuned)
     bank: str = ""                   # folder of the judgement bank; empty: OUT/bank
@@ -64,10 +64,10 @@ class Config:
     eval_steps: int = 50             # denoising steps in evaluation (paper: 50)
     noise: float = 0.7               # a of the exploration noise, or eta for ddim (paper: 0.7)
     exploration: str = "flow"        # flow (Flow-GRPO, paper) or ddim (eta form)
-    credit: str = "global"           # global: one advantage per sample (paper); pair: splatted around each pair's points
+    credit: str = "global"           # global: one advantage per sample (paper); pair: splatted around a pair's points
     credit_width: float = 1.0        # px of the state, width of the splat
     rollout: str = "full"            # full: all steps stochastic (paper); branch: one stochastic step, shared prefix
-    reward: str = "hard"             # hard: relation against the judge's answer (paper); soft: tanh(margin/tau) against 2p-1
+    reward: str = "hard"             # hard: relation vs the judge's answer (paper); soft: tanh(margin/tau) vs 2p-1
     tau: float = 0.1                 # softness of the soft reward, in units of the margin
     window: int = 0                  # px, radius of the mean read at a point (paper: 0, one pixel)
     modalities: str = "one"          # one drawn per step (paper), or joint: all four at every step
@@ -89,18 +89,19 @@ PRESETS = {
     "mini": dict(
         size=32, width=128, encoder_layers=4, layers=3, heads=4, patch=4, eval_steps=10,
         base_scenes=8000, base_steps=750, base_batch=32, base_lr=1e-3, base_muon=2e-3, base_ema=0.995,
-        judge_scenes=30000, judge_steps=2000, judge_warm=0.25, judge_batch=64, judge_lr=1e-3, judge_muon=4e-3, judge_decay=0.02,
-        judge_width=128, judge_vision_layers=5, judge_text_layers=2, judge_heads=4, judge_patch=4,
+        judge_scenes=30000, judge_steps=2200, judge_warm=0.25, judge_batch=64, judge_lr=1e-3, judge_muon=4e-3,
+        judge_decay=0.02, judge_width=128, judge_vision_layers=5, judge_text_layers=2, judge_heads=4, judge_patch=4,
         photos=384, pairs=48, bank_pairs=64, sample_steps=8, credit="pair", rollout="branch", reward="soft",
         modalities="joint", balance=1, norm="global", steps=400, batch=8, clip=0.1, kl_weight=0.1, lr=2e-4, ema=0.98),
     # one GPU, procedural scenes at 128 px
     "small": dict(
         size=128, width=384, encoder_layers=6, layers=4, heads=6, patch=8, eval_steps=10,
         base_scenes=20000, base_steps=12000, base_batch=64, base_lr=6e-4,
-        judge_scenes=60000, judge_steps=20000, judge_batch=128, judge_lr=5e-4, judge_muon=1e-3, judge_decay=0.02,
+        judge_scenes=60000, judge_steps=22000, judge_batch=128, judge_lr=5e-4, judge_muon=1e-3, judge_decay=0.02,
         judge_width=384, judge_vision_layers=8, judge_text_layers=4, judge_heads=6, judge_patch=8,
         photos=4000, pairs=64, bank_pairs=128, sample_steps=10, credit="pair", credit_width=4.0, rollout="branch",
-        reward="soft", modalities="joint", balance=1, norm="global", steps=3000, batch=16, clip=0.1, kl_weight=0.1, lr=1e-4, ema=0.99),
+        reward="soft", modalities="joint", balance=1, norm="global", steps=3000, batch=16, clip=0.1, kl_weight=0.1,
+        lr=1e-4, ema=0.99),
     # the paper's numbers; needs weights and photos, see `missing`
     "paper": {},
 }
@@ -112,8 +113,8 @@ CHOICES = {
 }
 
 
-MAY_BE_ZERO = ("seed", "threads", "stop_at", "base_muon", "judge_muon", "judge_warm", "judge_decay", "window", "balance",
-               "kl_weight", "replay", "ema", "base_ema", "eval_every")
+MAY_BE_ZERO = ("seed", "threads", "stop_at", "base_muon", "judge_muon", "judge_warm", "judge_decay", "window",
+               "balance", "kl_weight", "replay", "ema", "base_ema", "eval_every")
 
 
 class Parser(argparse.ArgumentParser):
@@ -125,7 +126,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(argv=None):
-    """Build a Config from defaults < preset < flags; returns (preset name, Config, dry_run). Exits 2 on a user error."""
+    """Build a Config from defaults < preset < flags; returns (preset, Config, dry_run). Exits 2 on a user error."""
     text = dict(re.findall(r"^\s+(\w+): \w+ = [^#\n]*#\s*(.+)$", inspect.getsource(Config), re.M))
     p = Parser(prog="train.py", allow_abbrev=False, description=__doc__.splitlines()[0],
                formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=28, width=110))
@@ -133,8 +134,8 @@ def parse(argv=None):
                    help="mini: 2 CPU cores; small: one GPU, 128 px; paper: the paper's numbers [mini]")
     p.add_argument("--dry-run", action="store_true", help="print the settings and the batch arithmetic, then stop")
     for f in dataclasses.fields(Config):
-        p.add_argument("--" + f.name.replace("_", "-"), type=f.type, choices=CHOICES.get(f.name), metavar=f.type.__name__.upper()
-                       if f.name not in CHOICES else None, default=argparse.SUPPRESS,
+        p.add_argument("--" + f.name.replace("_", "-"), type=f.type, choices=CHOICES.get(f.name),
+                       metavar=f.type.__name__.upper() if f.name not in CHOICES else None, default=argparse.SUPPRESS,
                        help=f"{text[f.name]} [{f.default}]".replace("%", "%%"))
     flags = vars(p.parse_args(argv))
     preset, dry_run = flags.pop("preset"), flags.pop("dry_run")
@@ -149,8 +150,10 @@ def parse(argv=None):
 def problem(cfg, preset="mini"):
     """First thing wrong with the settings, found before any model is built; None when they add up."""
     if preset == "paper" and cfg.stage != "grpo" or preset == "paper" and not (cfg.policy and cfg.judge and cfg.images):
-        return ("--preset paper fine-tunes published weights: want --stage grpo, --policy FOLDER (prs-eth/marigold-iid-lighting-v1-1), "
-                "--judge FOLDER (adirik/InternVL2_5-4B-Intrinsic-Judge) and --images FOLDER (10000 photos of COCO train2017); "
+        return ("--preset paper fine-tunes published weights: want --stage grpo, "
+                "--policy FOLDER (prs-eth/marigold-iid-lighting-v1-1), "
+                "--judge FOLDER (adirik/InternVL2_5-4B-Intrinsic-Judge) and "
+                "--images FOLDER (10000 photos of COCO train2017); "
                 "use --preset mini to run without any")
     for f in dataclasses.fields(cfg):
         value = getattr(cfg, f.name)

@@ -110,6 +110,17 @@ def find_images(folder):
     return sorted(found)
 
 
+def first_readable(folder):
+    """The first image of a folder that can be read, or the error of the first that cannot. raises as read_rgb."""
+    error = None
+    for path in find_images(folder):
+        try:
+            return read_rgb(path)
+        except (ValueError, OSError) as problem:
+            error = error or problem
+    raise ValueError(f"data.py: no image in {str(folder)!r} can be read (first: {error})")
+
+
 def _resize(x, height, width, mode="antialias"):
     """(C, h, w) -> (C, height, width); "antialias" for colours, "nearest" for measured values and masks."""
     if x.shape[1:] == (height, width):
@@ -298,7 +309,7 @@ def colourise(depth):
 
 
 def display(modality, array):
-    """A map in native space -> (3, H, W) picture in [0, 1]: depth colourised, normals (n + 1) / 2, others as they are."""
+    """A map in native space -> (3, H, W) picture in [0, 1]: depth colourised, normals (n + 1) / 2, others as is."""
     return colourise(array) if modality == "depth" else (array + 1) / 2 if modality == "normal" else array
 
 
@@ -353,7 +364,8 @@ class ScenePool:
 
     def pick(self, index, device="cpu"):
         """Maps of the scenes `index` (B,) as float32 on a device: dict of (B, C, H, W)."""
-        return {k: v[index].to(device) if v.dtype == torch.bool else v[index].to(device).float() for k, v in self.maps.items()}
+        return {k: v[index].to(device) if v.dtype == torch.bool else v[index].to(device).float()
+                for k, v in self.maps.items()}
 
     def draw(self, batch, rng, device="cpu"):
         """Maps of `batch` scenes drawn with replacement by the generator rng."""

@@ -60,7 +60,7 @@ def eval_pairs(maps, n, grid, seed):
     chosen = {}
     for k, m in enumerate(NAMES):
         rel = truth[..., k]
-        if m == "albedo":                                                       # n/2 "same", n/2 "different", in draw order
+        if m == "albedo":                                                       # n/2 of each answer, in draw order
             place = torch.where(rel > 0, (rel > 0).cumsum(1), (rel < 0).cumsum(1))
             keep = (rel != 0) & (place <= n // 2)
         else:
@@ -139,7 +139,8 @@ def compare(base, new):
             change = low = high = float("nan")
         else:
             change, low, high = metrics.bootstrap_interval(base[name][known], new[name][known], relative=True)
-        rows[name] = dict(base=float(np.nanmean(base[name])), x=float(np.nanmean(new[name])), change=change, low=low, high=high,
+        rows[name] = dict(base=float(np.nanmean(base[name])), x=float(np.nanmean(new[name])),
+                          change=change, low=low, high=high,
                           verdict="better" if low * better > 0 and high * better > 0 else
                                   "worse" if low * better < 0 and high * better < 0 else "same")
     return rows
@@ -201,7 +202,8 @@ def report(name, values, base_values=None, judge_values=None):
     title = f"{name}: {n} images evaluated of {n}; unweighted mean over images"
     if base_values is None:
         result["metrics"] = {k: float(np.nanmean(v)) for k, v in values.items()}
-        table(title, [(k, METRICS[k][0], number(v)) for k, v in result["metrics"].items()], ("metric", "protocol", "value"))
+        table(title, [(k, METRICS[k][0], number(v)) for k, v in result["metrics"].items()],
+              ("metric", "protocol", "value"))
     else:
         result["metrics"] = rows = compare(base_values, values)
         table(title + "; change with paired bootstrap 95 % interval",
@@ -222,15 +224,18 @@ def report(name, values, base_values=None, judge_values=None):
 def arguments(argv):
     """Parse and check the command line; a user error exits with 2 before any model is loaded."""
     p = Parser(prog="eval.py", allow_abbrev=False, description=__doc__.splitlines()[0])
-    p.add_argument("--dataset", required=True, choices=(*PROCEDURAL, "scenes"), help="synthetic, broad, wild: procedural test "
-                   "scenes; scenes: a folder with ID_rgb.png, ID_depth.png, ID_normal.png, ID_albedo.png, ID_irradiance.png")
+    p.add_argument("--dataset", required=True, choices=(*PROCEDURAL, "scenes"),
+                   help="synthetic, broad, wild: procedural test scenes; scenes: a folder with ID_rgb.png, "
+                        "ID_depth.png, ID_normal.png, ID_albedo.png, ID_irradiance.png")
     p.add_argument("--data", default="", help="folder of --dataset scenes")
     p.add_argument("--out", default="out/mini", help="run whose parts are used where no other is named [out/mini]")
     p.add_argument("--checkpoint", default="", help="predictor to evaluate [OUT/grpo]")
-    p.add_argument("--compare", default="", help="predictor to compare it with [OUT/base when --checkpoint is not given]")
+    p.add_argument("--compare", default="",
+                   help="predictor to compare it with [OUT/base when --checkpoint is not given]")
     p.add_argument("--judge", default="", help="judge to score on the same pairs [OUT/judge if there]; none: no judge")
     p.add_argument("--images", type=int, default=128, help="test scenes of a procedural set [128]")
-    p.add_argument("--size", type=int, default=0, help="px, side of the square images [what the predictor was trained at]")
+    p.add_argument("--size", type=int, default=0,
+                   help="px, side of the square images [what the predictor was trained at]")
     p.add_argument("--denoise-steps", type=int, default=10, help="sampling steps [10]")
     p.add_argument("--seed", type=int, default=0, help="seed of noise and pairs [0]")
     p.add_argument("--json", default="", help="file for every printed number")
@@ -256,7 +261,7 @@ def main(argv=None):
     judge = load_judge(folder) if args.judge not in ("", "none") or (not args.judge and folder.is_dir()) else None
     if args.dataset == "scenes":
         maps = data.scene_batch(args.data, size)
-        maps["depth"] = maps["depth"] + 1                                       # files are affine in [0, 1]: no zero to divide by
+        maps["depth"] = maps["depth"] + 1                                       # affine in [0, 1]: no zero to divide by
     else:
         maps = data.ScenePool(args.dataset, "test", args.images, size).all()
     grid = judge.grid if judge is not None else 1

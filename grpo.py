@@ -1,8 +1,10 @@
 """Group-relative policy optimisation of a diffusion sampler (GRPO with Flow-GRPO's exploration). No models inside.
 
 time        x_t = (1 - t) x_0 + t x_1, v = x_1 - x_0; one step goes from t to s < t, dt = s - t < 0
-Flow-GRPO   sigma_t = a sqrt(t / (1 - t));  mean = x + [v + sigma_t^2 / (2t) (x + (1 - t) v)] dt;  std = sigma_t sqrt(|dt|)
-DDIM / eta  std = eta sqrt((1-abar_s)/(1-abar_t) (1 - abar_t/abar_s));  mean = sqrt(abar_s) x0 + sqrt(1-abar_s-std^2) eps
+Flow-GRPO   sigma_t = a sqrt(t / (1 - t));  std = sigma_t sqrt(|dt|)
+            mean = x + [v + sigma_t^2 / (2t) (x + (1 - t) v)] dt
+DDIM / eta  std = eta sqrt((1-abar_s)/(1-abar_t) (1 - abar_t/abar_s))
+            mean = sqrt(abar_s) x0 + sqrt(1-abar_s-std^2) eps
 t = 1       is singular in the first form: the next grid value stands in for t in the denominator
 s = 0       is deterministic (x_0-hat) and is not trained: its noise would stay in the map
 log p       = -(x_next - mean)^2 / (2 std^2) - log std - log(2 pi) / 2, MEAN over elements, fp32 (or fp64) always
@@ -31,11 +33,12 @@ def flow_sde_step(x, v, t, s, a, eps, t_next=None):
 
     x, v, eps  (B, ...)  state at t, velocity, standard normal noise;  t, s floats, 0 <= s < t <= 1;  a >= 0 noise scale
     t_next     stand-in for t in the denominator when t == 1 (default: s)
-    returns    x_next (B, ...), mean (B, ...), std 0-dim, already times sqrt(|dt|); a = 0 or s = 0 is the ODE step, std 0
+    returns    x_next (B, ...), mean (B, ...), std 0-dim, times sqrt(|dt|); a = 0 or s = 0 is the ODE step, std 0
     raises     ValueError when not 0 <= s < t <= 1
     """
     if not 0 <= s < t <= 1:
-        raise ValueError(f"grpo.flow_sde_step: got t = {t}, s = {s}; want 0 <= s < t <= 1 (sampling walks t from 1 to 0)")
+        raise ValueError(f"grpo.flow_sde_step: got t = {t}, s = {s}; want 0 <= s < t <= 1 "
+                         "(sampling walks t from 1 to 0)")
     x, v = _fp32(x), _fp32(v)
     dt = s - t
     if a == 0 or s == 0:
@@ -66,7 +69,8 @@ def ddim_sde_step(x, v, abar_t, abar_s, eta, eps):
     """
     abar_t, abar_s = float(abar_t), float(abar_s)
     if not 0 <= abar_t < abar_s <= 1:
-        raise ValueError(f"grpo.ddim_sde_step: got abar_t = {abar_t}, abar_s = {abar_s}; want 0 <= abar_t < abar_s <= 1")
+        raise ValueError(f"grpo.ddim_sde_step: got abar_t = {abar_t}, abar_s = {abar_s}; "
+                         "want 0 <= abar_t < abar_s <= 1")
     x, v = _fp32(x), _fp32(v)
     signal, level = math.sqrt(abar_t), math.sqrt(1 - abar_t)
     return _eta_step(signal * x - level * v, level * x + signal * v, signal, level,
@@ -85,7 +89,7 @@ STEPS = {"flow": flow_sde_step, "ddim": flow_eta_step}
 
 
 def log_prob(x_next, mean, std):
-    """Log-density of a step: (B, ...) x2, std 0-dim or (B,) > 0 -> (B,), mean over elements; gradient into mean only."""
+    """Log-density of a step: (B, ...) x2, std 0-dim or (B,) > 0 -> (B,), mean over elements; gradient to mean only."""
     return step_logprob(x_next, mean, std)
 
 
@@ -123,7 +127,8 @@ def group_advantage(reward, norm="group"):
 def pair_credit(agree, weight, pts, size, width):
     """Per-pixel advantage: every pair's group-centred agreement, splatted around its two points.
 
-    agree    (B, G, P)    agreement of each pair in [0, 1];  weight (B, P) share of each pair in the reward, rows sum to 1
+    agree    (B, G, P)    agreement of each pair in [0, 1]
+    weight   (B, P)       share of each pair in the reward, rows sum to 1
     pts      (B, P, 2, 2) pixels of the state;  size (h, w) of the state
     width    px, standard deviation of the Gaussian; inf spreads each pair over the whole map
     returns  (B, G, h, w). Its mean over pixels is the centred reward, whatever the width, and at width inf it is
@@ -133,7 +138,8 @@ def pair_credit(agree, weight, pts, size, width):
     h, w = size
     B, G, P = agree.shape
     if not width > 0 or (pts.numel() and (pts.min() < 0 or (pts >= pts.new_tensor([h, w])).any())):
-        raise ValueError(f"grpo.pair_credit: got width {width} and points up to {pts.flatten(0, -2).amax(0).tolist() if pts.numel() else []}; "
+        raise ValueError(f"grpo.pair_credit: got width {width} and points up to "
+                         f"{pts.flatten(0, -2).amax(0).tolist() if pts.numel() else []}; "
                          f"want width > 0 and points inside the {h} x {w} state")
     unanimous = (agree == agree[:, :1]).all(1, keepdim=True)
     adv = (agree - agree.mean(1, keepdim=True)).masked_fill(unanimous, 0.0) * weight[:, None]       # (B, G, P)
@@ -141,7 +147,8 @@ def pair_credit(agree, weight, pts, size, width):
         return adv.sum(-1)[..., None, None].expand(B, G, h, w)
     profile = lambda n, centre: torch.exp(-(torch.arange(n, device=pts.device) - centre[..., None]).square()  # noqa: E731
                                           / (2 * width**2))
-    row, col = profile(h, pts[..., 0].to(adv.dtype)), profile(w, pts[..., 1].to(adv.dtype))  # (B, P, 2, h), (B, P, 2, w)
+    row, col = (profile(h, pts[..., 0].to(adv.dtype)),                         # (B, P, 2, h)
+                profile(w, pts[..., 1].to(adv.dtype)))                         # (B, P, 2, w)
     row = row / row.sum(-1, keepdim=True)
     col = col / col.sum(-1, keepdim=True)
     row = (h * w / 2) * row[:, None] * adv[..., None, None]                    # (B, G, P, 2, h)

@@ -15,6 +15,7 @@ Source: ReasonX (arXiv 2512.04222) and its released judge (questions, answers, p
 """
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers.utils import logging
 from transformers import (
     InternVLConfig,
     InternVLForConditionalGeneration,
@@ -31,6 +31,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
 )
+from transformers.utils import logging
 
 import data
 from config import Parser
@@ -42,7 +43,7 @@ NAMES = tuple(MODALITIES)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMG, IMG_START, IMG_END = "<IMG_CONTEXT>", "<img>", "</img>"
 TURN, END = "<|im_start|>", "<|im_end|>"
-EMPHASIS = (1.2, 2.0, 0.4, 0.4)      # of the probe's pair loss, in the order of NAMES: shape is learnt slower than colour
+EMPHASIS = (1.2, 2.0, 0.4, 0.4)      # of the probe's pair loss, in order of NAMES: shape is learnt slower than colour
 DENSE_EMPHASIS = (3.0, 1.0, 1.0, 3.0, 0.5, 0.5, 0.5, 1.0)     # depth, normal x y z, albedo r g b, irradiance luma
 SPECIAL = (TURN, END, IMG_START, IMG_END, IMG)
 SYSTEM = ("你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的"
@@ -62,11 +63,12 @@ class MiniJudge:
 
 
 def mini_tokenizer():
-    """Word-level tokenizer over the official questions and answers (a 4B judge brings its own)."""
-    split = pre_tokenizers.Split(Regex(r"\w+|[^\w\s]"), "removed", invert=True)
+    """Tokenizer over the official questions (one token each) and answers (one a word); a 4B judge brings its own."""
+    questions = "|".join(re.escape(m.question) for m in MODALITIES.values())
+    split = pre_tokenizers.Split(Regex(rf"{questions}|\w+|[^\w\s]"), "removed", invert=True)
     texts = [text for m in MODALITIES.values() for text in (m.question, *m.answers)]
-    words = sorted({w for text in [*texts, "system user assistant"] for w, _ in split.pre_tokenize_str(text)})
-    vocab = {w: i for i, w in enumerate([*SPECIAL, "<unk>", *words])}
+    tokens = sorted({w for text in [*texts, "system user assistant"] for w, _ in split.pre_tokenize_str(text)})
+    vocab = {w: i for i, w in enumerate([*SPECIAL, "<unk>", *tokens])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = split
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, additional_special_tokens=list(SPECIAL), unk_token="<unk>")
@@ -86,10 +88,12 @@ def build_mini(cfg, rng):
     n = cfg.size // cfg.patch
     vision = InternVLVisionConfig(
         hidden_size=cfg.width, num_hidden_layers=cfg.vision_layers, num_attention_heads=cfg.heads, attention_bias=True,
-        intermediate_size=4 * cfg.width, image_size=[cfg.size] * 2, patch_size=[cfg.patch] * 2, layer_scale_init_value=1.0)
+        intermediate_size=4 * cfg.width, image_size=[cfg.size] * 2, patch_size=[cfg.patch] * 2,
+        layer_scale_init_value=1.0)
     text = Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=cfg.width, intermediate_size=2 * cfg.width, num_hidden_layers=cfg.text_layers,
-        num_attention_heads=cfg.heads, num_key_value_heads=cfg.heads, tie_word_embeddings=False, use_cache=False)
+        vocab_size=len(tokenizer), hidden_size=cfg.width, intermediate_size=2 * cfg.width,
+        num_hidden_layers=cfg.text_layers, num_attention_heads=cfg.heads, num_key_value_heads=cfg.heads,
+        tie_word_embeddings=False, use_cache=False)
     config = InternVLConfig(
         vision_config=vision.to_dict(), text_config=text.to_dict(), image_seq_length=n * n, downsample_ratio=1.0,
         image_token_id=tokenizer.convert_tokens_to_ids(IMG), tie_word_embeddings=False)
@@ -153,7 +157,7 @@ class Judge(nn.Module):
             block += [k] * len(self.blocks[name])
             last.append(len(ids) - 1)
         block = torch.tensor(block, device=device)
-        sees = (block[None] == -1) | (block[None] == block[:, None])            # the image prefix and one's own question
+        sees = (block[None] == -1) | (block[None] == block[:, None])            # image prefix and one's own question
         sees &= torch.ones(len(ids), len(ids), dtype=torch.bool, device=device).tril()
         as_tensor = lambda x: torch.tensor(x, device=device)                    # noqa: E731
         return as_tensor(ids), as_tensor(position), sees, as_tensor(last)
@@ -234,10 +238,12 @@ class Judge(nn.Module):
 def load_judge(folder):
     """Open a judge in native transformers InternVL layout, without remote code.
 
-    raises  FileNotFoundError when config.json, tokenizer.json or the weights are missing; ValueError for another architecture
+    raises  FileNotFoundError when config.json, tokenizer.json or the weights are missing;
+            ValueError for another architecture
     """
     folder = Path(folder)
-    weights = "model.safetensors" if not (folder / "model.safetensors.index.json").is_file() else "model.safetensors.index.json"
+    weights = ("model.safetensors" if not (folder / "model.safetensors.index.json").is_file()
+               else "model.safetensors.index.json")
     for name in ("config.json", "tokenizer.json", weights):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"judge.load_judge: got no {name} in {folder}; want a judge folder written by "
@@ -253,8 +259,8 @@ def load_judge(folder):
                          "that fits config.json") from None
     wrong = [str(k) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for k in found.get(kind, ())]
     if wrong:
-        raise ValueError(f"judge.load_judge: {len(wrong)} weights in {folder} do not fit config.json (first: {wrong[0]}); "
-                         "want a complete checkpoint of that architecture")
+        raise ValueError(f"judge.load_judge: {len(wrong)} weights in {folder} do not fit config.json "
+                         f"(first: {wrong[0]}); want a complete checkpoint of that architecture")
     extra = folder / "judge.json"
     about = json.loads(extra.read_text()) if extra.is_file() else dict(system=SYSTEM, grid=1)
     return Judge(model, PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json")), **about).eval()
@@ -335,7 +341,8 @@ def judge_loss(judge, probe, maps, answers, rng, pairs=128):
     """Loss of one step of training a judge from scratch.
 
     maps     dict of scenes with rgb, depth, normal, albedo, irradiance, mask
-    answers  False: the vision tower alone (dense, pairs, markers); True: also the answer to four questions on one marked pair
+    answers  False: the vision tower alone (dense, pairs, markers);
+             True: also the answer to four questions on one marked pair
     returns  scalar, dict of its 0-dim parts
     Pairs without an answer (dead zone, sky) are taught as 50/50, so that the judge is unsure there. Other answers are
     taught half by the truth, half by the probe's probability for the same pair: a smoother target to start from.
@@ -369,7 +376,7 @@ def judge_loss(judge, probe, maps, answers, rng, pairs=128):
         logp = judge.logits(images, features=tokens).float().log_softmax(-1)    # (B, M, vocab)
         two = logp.gather(-1, torch.tensor([judge.answer_ids[m] for m in NAMES], device=rgb.device).expand(B, -1, -1))
         taught = pair_logits.detach().float().gather(1, pick[..., None].expand(-1, -1, len(NAMES)))[:, 0].sigmoid()
-        first = torch.where(marked_rel == 0, 0.5, (0.5 + 0.5 * marked_rel + taught) / 2)        # (B, M) share of answer one
+        first = torch.where(marked_rel == 0, 0.5, (0.5 + 0.5 * marked_rel + taught) / 2)  # (B, M) share of answer one
         loss_answers = -(torch.stack((first, 1 - first), -1) * two).sum(-1).mean()
         stats["loss/answers"] = loss_answers.detach()
         loss = loss + loss_answers
@@ -380,7 +387,8 @@ def main(argv=None):
     """Command line: one answer, or all four, for two points of a photo."""
     p = Parser(prog="judge.py", allow_abbrev=False, description="Ask the judge to compare two points of a photo.")
     p.add_argument("image", metavar="IMAGE", help="a photo")
-    p.add_argument("--red", type=int, nargs=2, required=True, metavar=("X", "Y"), help="red point, pixels from the left and the top")
+    p.add_argument("--red", type=int, nargs=2, required=True, metavar=("X", "Y"),
+                   help="red point, pixels from the left and the top")
     p.add_argument("--green", type=int, nargs=2, required=True, metavar=("X", "Y"), help="green point")
     p.add_argument("--modality", choices=NAMES, default="depth", help="the question to ask [depth]")
     p.add_argument("--all", action="store_true", help="ask all four questions")

@@ -9,7 +9,7 @@ Maps live in pixel space as 3 channels in [-1, 1]: depth repeated, normals as th
 Depth is affine-invariant: 0 near .. 1 far after the 2 % and 98 % quantiles of the valid pixels.
 
 The interface that grpo.py, train.py and eval.py use, and that any other predictor offers:
-    encode(rgb) -> cond     velocity(x, t, cond, modality) -> v     decode(x, modality) -> map     shape(rgb) -> (c, h, w)
+    encode(rgb) -> cond    velocity(x, t, cond, modality) -> v    decode(x, modality) -> map    shape(rgb) -> (c, h, w)
 Source: ours. PRISM, the paper's rectified-flow base model, has no public code or weights (differs). The c_* are the
 variance-preserving coefficients of EDM (Karras et al. 2022) for this path.
 """
@@ -162,13 +162,15 @@ class DiT(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_file({k: v.contiguous() for k, v in self.state_dict().items()}, folder / "predictor.safetensors")
-        (folder / "predictor.json").write_text(json.dumps(dict(architecture=ARCHITECTURE, config=asdict(self.cfg), **about), indent=1))
+        (folder / "predictor.json").write_text(
+            json.dumps(dict(architecture=ARCHITECTURE, config=asdict(self.cfg), **about), indent=1))
 
 
 def load_predictor(path):
     """Open a predictor folder written by DiT.save.
 
-    raises  FileNotFoundError: no predictor.json or weights there; ValueError: another architecture, missing or surplus keys
+    raises  FileNotFoundError: no predictor.json or weights there;
+            ValueError: another architecture, missing or surplus keys
     """
     path = Path(path)
     for name in ("predictor.json", "predictor.safetensors"):
@@ -179,13 +181,16 @@ def load_predictor(path):
         about = json.loads((path / "predictor.json").read_text())
         state = load_file(path / "predictor.safetensors")
     except (json.JSONDecodeError, SafetensorError) as error:
-        raise ValueError(f"predictor.load_predictor: {path} cannot be read ({error}); want a folder written by train.py") from None
+        raise ValueError(f"predictor.load_predictor: {path} cannot be read ({error}); "
+                         "want a folder written by train.py") from None
     if about.get("architecture") != ARCHITECTURE:
-        raise ValueError(f"predictor.load_predictor: got architecture {about.get('architecture')!r} in {path}; want {ARCHITECTURE!r}")
+        raise ValueError(f"predictor.load_predictor: got architecture {about.get('architecture')!r} in {path}; "
+                         f"want {ARCHITECTURE!r}")
     sizes = about.get("config")
     known = {f.name for f in fields(DiTConfig)}
     if not isinstance(sizes, dict) or set(sizes) - known:
-        raise ValueError(f"predictor.load_predictor: got config {sizes} in {path}; want the sizes {', '.join(sorted(known))}")
+        raise ValueError(f"predictor.load_predictor: got config {sizes} in {path}; "
+                         f"want the sizes {', '.join(sorted(known))}")
     model = DiT(DiTConfig(**sizes))
     load_strict(model, state, path)
     return model.eval()
@@ -275,11 +280,14 @@ def predict_photo(policy, rgb, processing_res, steps, seed, ensemble=1):
 
 def main(argv=None):
     """Command line: maps of photos."""
-    p = Parser(prog="predictor.py", allow_abbrev=False, description="Depth, normal, albedo and irradiance of your own photos.")
+    p = Parser(prog="predictor.py", allow_abbrev=False,
+               description="Depth, normal, albedo and irradiance of your own photos.")
     p.add_argument("images", metavar="IMAGE_OR_DIR", help="a photo, or a folder of photos (searched recursively)")
     p.add_argument("--checkpoint", default="out/mini/grpo", help="predictor folder [out/mini/grpo]")
-    p.add_argument("--out", default="out/maps", help="folder for .npy (native space), .png and one panel.png a photo [out/maps]")
-    p.add_argument("--processing-res", type=int, default=0, help="px, long edge the network sees; 0: what it was trained at [0]")
+    p.add_argument("--out", default="out/maps",
+                   help="folder for .npy (native space), .png and one panel.png a photo [out/maps]")
+    p.add_argument("--processing-res", type=int, default=0,
+                   help="px, long edge the network sees; 0: what it was trained at [0]")
     p.add_argument("--denoise-steps", type=int, default=10, help="sampling steps [10]")
     p.add_argument("--ensemble-size", type=int, default=1, help="noise draws that are averaged [1]")
     p.add_argument("--seed", type=int, default=0, help="seed of the noise [0]")
@@ -299,7 +307,8 @@ def main(argv=None):
             print(f"skipped: {error}", file=sys.stderr)
             bad += 1
             continue
-        maps = predict_photo(policy, rgb, args.processing_res or policy.cfg.size, args.denoise_steps, args.seed, args.ensemble_size)
+        maps = predict_photo(policy, rgb, args.processing_res or policy.cfg.size, args.denoise_steps, args.seed,
+                             args.ensemble_size)
         name = "_".join((path.relative_to(root) if root.is_dir() else Path(path.name)).with_suffix("").parts)
         name = f"{name}_{path.suffix[1:]}" if name in done else name             # a.jpg and a.png keep their own files
         done.add(name)

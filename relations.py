@@ -26,7 +26,7 @@ LUMA = (0.299, 0.587, 0.114)      # Rec. 601 weights, on encoded values as in th
 SAME_ALBEDO = 0.05                # RGB distance (sRGB-encoded) under which two points share a base colour
 REFERENCE = 512                   # px: markers and distances below are stated at this image size
 MARGIN = 30                       # px at 512: points keep this distance from the border
-BANDS = ((20, 20, 40), (30, 50, 80), (60, 100, 150), (120, 200, 280), (220, 300, 350))  # px: lower bound in [a, b], upper c
+BANDS = ((20, 20, 40), (30, 50, 80), (60, 100, 150), (120, 200, 280), (220, 300, 350))  # px: lower in [a, b], upper c
 RADIUS, LINE, DOT = 5.0, 1.0, 1.0  # px at 512: marker ring radius, half line width, centre radius
 SMALLEST_MARKER = 0.4             # the marker stops shrinking here (a 2 px ring), or it would be invisible
 RED, GREEN = (1.0, 0.0, 0.0), (0.0, 1.0, 0.0)
@@ -91,7 +91,8 @@ def at_points(maps, pts, window=0):
     lead = torch.broadcast_shapes(maps.shape[:-3], pts.shape[:-3])
     row, col = pts[..., 0].long(), pts[..., 1].long()                           # (..., P, 2)
     if pts.numel() and (row.min() < 0 or col.min() < 0 or row.max() >= H or col.max() >= W):
-        raise ValueError(f"relations.at_points: got points outside a {H} x {W} map; want 0 <= row < {H}, 0 <= col < {W}")
+        raise ValueError(f"relations.at_points: got points outside a {H} x {W} map; "
+                         f"want 0 <= row < {H}, 0 <= col < {W}")
     if window:
         flat = maps.reshape(-1, C, H, W)
         maps = F.avg_pool2d(flat, 2 * window + 1, 1, window, count_include_pad=False).reshape(maps.shape)
@@ -213,7 +214,8 @@ def sample_pairs(batch, size, n, generator, mask=None, grid=1, tries=24):
     inner[math.ceil(border):H - math.ceil(border), math.ceil(border):W - math.ceil(border)] = True
     for image, pair in (~valid.any(-1)).nonzero().tolist():
         choice = allowed[image] & inner.flatten()
-        index[image, pair] = torch.multinomial((choice if choice.sum() > 1 else allowed[image]).float(), 2, generator=generator)
+        index[image, pair] = torch.multinomial((choice if choice.sum() > 1 else allowed[image]).float(), 2,
+                                               generator=generator)
     return torch.stack((index // W, index % W), -1)                             # (B, n, 2, 2)
 
 

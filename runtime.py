@@ -97,7 +97,8 @@ def cosine(step, steps, warmup=0):
 
 def about():
     """Where numbers come from: command, commit, versions, device."""
-    commit = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True)
+    commit = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
+                            capture_output=True, text=True)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({os.cpu_count()} cores)"
     return dict(command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), commit=commit.stdout.strip() or "unknown",
                 python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__,
@@ -124,7 +125,7 @@ def write_json(path, value):
 def optimizers(modules, lr, muon, weight_decay, betas=(0.9, 0.98)):
     """AdamW for everything, or, with `muon` (its learning rate) > 0, Muon for the weights of hidden linear layers.
 
-    modules  list of nn.Module; embeddings, convolutions, biases and output layers (names in head, dense) stay with AdamW
+    modules  list of nn.Module; embeddings, convolutions, biases, output layers (names in head, dense) stay with AdamW
     differs: the paper uses AdamW throughout; training from scratch on a CPU, Muon needs about half as many photos.
     """
     hidden = {id(m.weight) for module in modules for name, m in module.named_modules()
@@ -140,7 +141,7 @@ def optimizers(modules, lr, muon, weight_decay, betas=(0.9, 0.98)):
 
 
 def pack(modules, opts):
-    """All tensors of a run under flat names: "policy/..." for modules (dict name -> nn.Module), "opt0/..." for optimizers."""
+    """All tensors of a run by flat name: "policy/..." of modules (dict name -> nn.Module), "opt0/..." of optimizers."""
     flat = {f"{name}/{k}": v for name, module in modules.items() for k, v in module.state_dict().items()}
     for n, opt in enumerate(opts):
         for index, state in opt.state_dict()["state"].items():
@@ -188,9 +189,11 @@ class Run:
             with safe_open(path, "pt") as f:
                 header, flat = f.metadata(), {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
         except SafetensorError as error:
-            raise UserError(f"{path}: got an unreadable checkpoint ({error}); delete it to start this stage again") from None
+            raise UserError(f"{path}: got an unreadable checkpoint ({error}); "
+                            "delete it to start this stage again") from None
         old, new = json.loads(header["settings"]) | {"seed": int(header["seed"])}, self.settings | {"seed": self.seed}
-        changed = [f"{k} {old.get(k)} -> {new.get(k)}" for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
+        changed = [f"{k} {old.get(k)} -> {new.get(k)}"
+                   for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
         if changed:
             raise UserError(f"{self.folder} holds a run with other settings ({', '.join(changed[:4])}); "
                             "use another --out, or delete that folder")
@@ -238,7 +241,8 @@ class Run:
         raises  FloatingPointError naming what was not finite; nothing is updated then
         """
         if not loss.isfinite():
-            raise FloatingPointError(f"{self.folder.name}: loss is {loss.item()}; nothing was updated; lower the learning rate")
+            raise FloatingPointError(f"{self.folder.name}: loss is {loss.item()}; nothing was updated; "
+                                     "lower the learning rate")
         for opt in self.opts:
             opt.zero_grad(set_to_none=True)
         loss.backward()
@@ -250,7 +254,8 @@ class Run:
                 p.grad = (g / world()).view_as(p)
         norms = [torch.nn.utils.clip_grad_norm_(group, clip) for group in params]
         if not all(n.isfinite() for n in norms):
-            raise FloatingPointError(f"{self.folder.name}: gradient norm is {[n.item() for n in norms]}; nothing was updated")
+            raise FloatingPointError(f"{self.folder.name}: gradient norm is {[n.item() for n in norms]}; "
+                                     "nothing was updated")
         for opt in self.opts:
             for group in opt.param_groups:
                 group["lr"] = factor * group["peak"]
@@ -263,7 +268,8 @@ class Run:
             return
         row = {k: float(v) if isinstance(v, torch.Tensor) else v for k, v in values.items()}
         with open(self.folder / "metrics.jsonl", "a") as f:
-            f.write(json.dumps(strict(dict(step=step, seconds=round(time.time() - self.began, 2), **row)), allow_nan=False) + "\n")
+            f.write(json.dumps(strict(dict(step=step, seconds=round(time.time() - self.began, 2), **row)),
+                               allow_nan=False) + "\n")
         self.bar.set_postfix_str("  ".join(f"{k} {row[k]:.3g}" for k in show if k in row), refresh=False)
 
 
@@ -274,7 +280,8 @@ def run_command(main, name):
     except (UserError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError, ValueError) as error:
         if os.environ.get("REASONX_TRACEBACK"):
             raise
-        text = str(error) if not isinstance(error, OSError) or error.filename is None else f"{error.filename}: {error.strerror}"
+        text = (str(error) if not isinstance(error, OSError) or error.filename is None
+                else f"{error.filename}: {error.strerror}")
         text = " ".join(text.split())
         print(text if text.startswith(f"{name}: ") else f"{name}: {text}", file=sys.stderr)
         raise SystemExit(2) from None

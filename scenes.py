@@ -26,7 +26,7 @@ TABLE = {
     # camera in degrees, pitch > 0 looks up; back: how far behind the centre, a share of the way to the wall;
     # eye: height as a share of the ceiling (room) or in metres (court)
     "pitch":       ((-10, 4),     (-25, 10),    (-20, 5)),
-    "roll":        ((-2, 2),      (-6, 6),      (-4, 4)),
+    "roll":        ((-2, 2),      (-4, 4),      (-3, 3)),
     "fov":         ((50, 60),     (42, 75),     (45, 70)),
     "back":        ((.5, .85),    (.35, .88),   (.4, .85)),
     "room_eye":    ((.45, .65),   (.3, .75),    (.35, .7)),
@@ -42,13 +42,13 @@ TABLE = {
     # the way to the wall; size: share of half the view there; squash: shortest over longest axis
     "objects":     ((1, 4.99),    (1, 7.99),    (3, 7.99)),
     "rest":        ((1, 1),       (.4, 1),      (.4, .8)),
-    "turned":      ((0, 0),       (0, .7),      (.2, .6)),
+    "turned":      ((0, 0),       (0, .3),      (.1, .3)),
     "slabs":       ((0, 0),       (0, .3),      (0, .25)),
     "obj_place":   ((.5, .9),     (.3, .95),    (.35, .95)),
-    "obj_size":    ((.2, .45),    (.15, .5),    (.18, .45)),
-    "obj_squash":  ((.7, 1),      (.4, 1),      (.5, 1)),
+    "obj_size":    ((.2, .45),    (.18, .5),    (.2, .45)),
+    "obj_squash":  ((.7, 1),      (.6, 1),      (.65, 1)),
     # share of surfaces with a texture; grain: its feature size as a share of half the view; palette in HSV
-    "textured":    ((0, .4),      (0, .8),      (.4, .75)),
+    "textured":    ((0, .4),      (0, .7),      (.3, .65)),
     "obj_grain":   ((.3, .6),     (.28, .8),    (.35, .7)),
     "colours":     ((4, 5.99),    (3, 5.99),    (3, 5.99)),
     "saturation":  ((.1, .5),     (0, .62),     (.05, .6)),
@@ -69,7 +69,7 @@ TABLE = {
     "balance":     ((0, 0),       (0, .25),     (0, .2)),
     "gamma":       ((1, 1),       (.75, 1.35),  (.8, 1.25)),
     "contrast":    ((0, 0),       (-.4, .8),    (-.3, .7)),
-    "noise":       ((0, 0),       (0, .02),     (.005, .015)),
+    "noise":       ((0, 0),       (0, .015),    (.003, .01)),
 }
 OUTDOOR = {"synthetic": 0., "broad": .5, "wild": .85}     # probability of a court instead of a room
 

@@ -48,7 +48,8 @@ def shares(total, name):
 
 def base(cfg, device):
     """Flow matching on synthetic scenes with ground truth; writes OUT/base."""
-    policy = DiT(DiTConfig(cfg.size, cfg.patch, cfg.width, cfg.encoder_layers, cfg.layers, cfg.heads), seed=cfg.seed).to(device)
+    policy = DiT(DiTConfig(cfg.size, cfg.patch, cfg.width, cfg.encoder_layers, cfg.layers, cfg.heads),
+                 seed=cfg.seed).to(device)
     average = copy.deepcopy(policy).requires_grad_(False)
     params = list(policy.parameters())
     opts = optimizers([policy], cfg.base_lr, cfg.base_muon, weight_decay=0.01)
@@ -71,7 +72,8 @@ def base(cfg, device):
 
 def judge(cfg, device):
     """Train the judge on broad scenes with ground truth; writes OUT/judge (a native transformers folder)."""
-    sizes = MiniJudge(cfg.size, cfg.judge_patch, cfg.judge_width, cfg.judge_vision_layers, cfg.judge_text_layers, cfg.judge_heads)
+    sizes = MiniJudge(cfg.size, cfg.judge_patch, cfg.judge_width, cfg.judge_vision_layers, cfg.judge_text_layers,
+                      cfg.judge_heads)
     model = build_mini(sizes, runtime.generator(cfg.seed, SEEDS["judge"])).to(device)
     probe = Probe(sizes, runtime.generator(cfg.seed, SEEDS["judge"], 1)).to(device)
     vision = [*model.model.model.vision_tower.parameters(), *probe.parameters()]
@@ -103,11 +105,13 @@ def judged_photos(cfg, device):
         photos, names = found.images[:cfg.photos], found.names[:cfg.photos]
         what = f"{len(photos)} photos of {cfg.images} ({len(found.skipped)} unreadable)"
     else:
-        photos = (data.ScenePool("wild", "train", cfg.photos, cfg.size, keys=("rgb",)).maps["rgb"].float() * 255).round().byte()
+        photos = (data.ScenePool("wild", "train", cfg.photos, cfg.size, keys=("rgb",)).maps["rgb"].float()
+                  * 255).round().byte()
         names, what = [f"wild {i}" for i in range(len(photos))], f"{len(photos)} procedural wild photos"
     judge_model = load_judge(cfg.judge or Path(cfg.out) / "judge").to(device)
     if judge_model.size != cfg.size:
-        raise UserError(f"train.py: the judge sees {judge_model.size} px photos and --size is {cfg.size}; use one size for both")
+        raise UserError(f"train.py: the judge sees {judge_model.size} px photos and --size is {cfg.size}; "
+                        "use one size for both")
     bank = Bank(cfg.bank or Path(cfg.out) / "bank", judge_model)
     if runtime.world() > 1 and runtime.rank() == 0:
         bank.fill(photos, cfg.bank_pairs, device)
@@ -184,7 +188,7 @@ def explore(policy, rows, cfg, rng):
     returns  trained steps, advantage (M*B, G) or (M*B, G, h, w), dict of reward statistics
     """
     cond, B = rows.encode(policy), len(rows.rgb)
-    x = torch.randn(len(rows.index), *policy.shape(rows.rgb), generator=rng).to(rows.rgb.device)    # one noise per group
+    x = torch.randn(len(rows.index), *policy.shape(rows.rgb), generator=rng).to(rows.rgb.device)  # one noise per group
     x0, taken = grpo.rollout(lambda x, t: rows.velocity(policy, cond, x, t), x, times(cfg.sample_steps), cfg.group,
                              cfg.rollout, grpo.STEPS[cfg.exploration], cfg.noise, rng)              # (M*B, G, c, h, w)
     advantage, stats = [], {}
@@ -208,7 +212,8 @@ def surrogate(policy, ref, rows, taken, advantage, cfg):
         with torch.no_grad():
             v_ref = rows.velocity(ref, cond_ref, one.x, one.t)
         credit = advantage if len(one.x) == len(rows.index) else advantage.flatten(0, 1)[:, None]
-        term, part = grpo.step_loss(v, v_ref, one, grpo.STEPS[cfg.exploration], cfg.noise, credit, cfg.clip, cfg.kl_weight)
+        term, part = grpo.step_loss(v, v_ref, one, grpo.STEPS[cfg.exploration], cfg.noise, credit, cfg.clip,
+                                    cfg.kl_weight)
         loss = loss + term / len(taken)
         parts.append(part)
     return loss, {f"policy/{k}": f([p[k] for p in parts]) for k, f in
@@ -216,13 +221,13 @@ def surrogate(policy, ref, rows, taken, advantage, cfg):
 
 
 def tune(cfg, device):
-    """GRPO against the frozen judge, without ground truth; writes OUT/grpo."""
+    """GRPO against the frozen judge, without ground truth; writes OUT/grpo, or OUT/photos for --images."""
     policy = load_predictor(cfg.policy or Path(cfg.out) / "base").to(device)
     ref, average = (copy.deepcopy(policy).requires_grad_(False) for _ in range(2))
     params = [p for p in policy.parameters() if p.requires_grad]
     opts = optimizers([policy], cfg.lr, 0, weight_decay=0.0, betas=(0.9, 0.95))
     batch = shares(cfg.batch, "batch")
-    run = Run(Path(cfg.out) / "grpo", settings(cfg, *GRPO_SETTINGS), cfg.seed, cfg.steps,
+    run = Run(grpo_folder(cfg), settings(cfg, *GRPO_SETTINGS), cfg.seed, cfg.steps,
               dict(policy=policy, average=average), opts, cfg.save_every)
     if run.start < run.steps:
         photos, bank_pts, bank_prob, _ = judged_photos(cfg, device)
@@ -254,11 +259,11 @@ def mean(values):
     return sum(values) / len(values)
 
 
-def report_wild(cfg):
-    """Before/after table on held-out scenes, the judge beside it, a picture; writes OUT/report.json and OUT/panel.png."""
+def report_wild(cfg, device):
+    """Before/after table on held-out scenes, the judge beside it, a picture; writes OUT/report.json, OUT/panel.png."""
     out = Path(cfg.out)
-    before, after = load_predictor(cfg.policy or out / "base"), load_predictor(out / "grpo")
-    judge_model = load_judge(cfg.judge or out / "judge")
+    before, after = load_predictor(cfg.policy or out / "base").to(device), load_predictor(out / "grpo").to(device)
+    judge_model = load_judge(cfg.judge or out / "judge").to(device)
     results = []
     for name in ("wild", "synthetic", "broad"):
         maps = data.ScenePool(name, "test", cfg.eval_images, cfg.size).all()
@@ -269,15 +274,16 @@ def report_wild(cfg):
         if name == "wild":
             save_panel(out / "panel.png", maps["rgb"], *pred, truth=maps)
     runtime.write_json(out / "report.json", dict(about=runtime.about(), seed=cfg.seed, tables=results))
-    print(f"\nwritten: {out}/report.json, {out}/panel.png; maps of your own photos: python predictor.py PHOTO --checkpoint {out}/grpo")
+    print(f"\nwritten: {out}/report.json, {out}/panel.png; "
+          f"maps of your own photos: python predictor.py PHOTO --checkpoint {out}/grpo")
 
 
 def report_photos(cfg, device):
-    """Figures that need no ground truth, before and after, on the photos of --images; writes OUT/photos.json and a panel."""
+    """Before/after figures without ground truth on the photos of --images; writes OUT/photos/report.json, panel.png."""
     out = Path(cfg.out)
     photos, pts, prob, names = judged_photos(cfg, device)
     rgb = photos.float() / 255
-    policies = [load_predictor(path).to(device) for path in (cfg.policy or out / "base", out / "grpo")]
+    policies = [load_predictor(path).to(device) for path in (cfg.policy or out / "base", grpo_folder(cfg))]
     pred = [evaluation.predict(p, rgb, cfg.eval_steps, 0) for p in policies]
     rows = {}
     for k, m in enumerate(NAMES):
@@ -285,17 +291,20 @@ def report_photos(cfg, device):
                      (agreement_of(p[m][:, None], pts, prob[..., k], m, cfg) for p in pred)]
         rows[f"reward/{m}"] = per_photo
     rows["depth-normal RMSE"] = [evaluation.photo_scores(p) for p in pred]
-    result = {"n": len(rgb), "judge/confidence": {m: float((2 * prob[..., k] - 1).abs().mean()) for k, m in enumerate(NAMES)}}
+    result = {"n": len(rgb),
+              "judge/confidence": {m: float((2 * prob[..., k] - 1).abs().mean()) for k, m in enumerate(NAMES)}}
     lines = []
     for name, (a, b) in rows.items():
         change, low, high = metrics.bootstrap_interval(a, b)
         result[name] = dict(base=float(a.mean()), x=float(b.mean()), change=change, low=low, high=high)
-        lines.append((name, f"confidence {result['judge/confidence'][name[7:]]:.3f}" if name.startswith("reward") else "ours",
+        lines.append((name,
+                      f"confidence {result['judge/confidence'][name[7:]]:.3f}" if name.startswith("reward") else "ours",
                       f"{a.mean():.4f}", f"{b.mean():.4f}", f"{change:+.4f}", f"[{low:+.4f}, {high:+.4f}]"))
-    evaluation.table(f"{cfg.images}: {len(rgb)} photos, the ones trained on; no ground truth exists; paired bootstrap 95 %",
+    evaluation.table(f"{cfg.images}: {len(rgb)} photos, the ones trained on; no ground truth exists; "
+                     "paired bootstrap 95 %",
                      lines, ("figure", "judge", "base", "X", "change", "95 %"))
-    runtime.write_json(out / "photos.json", dict(about=runtime.about(), seed=cfg.seed, **result))
-    save_panel(out / "photos.png", rgb, *pred, labels=names)
+    runtime.write_json(out / "photos" / "report.json", dict(about=runtime.about(), seed=cfg.seed, **result))
+    save_panel(out / "photos" / "panel.png", rgb, *pred, labels=names)
 
 
 def save_panel(path, rgb, before, after, truth=None, labels=None, rows=4):
@@ -325,28 +334,44 @@ def main(argv=None):
               f"run folder {cfg.out}", flush=True)
     check_inputs(cfg)
     stages = dict(base=base, judge=judge, grpo=tune)
-    for name in stages if cfg.stage == "all" else (cfg.stage,):
+    for name in needed(cfg):
         stages[name](cfg, device)
         runtime.barrier()
         if cfg.stop_at and cfg.stage == "all":
             print(f"train.py: stopped after {cfg.stop_at} steps of {name} (--stop-at); run again without it to go on")
             return
     if runtime.rank() == 0 and cfg.stage in ("all", "grpo") and not cfg.stop_at:
-        if cfg.images:
-            report_photos(cfg, device)
-        if cfg.stage == "all" or not cfg.images:
-            report_wild(cfg)
+        (report_photos if cfg.images else report_wild)(cfg, device)
+
+
+def needed(cfg):
+    """Stages to run, in order: GRPO first trains the base predictor and the judge that are neither named nor in OUT."""
+    if cfg.stage != "grpo":
+        return ("base", "judge", "grpo") if cfg.stage == "all" else (cfg.stage,)
+    out = Path(cfg.out)
+    missing = [name for name, given, sign in
+               (("base", cfg.policy, "predictor.json"), ("judge", cfg.judge, "judge.json"))
+               if not given and not (out / name / sign).is_file()]
+    if missing and runtime.rank() == 0:
+        print(f"grpo needs {' and '.join(f'{out}/{name}' for name in missing)}, not there yet: training first",
+              flush=True)
+    return (*missing, "grpo")
+
+
+def grpo_folder(cfg):
+    """Where the GRPO stage keeps its run: OUT/grpo, or OUT/photos for the user's own photos."""
+    return Path(cfg.out) / ("photos" if cfg.images else "grpo")
 
 
 def check_inputs(cfg):
     """Open everything the user named, so that a wrong path fails now and not after hours. raises as the readers do."""
     if cfg.stage in ("all", "grpo"):
         if cfg.images:
-            data.Photos(cfg.images, 8)
-        if cfg.policy or cfg.stage == "grpo":
-            load_predictor(cfg.policy or Path(cfg.out) / "base")
-        if cfg.judge or cfg.stage == "grpo":
-            load_judge(cfg.judge or Path(cfg.out) / "judge")
+            data.first_readable(cfg.images)
+        if cfg.policy:
+            load_predictor(cfg.policy)
+        if cfg.judge:
+            load_judge(cfg.judge)
 
 
 def print_plan(preset, cfg):

@@ -57,8 +57,8 @@ def test_a_flag_equal_to_the_default_still_beats_the_preset():
 
 @pytest.mark.parametrize("argv, word", [
     (["--no-such-flag"], "--no-such-flag"), (["--preset", "huge"], "huge"), (["--stage", "dance"], "dance"),
-    (["--seeds", "1"], "--seeds"), (["--base-st", "1"], "--base-st"), (["--steps", "many"], "many"), (["stray"], "stray"),
-    *[([f"--{k.replace('_', '-')}", "nonsense"], "nonsense") for k in CHOICES]])
+    (["--seeds", "1"], "--seeds"), (["--base-st", "1"], "--base-st"), (["--steps", "many"], "many"),
+    (["stray"], "stray"), *[([f"--{k.replace('_', '-')}", "nonsense"], "nonsense") for k in CHOICES]])
 def test_bad_flags_are_refused_in_one_line_that_names_them(capsys, argv, word):
     assert word in refusal(capsys, *argv)
 
@@ -100,12 +100,14 @@ def test_a_number_that_would_fail_or_mislead_later_is_refused_now(capsys, name):
 def test_the_paper_preset_is_the_paper():
     cfg = parse(["--preset", "paper", "--stage", "grpo", *WEIGHTS])[1]
     want = dict(pairs=40, group=8, sample_steps=15, eval_steps=50, noise=0.7, lr=1e-5, photos=10000, reward="hard",
-                credit="global", rollout="full", modalities="one", exploration="flow", norm="group", window=0, replay=0.0)
+                credit="global", rollout="full", modalities="one", exploration="flow", norm="group", window=0,
+                replay=0.0)
     assert {k: getattr(cfg, k) for k in want} == want
     assert cfg.steps * cfg.batch == 3 * cfg.photos                              # three epochs
 
 
-@pytest.mark.parametrize("argv", [[], ["--stage", "grpo"], ["--stage", "grpo", *WEIGHTS[:4]], ["--stage", "base", *WEIGHTS]])
+@pytest.mark.parametrize("argv", [[], ["--stage", "grpo"], ["--stage", "grpo", *WEIGHTS[:4]],
+                                  ["--stage", "base", *WEIGHTS]])
 def test_the_paper_preset_without_weights_names_what_it_needs(capsys, argv):
     err = refusal(capsys, "--preset", "paper", *argv)
     assert all(word in err for word in ("--policy", "--judge", "--images", "marigold-iid-lighting", "Judge", "COCO"))

@@ -121,7 +121,7 @@ def test_what_stands_under_the_sky_does_not_count(maps, pairs):
     moved = {m: torch.where(maps["mask"], x, 0.25) for m, x in pred.items()}
     a, b = score(pred, maps, pairs), score(moved, maps, pairs)
     for name in METRICS:
-        if name != "depth/pairs":                                               # its dead zone is a share of the whole map
+        if name != "depth/pairs":                                               # its dead zone is a share of the map
             np.testing.assert_allclose(a[name], b[name], rtol=1e-6, err_msg=name)
 
 
@@ -178,7 +178,8 @@ def test_images_without_a_value_are_left_out_on_both_sides():
     base, new = values(1.0), values(2.0)
     base["albedo/pairs"][3] = np.nan
     row = compare(base, new)["albedo/pairs"]
-    assert np.isfinite([row["change"], row["low"], row["high"], row["base"], row["x"]]).all() and row["verdict"] == "better"
+    assert np.isfinite([row["change"], row["low"], row["high"], row["base"], row["x"]]).all()
+    assert row["verdict"] == "better"
 
 
 def test_a_base_that_is_perfect_can_be_compared():
@@ -262,8 +263,8 @@ def test_every_number_of_the_json_is_in_the_printed_table(run, tmp_path, capsys)
 
 
 def test_comparing_a_checkpoint_with_itself_changes_nothing(run, tmp_path):
-    got = numbers(tmp_path, "--dataset", "broad", "--checkpoint", run / "base", "--compare", run / "base", "--judge", "none",
-                  *QUICK)
+    got = numbers(tmp_path, "--dataset", "broad", "--checkpoint", run / "base", "--compare", run / "base",
+                  "--judge", "none", *QUICK)
     for row in got["metrics"].values():
         assert row["base"] == row["x"] and row["change"] == 0 and row["verdict"] == "same"
     assert "judge" not in got
@@ -331,8 +332,8 @@ def test_a_scene_folder_with_a_missing_map_is_refused_by_file_name(run, tmp_path
     write_scenes(tmp_path)
     (tmp_path / "s1_albedo.png").unlink()
     with pytest.raises(SystemExit) as stop:
-        run_command(lambda: evaluation.main(["--dataset", "scenes", "--data", str(tmp_path), "--out", str(run), *QUICK]),
-                    "eval.py")
+        run_command(lambda: evaluation.main(["--dataset", "scenes", "--data", str(tmp_path), "--out", str(run),
+                                             *QUICK]), "eval.py")
     assert stop.value.code == 2 and "s1_albedo.png" in capsys.readouterr().err
 
 

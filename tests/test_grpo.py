@@ -156,7 +156,7 @@ def test_the_error_of_the_marginals_shrinks_with_the_step(name, noise):
 
 @pytest.mark.parametrize("name, noise", [("flow", 0.7), ("ddim", 0.7)])
 def test_sampled_marginals_are_the_gaussian_of_the_data(name, noise):
-    """40000 samples, 300 steps. Five standard errors are 0.025 std for the mean, 1.8 % for the std; 1 % for the grid."""
+    """40000 samples, 300 steps. Five standard errors: 0.025 std for the mean, 1.8 % for the std; 1 % for the grid."""
     n, T, rng = 40000, 300, generator(4)
     x = torch.randn(n, 1, generator=rng)
     for t, s in zip(times(T), times(T)[1:], strict=False):

@@ -97,7 +97,8 @@ def test_nobody_sets_the_global_seed_outside_a_fork(path):
     inside = {id(inner) for node in ast.walk(parsed) if isinstance(node, ast.With)
               and any("fork_rng" in ast.unparse(item.context_expr) for item in node.items) for inner in ast.walk(node)}
     for node in ast.walk(parsed):
-        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.manual_seed", "np.random.seed", "random.seed"):
+        if (isinstance(node, ast.Call)
+                and ast.unparse(node.func) in ("torch.manual_seed", "np.random.seed", "random.seed")):
             assert id(node) in inside, f"line {node.lineno}"
 
 

@@ -12,7 +12,18 @@ from safetensors.torch import load_file, save_file
 
 import data
 import predictor
-from predictor import DATA_STD, NAMES, DiT, DiTConfig, flow_loss, load_predictor, predict_photo, sample_ode, times, to_state
+from predictor import (
+    DATA_STD,
+    NAMES,
+    DiT,
+    DiTConfig,
+    flow_loss,
+    load_predictor,
+    predict_photo,
+    sample_ode,
+    times,
+    to_state,
+)
 from relations import MODALITIES
 from runtime import run_command
 
@@ -311,7 +322,8 @@ def test_a_missing_key_is_named(folder, tmp_path):
 
 
 def test_a_surplus_key_is_named(folder, tmp_path):
-    assert "tail.weight" in damaged(folder, tmp_path, lambda about, state: state.update({"tail.weight": torch.zeros(2)}))
+    assert "tail.weight" in damaged(folder, tmp_path,
+                                    lambda about, state: state.update({"tail.weight": torch.zeros(2)}))
 
 
 def test_a_misshapen_key_is_named_with_both_shapes(folder, tmp_path):
@@ -346,7 +358,7 @@ def test_a_cut_off_file_is_refused_in_one_line(folder, tmp_path, capsys, name):
 
 # command ----------------------------------------------------------------------------------------------------------
 
-PIXELS = np.random.default_rng(0).integers(0, 256, (21, 37, 3), dtype=np.uint8)      # odd sides, no multiple of the patch
+PIXELS = np.random.default_rng(0).integers(0, 256, (21, 37, 3), dtype=np.uint8)  # odd sides, no multiple of the patch
 PHOTOS = {
     "colour.jpg": lambda p: Image.fromarray(PIXELS).save(p, quality=90),
     "colour.png": lambda p: Image.fromarray(PIXELS).save(p),

@@ -153,7 +153,7 @@ def test_most_pixels_are_valid(domain):
 
 
 def test_albedo_is_made_of_few_flat_colours(out):
-    for albedo, mask in zip(out["albedo"], out["mask"]):
+    for albedo, mask in zip(out["albedo"], out["mask"], strict=True):
         assert len(albedo[:, mask[0]].unique(dim=1).T) <= 5
 
 

@@ -27,10 +27,10 @@ from relations import MODALITIES, agreement, relation, sample_pairs
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = list(MODALITIES)
-TINY = """--threads 1 --device cpu --size 16 --width 32 --heads 2 --encoder-layers 1 --layers 1 --patch 4 --judge-patch 4
-    --judge-width 32 --judge-heads 2 --judge-vision-layers 1 --judge-text-layers 1 --base-scenes 32 --base-steps 4
-    --base-batch 4 --judge-scenes 32 --judge-steps 4 --judge-batch 4 --photos 4 --pairs 8 --bank-pairs 16 --group 4
-    --sample-steps 4 --steps 4 --batch 2 --eval-images 4 --eval-steps 2 --eval-every 2 --save-every 2""".split()
+TINY = """--threads 1 --device cpu --size 16 --width 32 --heads 2 --encoder-layers 1 --layers 1 --patch 4
+    --judge-patch 4 --judge-width 32 --judge-heads 2 --judge-vision-layers 1 --judge-text-layers 1 --base-scenes 32
+    --base-steps 4 --base-batch 4 --judge-scenes 32 --judge-steps 4 --judge-warm 0.5 --judge-batch 4 --photos 4
+    --pairs 8 --bank-pairs 16 --group 4 --sample-steps 4 --steps 4 --batch 2 --eval-images 4 --eval-steps 2 --eval-every 2 --save-every 2""".split()
 
 
 def go(out, *extra):
@@ -226,7 +226,7 @@ def test_diagnostics_that_no_reward_sees_are_logged_at_evaluations(run):
 def test_the_losses_of_the_supervised_stages_are_logged(run):
     assert all(np.isfinite(row["loss"]) and row["grad/norm"] > 0 for row in log(run / "base"))
     answers = ["loss/answers" in row for row in log(run / "judge")]
-    assert answers == [False, False, True, True]                                # half of the steps warm the vision tower
+    assert answers == [False, False, True, True]                                # half the steps warm the vision tower
 
 
 def test_only_the_policy_moves(run, tmp_path):
@@ -309,17 +309,17 @@ def test_grpo_on_a_folder_of_photos_trains_and_reports_without_truth(run, tmp_pa
     go(out, *parts(run), "--bank", out / "bank", "--images", photos)
     said = capsys.readouterr()
     assert "broken.jpg" in said.err and "3 photos" in said.out and "1 unreadable" in said.out
-    report = strict((out / "photos.json").read_text())
+    report = strict((out / "photos" / "report.json").read_text())
     assert report["n"] == 3 and set(report["judge/confidence"]) == set(NAMES)
     assert all(0 <= c <= 1 for c in report["judge/confidence"].values())
     rows = [report[f"reward/{m}"] for m in NAMES] + [next(v for k, v in report.items() if "depth-normal" in k)]
     for row in rows:
         assert {"base", "x", "change", "low", "high"} <= set(row) and np.isfinite(list(row.values())).all()
         assert abs(row["x"] - row["base"] - row["change"]) < 1e-6 and row["low"] <= row["change"] <= row["high"]
-    with Image.open(out / "photos.png") as image:
+    with Image.open(out / "photos" / "panel.png") as image:
         assert min(image.size) > 128
-    assert len(log(out / "grpo")) == 4 and len(list((out / "bank").rglob("*.safetensors"))) == 3
-    predictor.load_predictor(out / "grpo")
+    assert len(log(out / "photos")) == 4 and len(list((out / "bank").rglob("*.safetensors"))) == 3
+    predictor.load_predictor(out / "photos")
 
 
 @pytest.mark.parametrize("make", [lambda p: p / "nowhere", lambda p: ((p / "empty").mkdir(), p / "empty")[1]])
@@ -345,9 +345,11 @@ def test_missing_weights_fail_before_any_training(run, tmp_path, capsys, flag, s
     assert "nowhere" in line and not list((tmp_path / "run").rglob("metrics.jsonl"))
 
 
-def test_grpo_without_a_base_says_how_to_make_one(tmp_path, capsys):
-    line = refused(capsys, *TINY, "--stage", "grpo", "--out", tmp_path / "run")
-    assert "python train.py" in line and str(tmp_path / "run") in line
+def test_grpo_on_a_fresh_machine_trains_base_and_judge_first(tmp_path, capsys):
+    go(tmp_path / "run", "--stage", "grpo")
+    assert "base" in capsys.readouterr().out
+    assert all((tmp_path / "run" / name).is_file() for name in
+               ("base/predictor.safetensors", "judge/model.safetensors", "grpo/predictor.safetensors", "report.json"))
 
 
 def test_a_checkpoint_of_another_architecture_is_refused(run, tmp_path, capsys):
@@ -387,8 +389,8 @@ def test_a_bad_flag_as_a_process_is_one_line_and_exit_code_two(tmp_path):
 # processes --------------------------------------------------------------------------------------------------------
 
 def test_two_processes_with_the_same_data_are_one_process(tmp_path, monkeypatch):
-    """All-reduce of two equal gradients, averaged, is the gradient: also for parameters that get none (a judge's text part
-    while only its vision tower trains)."""
+    """All-reduce of two equal gradients, averaged, is the gradient: also for parameters that get none (a judge's text
+    part while only its vision tower trains)."""
     def after(folder):
         torch.manual_seed(0)
         used, idle = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
@@ -406,8 +408,8 @@ def test_two_processes_with_the_same_data_are_one_process(tmp_path, monkeypatch)
 
 def test_torchrun_with_two_processes_trains(run, tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "train.py"), *TINY,
-         *map(str, parts(run)), "--bank", str(tmp_path / "bank"), "--out", str(tmp_path / "run"), "--steps", "2",
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "train.py"),
+         *TINY, *map(str, parts(run)), "--bank", str(tmp_path / "bank"), "--out", str(tmp_path / "run"), "--steps", "2",
          "--eval-every", "1", "--stop-at", "2"],
         env=os.environ | dict(OMP_NUM_THREADS="1"), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
