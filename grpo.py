@@ -88,15 +88,23 @@ def flow_eta_step(x, v, t, s, eta, eps, t_next=None):
 STEPS = {"flow": flow_sde_step, "ddim": flow_eta_step}
 
 
+def _row_std(std, like):
+    """A standard deviation given as a number, 0-dim, (B,) or (B, 1, ...) -> 0-dim or (B,), in the dtype of `like`."""
+    std = torch.as_tensor(std, dtype=like.dtype, device=like.device)
+    return std.flatten() if std.ndim else std
+
+
 def log_prob(x_next, mean, std):
-    """Log-density of a step: (B, ...) x2, std 0-dim or (B,) > 0 -> (B,), mean over elements; gradient to mean only."""
-    return step_logprob(x_next, mean, std)
+    """Log-density of a step: (B, ...) x2, std > 0 one number or one a row -> (B,), mean over elements.
+
+    The gradient goes into mean only: x_next and std are data.
+    """
+    return step_logprob(x_next, mean, _row_std(std, mean))
 
 
 def gaussian_kl(mean, mean_ref, std):
-    """KL(N(mean, std) || N(mean_ref, std)): (B, ...) x2, std 0-dim or (B,) > 0 -> (B,), mean over elements."""
-    std = torch.as_tensor(std, dtype=mean.dtype, device=mean.device)
-    return (mean - mean_ref).square().flatten(1).mean(1) / (2 * std.square())
+    """KL(N(mean, std) || N(mean_ref, std)): (B, ...) x2, std > 0 one number or one a row -> (B,), mean over elements."""
+    return (mean - mean_ref).square().flatten(1).mean(1) / (2 * _row_std(std, mean).square())
 
 
 def is_unanimous(reward):

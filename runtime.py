@@ -4,6 +4,7 @@ A run folder holds run.json (settings, command, commit, versions, device), metri
 checkpoint.safetensors (weights, EMA, optimizer state; step and settings in its header). No pickle anywhere.
 To resume, run the same command again. The only file that touches torch.distributed.
 """
+import hashlib
 import json
 import math
 import os
@@ -103,6 +104,15 @@ def about():
     return dict(command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), commit=commit.stdout.strip() or "unknown",
                 python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__,
                 numpy=numpy.__version__, device=gpu)
+
+
+def weights_digest(folder):
+    """Short digest of the *.safetensors files of a folder: a run may not resume on other weights than it began with."""
+    h = hashlib.sha256()
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        if path.name != CHECKPOINT:
+            h.update(path.read_bytes())
+    return h.hexdigest()[:16]
 
 
 def strict(value):

@@ -222,12 +222,14 @@ def surrogate(policy, ref, rows, taken, advantage, cfg):
 
 def tune(cfg, device):
     """GRPO against the frozen judge, without ground truth; writes OUT/grpo, or OUT/photos for --images."""
-    policy = load_predictor(cfg.policy or Path(cfg.out) / "base").to(device)
+    start, judge_folder = cfg.policy or Path(cfg.out) / "base", cfg.judge or Path(cfg.out) / "judge"
+    policy = load_predictor(start).to(device)
     ref, average = (copy.deepcopy(policy).requires_grad_(False) for _ in range(2))
     params = [p for p in policy.parameters() if p.requires_grad]
     opts = optimizers([policy], cfg.lr, 0, weight_decay=0.0, betas=(0.9, 0.95))
     batch = shares(cfg.batch, "batch")
-    run = Run(grpo_folder(cfg), settings(cfg, *GRPO_SETTINGS), cfg.seed, cfg.steps,
+    frozen = dict(policy_weights=runtime.weights_digest(start), judge_weights=runtime.weights_digest(judge_folder))
+    run = Run(grpo_folder(cfg), settings(cfg, *GRPO_SETTINGS) | frozen, cfg.seed, cfg.steps,
               dict(policy=policy, average=average), opts, cfg.save_every)
     if run.start < run.steps:
         photos, bank_pts, bank_prob, _ = judged_photos(cfg, device)
@@ -250,8 +252,7 @@ def tune(cfg, device):
             stats |= evaluation.diagnose(average, cfg.size, cfg.eval_steps)
         run.log(step, show=("reward", "policy/kl"), **stats, **parts, **{"grad/norm": norm, "loss": loss.detach()})
     if run.finished():
-        average.save(run.folder, base=str(cfg.policy or Path(cfg.out) / "base"),
-                     trained_on=cfg.images or "procedural wild photos")
+        average.save(run.folder, base=str(start), trained_on=cfg.images or "procedural wild photos")
 
 
 def mean(values):
