@@ -103,7 +103,7 @@ def log_prob(x_next, mean, std):
 
 
 def gaussian_kl(mean, mean_ref, std):
-    """KL(N(mean, std) || N(mean_ref, std)): (B, ...) x2, std > 0 one number or one a row -> (B,), mean over elements."""
+    """KL(N(mean, std) || N(mean_ref, std)): (B, ...) x2, std > 0 a number or one a row -> (B,), mean over elements."""
     return (mean - mean_ref).square().flatten(1).mean(1) / (2 * _row_std(std, mean).square())
 
 

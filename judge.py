@@ -71,7 +71,8 @@ def mini_tokenizer():
     vocab = {w: i for i, w in enumerate([*SPECIAL, "<unk>", *tokens])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = split
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, additional_special_tokens=list(SPECIAL), unk_token="<unk>")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>",
+                                   additional_special_tokens=list(SPECIAL))
 
 
 def position_table(n, width):
