@@ -95,11 +95,12 @@ def score(pred, maps, pairs):
     out = {name: [] for name in METRICS if not name.endswith("pairs")}
     linear = {(w, m): srgb_decode(v[m]).permute(0, 2, 3, 1).double().numpy()
               for w, v in (("pred", pred), ("true", maps)) for m in ("albedo", "irradiance")}
-    mask = maps["mask"][:, 0].numpy()
+    mask, inverted = maps["mask"][:, 0].numpy(), 0
     for i, ok in enumerate(mask):
         true = maps["depth"][i, 0].masked_fill(~maps["mask"][i, 0], 1.0).double().numpy()
         guess = pred["depth"][i, 0].double().numpy()
         scale, shift = metrics.align_depth(guess, true, ok)
+        inverted += scale < 0
         depth = metrics.depth_metrics((scale * guess + shift).clip(*DEPTH_RANGE), true, ok)
         out["depth/abs_rel"].append(depth["abs_rel"])
         out["depth/delta1"].append(depth["delta1"])
@@ -110,6 +111,8 @@ def score(pred, maps, pairs):
                                                          pts[truth != 0].numpy(), 0.1))
         for m in ("albedo", "irradiance"):
             out[f"{m}/si_mse"].append(metrics.si_mse(linear["pred", m][i], linear["true", m][i], ok))
+    if inverted:
+        print(f"depth: {inverted} of {len(mask)} fitted scales are negative: there the prediction looks like inverse depth")
     out = {k: np.array(v, dtype=float) for k, v in out.items()}
     for m in NAMES:
         pts, truth = pairs[m]
