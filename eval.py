@@ -112,7 +112,8 @@ def score(pred, maps, pairs):
         for m in ("albedo", "irradiance"):
             out[f"{m}/si_mse"].append(metrics.si_mse(linear["pred", m][i], linear["true", m][i], ok))
     if inverted:
-        print(f"depth: {inverted} of {len(mask)} fitted scales are negative: there the prediction looks like inverse depth")
+        print(f"depth: {inverted} of {len(mask)} fitted scales are negative: "
+              "there the prediction looks like inverse depth")
     out = {k: np.array(v, dtype=float) for k, v in out.items()}
     for m in NAMES:
         pts, truth = pairs[m]

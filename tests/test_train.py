@@ -31,8 +31,7 @@ TINY = """--threads 1 --device cpu --size 16 --width 32 --heads 2 --encoder-laye
     --judge-patch 4 --judge-width 32 --judge-heads 2 --judge-vision-layers 1 --judge-text-layers 1 --base-scenes 32
     --base-steps 4 --base-batch 4 --judge-scenes 32 --judge-steps 4 --judge-warm 0.5 --judge-batch 4 --photos 4
     --pairs 8 --bank-pairs 16 --group 4 --sample-steps 4 --steps 4 --batch 2
-    --eval-images 4 --eval-steps 2
-    --eval-every 2 --save-every 2""".split()
+    --eval-images 4 --eval-steps 2 --eval-every 2 --save-every 2""".split()
 
 
 def go(out, *extra):
