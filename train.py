@@ -271,7 +271,8 @@ def report_wild(cfg, device):
         pairs = evaluation.eval_pairs(maps, evaluation.PAIRS, judge_model.grid, 0)
         pred = [evaluation.predict(p, maps["rgb"], cfg.eval_steps, 0) for p in (before, after)]
         values = [evaluation.score(p, maps, pairs) for p in pred]
-        results.append(evaluation.report(name, values[1], values[0], evaluation.judge_scores(judge_model, maps, pairs)))
+        answers = evaluation.judge_scores(judge_model, maps, pairs) if name != "synthetic" else None
+        results.append(evaluation.report(name, values[1], values[0], answers))
         if name == "wild":
             save_panel(out / "panel.png", maps["rgb"], *pred, truth=maps)
     runtime.write_json(out / "report.json", dict(about=runtime.about(), seed=cfg.seed, tables=results))
