@@ -292,9 +292,15 @@ def test_with_answers_the_text_part_learns_too(maps):
     assert vision > 0 and probe > 0 and text > 0 and stats["loss/answers"] > 0
 
 
-def answer_loss(maps, gap, m):
-    """Answer loss when the judge prefers the first answer of modality m by `gap` logits, and is unsure elsewhere."""
+def answer_loss(maps, gap, m, taught=0.0):
+    """Answer loss when the judge prefers the first answer of modality m by `gap` logits, and is unsure elsewhere.
+
+    taught  logit of the first answer that the probe gives every pair
+    """
     model, probe = build_mini(SIZES, seeded()), Probe(SIZES, seeded(1))
+    with torch.no_grad():
+        probe.pairs[-1].weight.zero_()
+        probe.pairs[-1].bias.fill_(taught)
 
     def logits(images, features=None):
         out = torch.full((len(images), 4, len(model.tokenizer)), -30.0)
@@ -330,8 +336,18 @@ def test_a_pair_with_an_answer_is_taught_that_answer(maps):
     flat = {k: v.clone() for k, v in maps.items()}
     flat["albedo"][:], flat["mask"][:] = 0.5, True
     flat["depth"][~flat["depth"].isfinite()] = 1.0
-    losses = [answer_loss(flat, gap, "albedo") for gap in (-2.0, 0.0, 2.0, 8.0)]
+    losses = [answer_loss(flat, gap, "albedo", taught=30.0) for gap in (-2.0, 0.0, 2.0, 8.0)]
     assert losses == sorted(losses, reverse=True)
+
+
+def test_an_answer_is_taught_half_by_the_truth_and_half_by_the_probe(maps):
+    """True answer yes, an undecided probe: the best judge says yes with 3/4, whatever the other modalities say."""
+    flat = {k: v.clone() for k, v in maps.items()}
+    flat["albedo"][:], flat["mask"][:] = 0.5, True
+    flat["depth"][~flat["depth"].isfinite()] = 1.0
+    gaps = [math.log(p / (1 - p)) for p in (0.25, 0.5, 0.7, 0.75, 0.8, 0.99)]
+    losses = [answer_loss(flat, gap, "albedo", taught=0.0) for gap in gaps]
+    assert min(losses) == losses[3] and losses[0] > losses[1] > losses[2]
 
 
 def test_a_few_steps_on_one_batch_reduce_every_part_of_the_loss(maps):
