@@ -35,7 +35,7 @@ from transformers.utils import logging
 
 import data
 from config import Parser
-from relations import LUMA, MODALITIES, draw_markers, relation, sample_pairs
+from relations import LUMA, MODALITIES, draw_markers, relation, relative_depth, sample_pairs
 from runtime import run_command
 
 logging.disable_progress_bar()       # of loading and saving weights: errors stay one line
@@ -317,9 +317,7 @@ def class_weights(rel):
 def dense_targets(maps, patch):
     """Normalised depth, normal, albedo and irradiance luma under every token: (B, L, 8 p^2) and their mask."""
     mask = maps["mask"]
-    depth = maps["depth"].masked_fill(~mask, torch.nan).flatten(1)
-    low, high = (torch.nanquantile(depth, q, 1).view(-1, 1, 1, 1) for q in (0.02, 0.98))
-    depth = ((maps["depth"] - low) / (high - low).clamp_min(1e-6)).clamp(0, 1)
+    depth = relative_depth(maps["depth"], mask)
     luma = torch.einsum("bchw,c->bhw", maps["irradiance"], maps["irradiance"].new_tensor(LUMA))[:, None]
     maps = torch.cat((2 * depth - 1, maps["normal"], 2 * maps["albedo"] - 1, 2 * luma - 1), 1)      # (B, 8, H, W)
     maps = torch.where(mask, maps, 0.0)

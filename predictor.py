@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import data
 from config import Parser
-from relations import MODALITIES
+from relations import MODALITIES, relative_depth
 from runtime import run_command
 
 DATA_STD = 0.5                     # s, standard deviation of maps in [-1, 1]
@@ -216,10 +216,7 @@ def to_state(maps, mask, modality):
     """
     x = maps[modality]
     if modality == "depth":
-        flat = x.masked_fill(~mask, torch.nan).flatten(1)
-        low, high = (torch.nanquantile(flat, q, 1).view(-1, 1, 1, 1) for q in (0.02, 0.98))
-        x = 2 * ((x - low) / (high - low).clamp_min(1e-6)).clamp(0, 1) - 1
-        x = x.expand(-1, 3, -1, -1)
+        x = (2 * relative_depth(x, mask) - 1).expand(-1, 3, -1, -1)
     elif modality != "normal":
         x = 2 * x - 1
     return torch.where(mask, x, 0.0)

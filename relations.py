@@ -110,6 +110,16 @@ def finite_range(maps):
     return torch.where(ok.any(-1), high - low, 0.0)
 
 
+def relative_depth(depth, mask):
+    """Depth in the modality table's encoding: 0 at the 2 % and 1 at the 98 % quantile of the valid pixels, clipped.
+
+    depth (B, 1, H, W) metres, may be inf where invalid; mask (B, 1, H, W) bool;  returns (B, 1, H, W) in [0, 1]
+    """
+    valid = depth.masked_fill(~mask, torch.nan).flatten(1)
+    low, high = (torch.nanquantile(valid, q, 1).view(-1, 1, 1, 1) for q in (0.02, 0.98))
+    return ((depth - low) / (high - low).clamp_min(1e-6)).clamp(0, 1)
+
+
 def margin(maps, pts, modality, window=0):
     """Signed, differentiable margin by which red wins (formulas in the module docstring).
 
