@@ -81,11 +81,11 @@ def predict(policy, rgb, steps, seed, batch=64):
     """All maps of a batch of photos from the same noise for every policy: dict modality -> (B, C, H, W) on the CPU."""
     noise = torch.randn(len(rgb), *policy.shape(rgb), generator=generator(seed, 23))
     device = next(policy.parameters()).device
-    out = {m: [] for m in NAMES}
+    out = {m: [] for m in policy.modalities}
     for i in range(0, len(rgb), batch):
         part = rgb[i:i + batch].to(device)
         cond = policy.encode(part)
-        for m in NAMES:
+        for m in policy.modalities:
             out[m].append(sample_ode(policy, part, m, steps, noise=noise[i:i + batch].to(device), cond=cond).cpu())
     return {m: torch.cat(v) for m, v in out.items()}
 

@@ -12,7 +12,7 @@ import data
 import eval as evaluation
 from eval import HEURISTICS, METRICS, compare, eval_pairs, judge_scores, score
 from judge import true_relations
-from predictor import NAMES
+from predictor import NAMES, times
 from runtime import run_command
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "hypersim_scenes"
@@ -128,6 +128,11 @@ def test_what_stands_under_the_sky_does_not_count(maps, pairs):
 def test_evaluation_draws_the_same_noise_for_every_predictor(maps):
     class Echo(torch.nn.Linear):
         """A predictor whose maps are its noise."""
+
+        modalities, times = evaluation.NAMES, staticmethod(times)
+
+        def start(self, noise, T):
+            return noise
 
         def encode(self, rgb):
             return rgb
