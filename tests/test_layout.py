@@ -134,7 +134,7 @@ def test_every_imported_package_is_required():
                 found |= {a.name.split(".")[0] for a in node.names}
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
                 found.add(node.module.split(".")[0])
-    brought = {"tqdm", "tokenizers", "huggingface_hub"}                                           # dependencies of transformers
+    brought = {"tqdm", "tokenizers", "huggingface_hub"}                         # dependencies of transformers
     missing = {needs.get(n, n) for n in found - NAMES - set(stdlib_module_names)} - listed - brought
     assert missing == set()
 
