@@ -309,3 +309,383 @@ def test_diffusers_gives_the_golden_numbers(pipes):
         return out
     assert_golden(golden_values(lambda *args: unet["lighting"](*args).sample, lambda x: vae.encode(x).latent_dist.mean,
                                 lambda z: vae.decode(z).sample, predict))
+
+
+# the schedule -----------------------------------------------------------------------------------------------------
+
+def test_zero_terminal_snr_ends_at_exactly_no_signal_and_keeps_the_first_level():
+    one = Schedule(ZERO_SNR)
+    assert one.abar[999] == 0 and one.abar[0] == one.final and abs(one.final - 0.99915) < 1e-12
+    assert (np.diff(one.abar) < 0).all() and len(one.abar) == 1000
+
+
+def test_without_zero_terminal_snr_some_signal_is_left():
+    assert abs(Schedule(V1_0).abar[999] - 0.0046598) < 1e-6                     # Stable Diffusion's well-known number
+
+
+def test_set_alpha_to_one_ends_at_a_clean_latent():
+    assert Schedule(ZERO_SNR | dict(set_alpha_to_one=True)).final == 1
+
+
+@pytest.mark.parametrize("T, want", [
+    (1, [999]), (4, [999, 749, 499, 249]), (10, list(range(999, 0, -100))),
+    (15, [999, 932, 866, 799, 732, 666, 599, 532, 466, 399, 332, 266, 199, 132, 66]), (50, list(range(999, 0, -20)))])
+def test_trailing_timesteps(T, want):
+    assert Schedule(ZERO_SNR).timesteps(T) == want
+
+
+def test_leading_timesteps_have_the_offset():
+    assert Schedule(V1_0).timesteps(10) == [901, 801, 701, 601, 501, 401, 301, 201, 101, 1]
+
+
+def test_the_quirk_ends_a_step_at_933_though_the_next_timestep_is_932():
+    one = Schedule(ZERO_SNR)
+    assert one.steps(15, quirk=True)[0] == (999, 0.0, one.abar[933])
+    assert one.steps(15)[0] == (999, 0.0, one.abar[932])
+
+
+@pytest.mark.parametrize("spacing", [ZERO_SNR, V1_0])
+def test_quirk_and_visited_timesteps_agree_exactly_when_the_steps_divide_1000(spacing):
+    one = Schedule(spacing)
+    agree = {T for T in range(1, 101) if one.steps(T) == one.steps(T, quirk=True)}
+    divides = {T for T in range(1, 101) if 1000 % T == 0}
+    assert divides <= agree and (spacing is V1_0 or agree == divides)           # leading spacing floors, as the quirk
+
+
+@pytest.mark.parametrize("T", [0, 1001, -3])
+def test_a_number_of_steps_outside_1_to_1000_is_refused(T):
+    with pytest.raises(ValueError, match=rf"{T} denoising steps; want 1 .. 1000"):
+        Schedule(ZERO_SNR).steps(T)
+
+
+# the flow view ----------------------------------------------------------------------------------------------------
+
+def native(model, T):
+    """alphas_cumprod at each of the T + 1 times."""
+    steps = model.schedule.steps(T)
+    return [abar for _, abar, _ in steps] + [steps[-1][2]]
+
+
+def size_of(abar):
+    """alpha + sigma: what a native state is divided by."""
+    return math.sqrt(abar) + math.sqrt(1 - abar)
+
+
+@pytest.mark.parametrize("kind", ["lighting", "depth-v1-0", "normals"])
+@pytest.mark.parametrize("T", [1, 2, 4, 15])
+def test_euler_steps_of_the_flow_are_the_native_ddim_sampler(models, kind, T):
+    one, rgb = models[kind], torch.rand(1, 3, 64, 40, generator=seeded(3))
+    noise = torch.randn(1, *one.shape(rgb), generator=seeded(T))
+    clean = one._sample(noise, one.encode(rgb), T, quirk=False)
+    for k, target in enumerate(one.targets):
+        m = marigold.MODALITY.get(target)
+        if m:
+            want = one._encoded(one._native(clean[:, 4 * k:4 * k + 4], target), target)
+            got = sample_ode(one, rgb, m, T, noise=noise)
+            # fp32 of T network passes; srgb_encode is 13 times as steep near black, normals are divided by lengths
+            assert got.shape == want.shape and (got - want).abs().max() < 5e-4 and got.std() > 0.01
+
+
+@pytest.mark.parametrize("kind", ["lighting", "depth-v1-0"])
+def test_a_velocity_is_noise_minus_the_clean_latent(models, kind, monkeypatch):
+    """A network that knows noise and clean latent answers v_vp; the flow's velocity must be their difference."""
+    one, steps = models[kind], models[kind].schedule.steps(7)
+    shape = (1, 4 * len(one.targets), 3, 2)
+    clean, noise = torch.randn(shape, generator=seeded(1)), torch.randn(shape, generator=seeded(2))
+    for t, abar, _ in steps:
+        a, s = math.sqrt(abar), math.sqrt(1 - abar)
+
+        def answer(x, index, text, a=a, s=s, t=t):
+            torch.testing.assert_close(x[:, 4:], a * clean + s * noise, rtol=0, atol=PARITY)        # x_vp
+            assert index.tolist() == [t] and (x[:, :4] == 3).all()
+            return a * noise - s * clean
+        monkeypatch.setattr(one.unet, "forward", answer)
+        ours = marigold._time(abar)
+        x = (1 - ours) * clean + ours * noise
+        got = one.velocity(x, torch.tensor([ours]), torch.full((1, 4, 3, 2), 3.0))
+        torch.testing.assert_close(got, noise - clean, rtol=0, atol=PARITY)
+
+
+@pytest.mark.parametrize("kind", ["lighting", "depth-v1-0"])
+def test_the_unet_is_told_the_timesteps_of_the_schedule(models, kind, monkeypatch):
+    one, told = models[kind], []
+    monkeypatch.setattr(one.unet, "forward", lambda x, index, text: (told.append(index), x[:, 4:])[1])
+    for T in (*range(1, 51), 500):
+        told.clear()
+        x = torch.zeros(T, 4 * len(one.targets), 1, 1)
+        one.velocity(x, torch.tensor(one.times(T)[:-1]), torch.zeros(T, 4, 1, 1))                  # times in fp32
+        assert told[0].tolist() == one.schedule.timesteps(T)
+
+
+def test_the_times_fall_and_start_at_one_and_end_at_the_final_noise_level(models):
+    for T in (1, 4, 15, 50):
+        grid = models["lighting"].times(T)
+        assert len(grid) == T + 1 and grid[0] == 1 and all(a > b for a, b in zip(grid, grid[1:], strict=False))
+        sigma, alpha = math.sqrt(1 - 0.99915), math.sqrt(0.99915)
+        assert abs(grid[-1] - sigma / (alpha + sigma)) < 1e-9
+
+
+def test_the_start_is_the_noise_in_units_of_the_flow(models):
+    noise = torch.randn(1, 4, 2, 2, generator=seeded())
+    assert torch.equal(models["depth"].start(noise, 4), noise)
+    old = models["depth-v1-0"]
+    torch.testing.assert_close(old.start(noise, 10), noise / size_of(native(old, 10)[0]))
+
+
+@pytest.mark.parametrize("kind", ["lighting", "depth-v1-0"])
+@pytest.mark.parametrize("eta", [0.0, 0.3, 0.7, 1.0])
+@pytest.mark.parametrize("T", [2, 4, 10, 15, 50])
+def test_exploration_in_the_flow_is_ddim_with_noise_rescaled(models, kind, T, eta):
+    """fp64: the same numbers but for rounding."""
+    shape = (1, 2, 3, 3)
+    x_vp, v_vp, eps = (torch.randn(shape, generator=seeded(i)).double() for i in range(3))
+    abars, grid = native(models[kind], T), models[kind].times(T)
+    for abar, abar_s, t, s in zip(abars, abars[1:], grid, grid[1:], strict=False):
+        a, sigma = math.sqrt(abar), math.sqrt(1 - abar)
+        v = (sigma * x_vp + a * v_vp) - (a * x_vp - sigma * v_vp)                                   # noise - clean
+        ours = grpo.flow_eta_step(x_vp / size_of(abar), v, t, s, eta, eps)
+        for mine, theirs in zip(ours, grpo.ddim_sde_step(x_vp, v_vp, abar, abar_s, eta, eps), strict=True):
+            torch.testing.assert_close(mine * size_of(abar_s), theirs, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["ddim", "flow"])
+def test_exploration_is_finite_for_every_number_of_steps(models, name):
+    x, v, eps = (torch.randn(1, 1, 2, 2, generator=seeded(i)) for i in range(3))
+    for T in range(2, 101):
+        grid = models["lighting"].times(T)
+        for i in range(T - 1):
+            x_next, mean, std = grpo.STEPS[name](x, v, grid[i], grid[i + 1], 1.0, eps)
+            assert x_next.isfinite().all() and mean.isfinite().all() and std > 0, (T, i)
+
+
+def test_the_last_step_is_deterministic_and_not_trained(models):
+    one = models["lighting"]
+    grid, noise = one.times(4), torch.randn(1, 12, 2, 2, generator=seeded())
+    seen = []
+
+    def velocity(x, t):
+        seen.append((x, 0.1 * x))
+        return seen[-1][1]
+    x0, taken = grpo.rollout(velocity, noise, grid, 3, "full", grpo.STEPS["ddim"], 1.0, seeded(1))
+    assert [(s.t, s.s) for s in taken] == [(grid[i], grid[i + 1]) for i in range(3)]
+    x, v = seen[-1]
+    assert torch.equal(x0.flatten(0, 1), x + (grid[4] - grid[3]) * v)
+
+
+# the predictor interface ------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind, want", [("lighting", ("albedo", "irradiance")), ("appearance", ("albedo",)),
+                                        ("depth", ("depth",)), ("normals", ("normal",))])
+def test_the_modalities_are_the_targets_that_the_judge_knows(models, kind, want):
+    assert models[kind].modalities == want and set(want) <= set(NAMES)
+
+
+def test_shapes_are_four_latents_a_target_at_an_eighth(models):
+    rgb = torch.rand(2, 3, 40, 64)
+    assert models["lighting"].shape(rgb) == (12, 5, 8) and models["depth"].shape(rgb) == (4, 5, 8)
+    assert models["lighting"].encode(rgb).shape == (2, 4, 5, 8) and models["lighting"].multiple == 8
+
+
+def test_the_condition_is_the_scaled_latent_of_the_photo(models):
+    one, rgb = models["lighting"], torch.rand(1, 3, 16, 16, generator=seeded())
+    torch.testing.assert_close(one.encode(rgb), 0.18215 * one.vae.encode(2 * rgb - 1))
+
+
+def test_sides_that_are_no_multiple_of_8_are_refused(models):
+    with pytest.raises(ValueError, match="20 x 64 px.*multiple of 8"):
+        models["lighting"].encode(torch.rand(1, 3, 20, 64))
+
+
+def test_a_modality_that_it_does_not_predict_is_refused_by_name(models):
+    with pytest.raises(ValueError, match="predicts albedo, shading, residual; got modality 'depth'"):
+        models["lighting"].decode(torch.zeros(1, 12, 2, 2), "depth")
+
+
+@pytest.mark.parametrize("kind, m, place", [("lighting", "albedo", 0), ("lighting", "irradiance", 1)])
+def test_a_modality_is_decoded_from_its_own_four_channels(models, kind, m, place):
+    one, x = models[kind], torch.randn(1, 12, 2, 2, generator=seeded())
+    own, others = x.clone(), x.clone()
+    own[:, 4 * place:4 * place + 4] += 1
+    others += 1
+    others[:, 4 * place:4 * place + 4] = x[:, 4 * place:4 * place + 4]
+    before = one.decode(x, m)
+    assert torch.equal(one.decode(others, m), before) and (one.decode(own, m) - before).abs().max() > 0.01
+
+
+def test_linear_targets_are_srgb_encoded_and_srgb_ones_are_left(models):
+    """Of the same latent the two pipelines (equal VAE weights) give maps that differ by the encoding alone."""
+    x = torch.randn(1, 12, 2, 2, generator=seeded())
+    plain, linear = models["appearance"].decode(x[:, :8], "albedo"), models["lighting"].decode(x, "albedo")
+    torch.testing.assert_close(linear, srgb_encode(plain))
+    assert (linear - plain).abs().max() > 0.1
+
+
+def test_an_irradiance_is_not_divided_by_its_maximum(models, monkeypatch):
+    """The target is up to scale; still, one bright pixel must not move the others."""
+    one, x = models["lighting"], torch.zeros(1, 12, 1, 1)
+    flat = torch.full((1, 3, 8, 8), -0.5)
+    monkeypatch.setattr(one.vae, "decode", lambda z, tile=0: flat.clone())
+    before = one.decode(x, "irradiance")
+    flat[..., 0, 0] = 0.9
+    after = one.decode(x, "irradiance")
+    torch.testing.assert_close(before, srgb_encode(torch.full((1, 3, 8, 8), 0.25)))
+    assert torch.equal(after[..., 1:], before[..., 1:]) and (after[..., 0, 0] > before[..., 0, 0]).all()
+
+
+def test_depth_is_the_mean_of_the_channels_and_normals_have_unit_length(models):
+    x = torch.randn(2, 4, 3, 2, generator=seeded())
+    depth, normal = models["depth"].decode(x, "depth"), models["normals"].decode(x, "normal")
+    assert depth.shape == (2, 1, 24, 16) and 0 <= depth.min() and depth.max() <= 1
+    assert normal.shape == (2, 3, 24, 16)
+    torch.testing.assert_close(normal.norm(dim=1), torch.ones(2, 24, 16))
+    clean = x * size_of(models["depth"].schedule.final)
+    colours = models["depth"].vae.decode(clean / 0.18215)
+    torch.testing.assert_close(depth, (colours.mean(1, keepdim=True).clamp(-1, 1) + 1) / 2)
+
+
+def test_a_batch_of_states_is_every_state_alone(models):
+    one, rgb = models["lighting"], torch.rand(3, 3, 32, 32, generator=seeded())
+    x, t, cond = torch.randn(3, 12, 4, 4, generator=seeded(1)), torch.tensor([1.0, 0.6, 0.2]), one.encode(rgb)
+    with torch.no_grad():
+        whole = one.velocity(x, t, cond)
+        alone = torch.cat([one.velocity(x[i:i + 1], t[i:i + 1], cond[i:i + 1]) for i in range(3)])
+    torch.testing.assert_close(whole, alone, rtol=0, atol=2e-5)                 # velocities up to 5
+    assert (whole[0] - whole[1]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("change", ["x", "t", "cond"])
+def test_every_input_moves_the_velocity(models, change):
+    one = models["lighting"]
+    args = dict(x=waves(1, 12, 4, 4), t=torch.tensor([0.5]), cond=waves(1, 4, 4, 4, k=1))
+    with torch.no_grad():
+        before = one.velocity(**args)
+        args[change] = args[change] * 0.8
+        assert (one.velocity(**args) - before).abs().max() > 0.01
+
+
+def test_the_empty_prompt_acts(models, folders):
+    one = Marigold.load(folders["lighting"])
+    x, t, cond = waves(1, 12, 4, 4), torch.tensor([0.5]), waves(1, 4, 4, 4, k=1)
+    with torch.no_grad():
+        before = one.velocity(x, t, cond)
+        one.text = one.text + 1
+        assert (one.velocity(x, t, cond) - before).abs().max() > 1e-3
+
+
+def test_replay_is_refused_with_the_flag_to_use(models):
+    with pytest.raises(ValueError, match="--replay 0"):
+        models["lighting"].loss({}, ("albedo",), seeded())
+
+
+# prediction -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("image", [np.zeros((8, 8)), np.zeros((8, 8, 3)), np.zeros((8, 8, 4), np.uint8),
+                                   np.zeros((3, 8, 8), np.uint8), np.zeros((8, 8), np.uint8)])
+def test_an_image_that_is_not_uint8_hwc_is_refused(models, image):
+    with pytest.raises(ValueError, match=r"want \(H, W, 3\) uint8"):
+        models["depth"].predict(image, 1)
+
+
+def test_latents_of_another_shape_are_refused_with_both_shapes(models):
+    with pytest.raises(ValueError, match=r"latents \(1, 4, 5, 5\); want \(1, 4, 6, 5\)"):
+        models["depth"].predict(photo(), 1, latents=torch.zeros(1, 4, 5, 5))
+
+
+def test_a_photo_so_long_that_its_short_side_vanishes_is_refused(models):
+    with pytest.raises(ValueError, match="2 x 300 px.*larger --processing-res"):
+        models["depth"].predict(np.zeros((2, 300, 3), np.uint8), 1)
+
+
+def test_one_seed_gives_one_prediction(models):
+    one = models["depth"]
+    a, b, c = (one.predict(photo(), 1, generator=seeded(s)) for s in (1, 1, 2))
+    assert worst(a, b) == 0 and worst(a, c) > 1e-3
+
+
+def test_the_defaults_come_from_model_index(models):
+    one = models["depth-v1-0"]
+    assert (one.size, one.steps) == (48, 10)
+    assert worst(one.predict(photo(), generator=seeded()),
+                 one.predict(photo(), 10, processing_res=48, generator=seeded())) == 0
+
+
+def test_a_depth_ensemble_undoes_scale_and_shift():
+    """Members that are one map up to scale and shift give that map: as the first member has it."""
+    first = torch.rand(1, 1, 6, 7, generator=seeded()) * 0.5 + 0.2
+    members = torch.cat([first, 0.3 * first + 0.4, 0.9 * first])
+    torch.testing.assert_close(marigold._ensemble(members, "depth"), first, rtol=0, atol=1e-6)
+
+
+def test_an_ensemble_of_one_is_its_member():
+    for target, channels in (("albedo", 3), ("depth", 1), ("normals", 3)):
+        one = torch.randn(1, channels, 2, 2)
+        assert torch.equal(marigold._ensemble(one, target), one)
+
+
+def test_an_iid_ensemble_is_the_median_and_a_normal_one_a_member():
+    members = torch.tensor([0.1, 0.9, 0.2]).view(3, 1, 1, 1).expand(3, 3, 2, 2)
+    assert (marigold._ensemble(members, "albedo") == 0.2).all()
+    directions = torch.tensor([[0.0, 0.0, 1.0], [0.0, 0.6, 0.8], [1.0, 0.0, 0.0]]).view(3, 3, 1, 1)
+    assert marigold._ensemble(directions, "normals").flatten().tolist() == pytest.approx([0.0, 0.6, 0.8])
+
+
+@pytest.mark.parametrize("tile", [6, 7, 100])
+def test_one_tile_that_covers_all_is_the_whole_decode(models, tile):
+    z = torch.randn(2, 4, 6, 5, generator=seeded())
+    assert torch.equal(models["depth"].vae.decode(z, tile), models["depth"].vae.decode(z))
+
+
+def test_a_tiled_decode_is_close_to_the_whole():
+    """Random weights look far; with residual branches a tenth as strong a pixel depends on its surroundings, as in a
+    trained VAE. What is left are the tiles' own statistics."""
+    vae = fill(VAE(VAE_CONFIG))
+    z = torch.randn(1, 4, 24, 24, generator=seeded())
+    with torch.no_grad():
+        for name, p in vae.named_parameters():
+            if name.endswith(("conv2.weight", "to_out.0.weight")):
+                p *= 0.1
+        whole, tiled = vae.decode(z), vae.decode(z, 16)
+    assert tiled.shape == whole.shape and not torch.equal(tiled, whole)
+    assert (tiled - whole).std() < 0.1 * whole.std()
+
+
+@pytest.mark.parametrize("h, w, tile", [(9, 5, 4), (13, 20, 8), (3, 11, 4), (5, 5, 1)])
+def test_tiles_cover_every_pixel_and_their_weights_sum_to_one(h, w, tile):
+    """A decoder that repeats pixels: what overlapping tiles blend is what one pass gives."""
+    vae = VAE(VAE_CONFIG)
+    vae.post_quant_conv = torch.nn.Identity()
+    vae.decoder = torch.nn.Upsample(scale_factor=8)
+    z = torch.randn(2, 4, h, w, generator=seeded())
+    torch.testing.assert_close(vae.decode(z, tile), vae.decode(z), rtol=0, atol=1e-5)
+
+
+# real sizes -------------------------------------------------------------------------------------------------------
+
+REAL = dict(block_out_channels=[320, 640, 1280, 1280], cross_attention_dim=1024, attention_head_dim=[5, 10, 20, 20],
+            norm_num_groups=32)
+
+
+def header(state):
+    """Bytes before the tensors of a safetensors file in fp16: its length and the JSON of names, shapes, places."""
+    entries, at = {"__metadata__": {"format": "pt"}}, 0
+    for k in sorted(state):
+        size = 2 * state[k].numel()
+        entries[k] = dict(dtype="F16", shape=list(state[k].shape), data_offsets=[at, at + size])
+        at += size
+    return 8 + math.ceil(len(json.dumps(entries, separators=(",", ":"))) / 8) * 8
+
+
+@pytest.mark.parametrize("n, params", [(3, 865_968_332), (2, 865_945_288), (1, 865_922_244)])
+def test_the_real_unet_has_the_published_parameters(n, params):
+    with torch.device("meta"):
+        state = UNet(unet_config(n) | REAL).state_dict()
+    assert sum(v.numel() for v in state.values()) == params and len(state) == 686
+    if n == 3:
+        assert header(state) + 2 * params == 1_732_019_968                      # bytes of the file on the hub
+
+
+def test_the_real_vae_has_the_published_parameters():
+    with torch.device("meta"):
+        state = VAE(VAE_CONFIG | dict(block_out_channels=[128, 256, 512, 512], norm_num_groups=32)).state_dict()
+    assert sum(v.numel() for v in state.values()) == 83_653_863 and len(state) == 248
+    assert header(state) + 2 * 83_653_863 == 167_335_342
