@@ -7,8 +7,6 @@ depend on no random number generator. They were stored once diffusers had given 
 import json
 import math
 import shutil
-import struct
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,17 +14,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import config
 import grpo
 import lora
 import marigold
-import predictor
 import runtime
 import train
 from judge import MiniJudge, build_mini
-from marigold import UNet, VAE, Marigold, Schedule
+from marigold import VAE, Marigold, Schedule, UNet
 from predictor import NAMES, load_predictor, sample_ode
 from scenes import srgb_encode
 
@@ -689,3 +686,297 @@ def test_the_real_vae_has_the_published_parameters():
         state = VAE(VAE_CONFIG | dict(block_out_channels=[128, 256, 512, 512], norm_num_groups=32)).state_dict()
     assert sum(v.numel() for v in state.values()) == 83_653_863 and len(state) == 248
     assert header(state) + 2 * 83_653_863 == 167_335_342
+
+
+# GRPO -------------------------------------------------------------------------------------------------------------
+
+PAPER = ["--preset", "paper", "--stage", "grpo", "--device", "cpu", "--threads", "1", "--precision", "fp32",
+         "--size", "32", "--sample-steps", "3", "--group", "2", "--pairs", "8", "--bank-pairs", "8", "--batch", "2"]
+
+
+def training(folder, *flags):
+    """What train.tune sets up before its loop: settings, policy, frozen reference, one step's rows, exploration."""
+    cfg = config.parse([*PAPER, "--policy", "P", "--judge", "J", "--images", "I", *map(str, flags)])[1]
+    policy = load_predictor(folder)
+    if cfg.lora:
+        lora.inject(policy.network, policy.lora_targets, cfg.lora, cfg.lora, rng=seeded(7))
+    policy.checkpointing(bool(cfg.checkpointing))
+    ref = runtime.frozen_copy(policy)
+    lora.disable(ref)
+    pts = torch.randint(32, (3, cfg.bank_pairs, 2, 2), generator=seeded(1))
+    rows = train.Rows(cfg, policy.modalities, torch.randint(256, (3, 3, 32, 32), generator=seeded(2)).byte(), pts,
+                      torch.rand(3, cfg.bank_pairs, 4, generator=seeded(3)), cfg.batch, seeded(4), torch.device("cpu"))
+    return SimpleNamespace(cfg=cfg, policy=policy, ref=ref, rows=rows, step=grpo.STEPS[
+        policy.exploration if cfg.exploration == "auto" else cfg.exploration])
+
+
+def learn(one, taken, advantage):
+    """Gather the gradient of one update; the log of it, and the gradients by name."""
+    one.policy.zero_grad(set_to_none=True)
+    _, stats = train.surrogate(one.policy, one.ref, one.rows, taken, advantage, one.cfg, one.step,
+                               lambda share: share.backward())
+    return stats, {k: p.grad for k, p in one.policy.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("flags", [
+    "--batch 1 --rollout full --exploration ddim", "--batch 1 --rollout branch --exploration flow --lora 2",
+    "--batch 4 --rollout full --exploration flow --micro 3", "--batch 4 --rollout branch --micro 3 --checkpointing 1",
+    "--batch 8 --rollout full --lora 2 --checkpointing 1", "--batch 8 --rollout branch --exploration flow",
+    "--batch 8 --rollout full --micro 3 --lora 2", "--batch 4 --rollout branch --lora 2 --micro 3 --modalities joint",
+    "--batch 4 --rollout full --modalities joint --checkpointing 1 --credit pair"])
+def test_the_ratio_is_exactly_one_at_the_first_update(folders, flags):
+    one = training(folders["lighting"], *flags.split())
+    taken, advantage, _ = train.explore(one.policy, one.rows, one.cfg, one.step, seeded(5))
+    assert len(taken) == (1 if "branch" in flags else 2)
+    stats, gradients = learn(one, taken, torch.ones_like(advantage))
+    assert stats["policy/ratio_min"] == stats["policy/ratio_max"] == 1
+    assert any(g.any() for g in gradients.values())
+    assert all(("lora_" in k) == ("--lora" in flags) and k.startswith("unet.") for k in gradients)
+
+
+def test_the_kl_is_exactly_zero_at_the_first_update_and_then_not(folders):
+    one = training(folders["lighting"], "--lora", 2)
+    taken, advantage, _ = train.explore(one.policy, one.rows, one.cfg, one.step, seeded(5))
+    assert learn(one, taken, advantage)[0]["policy/kl"] == 0
+    for layer in lora.adapters(one.policy.unet).values():
+        torch.nn.init.normal_(layer.lora_B, std=0.1, generator=seeded(6))
+    assert learn(one, taken, advantage)[0]["policy/kl"] > 1e-6
+
+
+def scored(folder, *flags):
+    """Rollout with the whole batch at once and an advantage that does not depend on the reward."""
+    one = training(folder, "--batch", 2, "--group", 4, *flags)
+    taken, advantage, _ = train.explore(one.policy, one.rows, one.cfg, one.step, seeded(5))
+    return one, taken, torch.tensor([[1.0, -1.0, 0.5, -0.5], [-1.5, 0.2, 0.3, 1.0]]) * torch.ones_like(advantage)
+
+
+@pytest.mark.parametrize("extra", [(), ("--lora", 2)])
+def test_checkpointing_gives_the_same_gradients(folders, extra):
+    one, taken, advantage = scored(folders["lighting"], *extra)
+    plain = learn(one, taken, advantage)[1]
+    one.policy.checkpointing(True)
+    recomputed = learn(one, taken, advantage)[1]
+    assert plain.keys() == recomputed.keys() and len(plain) == (96 if extra else 686)
+    assert all(torch.equal(plain[k], recomputed[k]) for k in plain)
+
+
+def test_checkpointing_really_recomputes(folders, monkeypatch):
+    one, calls = load_predictor(folders["depth"]), []
+    real = marigold.Resnet.forward
+    monkeypatch.setattr(marigold.Resnet, "forward", lambda *args: (calls.append(1), real(*args))[1])
+    x, t, cond = waves(1, 4, 4, 4), torch.tensor([0.5]), waves(1, 4, 4, 4, k=1)
+    counts = []
+    for on in (False, True):
+        one.checkpointing(on)
+        calls.clear()
+        one.velocity(x, t, cond).sum().backward()
+        counts.append(len(calls))
+    assert counts == [22, 44]
+
+
+@pytest.mark.parametrize("rollout", ["full", "branch"])
+def test_portions_give_the_gradients_of_the_whole_batch(folders, rollout):
+    one, taken, advantage = scored(folders["lighting"], "--rollout", rollout)
+    whole = learn(one, taken, advantage)[1]
+    one.rows.micro = 3 if rollout == "full" else 1                              # 8 states, or 2 shared ones
+    portions = learn(one, taken, advantage)[1]
+    scale = max(g.abs().max() for g in whole.values())
+    assert whole.keys() == portions.keys() and scale > 0
+    for k in whole:                                                             # fp32 sums of another batch
+        assert (whole[k] - portions[k]).abs().max() < 1e-4 * scale, k
+
+
+def test_only_the_drawn_modality_is_decoded(folders, monkeypatch):
+    one, seen = training(folders["lighting"], "--batch", 3), []
+    real = one.policy.vae.decode
+    monkeypatch.setattr(one.policy.vae, "decode", lambda z, *tile: (seen.append(tuple(z.shape)), real(z, *tile))[1])
+    _, advantage, stats = train.explore(one.policy, one.rows, one.cfg, one.step, seeded(5))
+    assert len(one.rows.names) == 1 and f"reward/{one.rows.names[0]}" in stats
+    assert seen == [(6, 4, 4, 4)] and advantage.shape == (3, 2)                 # 3 photos x 2 samples, one target
+
+
+def test_joint_modalities_decode_each_once(folders, monkeypatch):
+    one, seen = training(folders["lighting"], "--batch", 3, "--modalities", "joint"), []
+    real = one.policy.vae.decode
+    monkeypatch.setattr(one.policy.vae, "decode", lambda z, *tile: (seen.append(tuple(z.shape)), real(z, *tile))[1])
+    train.explore(one.policy, one.rows, one.cfg, one.step, seeded(5))
+    assert one.rows.names == ("albedo", "irradiance") and seen == [(6, 4, 4, 4)] * 2
+
+
+@pytest.mark.parametrize("extra", [(), ("--lora", 2)])
+def test_the_lora_reference_is_the_base_bit_for_bit(folders, extra):
+    """With adapters the reference shares the frozen base; without it is a copy."""
+    one, base = training(folders["lighting"], *extra), load_predictor(folders["lighting"])
+    base.requires_grad_(False)
+    with torch.no_grad():
+        for p in (p for p in one.policy.parameters() if p.requires_grad):
+            p += 0.1
+    x, t, cond = waves(2, 12, 4, 4), torch.tensor([0.5, 0.2]), waves(2, 4, 4, 4, k=1)
+    with torch.no_grad():
+        assert torch.equal(one.ref.velocity(x, t, cond), base.velocity(x, t, cond))
+        assert (one.policy.velocity(x, t, cond) - base.velocity(x, t, cond)).abs().max() > 0.01
+    assert one.ref.vae.quant_conv.weight is one.policy.vae.quant_conv.weight
+    assert (one.ref.unet.conv_in.weight is one.policy.unet.conv_in.weight) == bool(extra)
+
+
+@pytest.mark.parametrize("rollout", ["full", "branch"])
+def test_an_update_makes_samples_with_positive_advantage_likelier(folders, rollout):
+    one, taken, _ = scored(folders["lighting"], "--rollout", rollout, "--kl-weight", 0)
+    advantage = torch.tensor([[1.0, -1.0, 1.0, -1.0]] * 2)
+    learn(one, taken, advantage)
+    with torch.no_grad():
+        for p in one.policy.parameters():
+            if p.grad is not None:
+                p -= 0.1 * p.grad
+        cond, change = one.rows.encode(one.policy), 0.0
+        for step in taken:
+            mean = one.step(step.x, one.rows.all_velocities(one.policy, cond, step.x, step.t), step.t, step.s,
+                            one.cfg.noise, torch.zeros_like(step.x))[1]
+            gain = torch.stack([grpo.log_prob(step.x_next[:, k], mean, step.std)
+                                - grpo.log_prob(step.x_next[:, k], step.mean, step.std)
+                                for k in range(step.x_next.shape[1])], 1)
+            change = change + gain.reshape(advantage.shape)
+    assert (change * advantage).sum() > 0
+    assert change[advantage > 0].mean() > 0 > change[advantage < 0].mean()
+
+
+def test_a_few_steps_with_a_reward_for_bright_maps_brighten_the_maps(folders, monkeypatch):
+    """Pins the sign from the reward to the map: rollout, credit, loss, update, sampling."""
+    one = training(folders["appearance"], "--batch", 3, "--group", 6, "--kl-weight", 0, "--clip", 0.2)
+
+    def bright(pred, pts, prob, modality, cfg):
+        agree = pred.mean((2, 3, 4))[..., None].expand(-1, -1, prob.shape[1])
+        return agree, torch.full_like(prob, 1 / prob.shape[1])
+    monkeypatch.setattr(train, "agreement_of", bright)
+    noise = torch.randn(8, 8, 4, 4, generator=seeded(8))
+    rgb = one.rows.rgb[:1].expand(8, -1, -1, -1)
+    before = sample_ode(one.policy, rgb, "albedo", 3, noise=noise).mean()
+    optimizer, rng = torch.optim.AdamW(one.policy.unet.parameters(), lr=2e-3), seeded(9)
+    for _ in range(8):
+        taken, advantage, _ = train.explore(one.policy, one.rows, one.cfg, one.step, rng)
+        learn(one, taken, advantage)
+        optimizer.step()
+    assert sample_ode(one.policy, rgb, "albedo", 3, noise=noise).mean() > before + 0.01
+
+
+# a whole run ------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A tiny judge and three photos."""
+    root = tmp_path_factory.mktemp("inputs")
+    build_mini(MiniJudge(32, 8, 32, 1, 1, 2), seeded()).eval().save(root / "judge")
+    (root / "photos").mkdir()
+    for i in range(3):
+        Image.fromarray(photo(40 + i, 50)).save(root / "photos" / f"{i}.png")
+    return root
+
+
+def go(folders, inputs, out, *extra):
+    """Run train.py in this process: `--preset paper` on a tiny Marigold, a tiny judge and three photos."""
+    train.main([*PAPER, "--policy", str(folders["lighting"]), "--judge", str(inputs / "judge"),
+                "--images", str(inputs / "photos"), "--bank", str(inputs / "bank"), "--out", str(out),
+                "--steps", "2", "--save-every", "1", "--eval-every", "0", "--eval-images", "2", "--eval-steps", "2",
+                "--lr", "1e-3", *map(str, extra)])
+
+
+@pytest.fixture(scope="module")
+def runs(folders, inputs, tmp_path_factory):
+    """Two finished runs: all weights, and adapters."""
+    out = tmp_path_factory.mktemp("runs")
+    go(folders, inputs, out / "all", "--micro", 3, "--checkpointing", 1)
+    go(folders, inputs, out / "lora", "--lora", 2)
+    return {name: out / name / "photos" for name in ("all", "lora")}
+
+
+def log(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(folder):
+    return load_file(folder / "diffusion_pytorch_model.safetensors")
+
+
+def changed(a, b):
+    """Names of the tensors that differ between two components."""
+    a, b = weights(a), weights(b)
+    assert a.keys() == b.keys()
+    return {k for k in a if not torch.equal(a[k], b[k])}
+
+
+@pytest.mark.parametrize("name", ["all", "lora"])
+def test_the_paper_preset_runs_on_a_marigold_folder(runs, name):
+    rows = log(runs[name])
+    assert [row["step"] for row in rows] == [0, 1] and all(row["grad/norm"] > 0 for row in rows)
+    assert all(row["policy/ratio_min"] == row["policy/ratio_max"] == 1 for row in rows)
+    report = json.loads((runs[name] / "report.json").read_text())
+    assert {"reward/albedo", "reward/irradiance"} <= report.keys() and (runs[name] / "panel.png").is_file()
+
+
+@pytest.mark.parametrize("name", ["all", "lora"])
+def test_a_run_writes_a_diffusers_folder_that_opens_here(runs, name):
+    for part in ("model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors",
+                 "vae/config.json", "vae/diffusion_pytorch_model.safetensors", "scheduler/scheduler_config.json",
+                 "text_encoder/config.json", "text_encoder/model.safetensors", "tokenizer/tokenizer_config.json",
+                 "empty_text_embedding.safetensors", "README.md"):
+        assert (runs[name] / part).stat().st_size > 0, part
+    assert isinstance(load_predictor(runs[name]), Marigold)
+
+
+def test_a_run_trains_the_unet_and_never_the_vae(runs, folders):
+    assert len(changed(runs["all"] / "unet", folders["lighting"] / "unet")) > 600                 # a bias before a norm can stay
+    assert not changed(runs["all"] / "vae", folders["lighting"] / "vae")
+
+
+def test_a_lora_run_changes_the_attention_matrices_and_nothing_else(runs, folders):
+    moved = changed(runs["lora"] / "unet", folders["lighting"] / "unet")
+    want = {k for k in weights(folders["lighting"] / "unet")
+            if k.endswith((".to_q.weight", ".to_k.weight", ".to_v.weight", ".to_out.0.weight"))}
+    # attention to two text tokens has hardly any gradient in some layers; what moves is inside, and most of it does
+    assert moved <= want and len(want) == 128 and len(moved) > 100
+    assert not changed(runs["lora"] / "vae", folders["lighting"] / "vae")
+
+
+def test_a_lora_run_writes_the_adapters_alone_too(runs, folders):
+    """The base with the adapters in OUT/lora is the merged model."""
+    cfg = json.loads((runs["lora"] / "lora" / "adapter_config.json").read_text())
+    assert (cfg["r"], cfg["lora_alpha"], cfg["base_model_name_or_path"]) == (2, 2, str(folders["lighting"]))
+    base = Marigold.load(folders["lighting"])
+    lora.load_adapter(base.unet, runs["lora"] / "lora")
+    merged = lora.merged_state(base.unet)
+    assert all(torch.equal(v, merged[k]) for k, v in weights(runs["lora"] / "unet").items())
+    assert not (runs["all"] / "lora").exists()
+
+
+@pytest.mark.parametrize("name, extra", [("all", ["--micro", 3, "--checkpointing", 1]), ("lora", ["--lora", 2])])
+def test_stopping_and_resuming_is_bitwise_the_whole_run(runs, folders, inputs, tmp_path, name, extra):
+    go(folders, inputs, tmp_path, *extra, "--stop-at", 1)
+    assert len(log(tmp_path / "photos")) == 1
+    go(folders, inputs, tmp_path, *extra, "--stop-at", 2)
+    assert not changed(tmp_path / "photos" / "unet", runs[name] / "unet")
+
+
+def test_the_checkpoint_of_a_lora_run_holds_adapters_only(runs):
+    keys = [k for k in load_file(runs["lora"] / "checkpoint.safetensors") if not k.startswith("opt")]
+    assert keys and all("lora_" in k for k in keys) and len(keys) == 2 * 256
+
+
+def test_diffusers_opens_what_a_run_wrote_and_predicts_the_same(runs):
+    diffusers = pytest.importorskip("diffusers")
+    for folder in runs.values():
+        pipe = diffusers.MarigoldIntrinsicsPipeline.from_pretrained(folder)
+        pipe.set_progress_bar_config(disable=True)
+        latents = torch.randn(1, 12, 6, 5, generator=seeded())
+        assert worst(theirs(pipe, photo(), 2, latents), Marigold.load(folder).predict(photo(), 2, latents=latents)) < PARITY
+
+
+def test_replay_is_refused_by_the_command(folders, inputs, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        runtime.run_command(lambda: go(folders, inputs, tmp_path, "--replay", 0.1, "--base-scenes", 4), "train.py")
+    lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("train.py")]
+    assert stop.value.code == 2 and len(lines) == 1 and "--replay 0" in lines[0]
+
+
+def test_diagnostics_run_on_a_predictor_without_depth(folders, inputs, tmp_path):
+    go(folders, inputs, tmp_path, "--eval-every", 1, "--stop-at", 1)
+    assert any(k.startswith("wild/albedo") for k in log(tmp_path / "photos")[0])
