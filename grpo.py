@@ -21,7 +21,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from kernels.step_logprob import step_logprob, step_logprob_map
+from kernels.log_ratio import log_ratio_kl
+from kernels.pair_credit import pair_credit  # noqa: F401  the local form of group_advantage
+from kernels.sde_step import sde_step
+from kernels.step_logprob import step_logprob
 
 
 def _fp32(x):
@@ -88,6 +91,13 @@ def flow_eta_step(x, v, t, s, eta, eps, t_next=None):
 STEPS = {"flow": flow_sde_step, "ddim": flow_eta_step}
 
 
+def coefficients(step, t, s, noise):
+    """Floats A, B, std of a step: all are linear, mean = A x + B v, so A and B are the means of (1, 0) and (0, 1)."""
+    one_x, one_v = torch.eye(2, dtype=torch.float64)
+    _, mean, std = step(one_x, one_v, t, s, noise, torch.zeros(2, dtype=torch.float64))
+    return *mean.tolist(), float(std)
+
+
 def _row_std(std, like):
     """A standard deviation given as a number, 0-dim, (B,) or (B, 1, ...) -> 0-dim or (B,), in the dtype of `like`."""
     std = torch.as_tensor(std, dtype=like.dtype, device=like.device)
@@ -132,41 +142,11 @@ def group_advantage(reward, norm="group"):
     return torch.where(scale > 0, adv / scale.clamp_min(1e-12), 0.0)
 
 
-def pair_credit(agree, weight, pts, size, width):
-    """Per-pixel advantage: every pair's group-centred agreement, splatted around its two points.
-
-    agree    (B, G, P)    agreement of each pair in [0, 1]
-    weight   (B, P)       share of each pair in the reward, rows sum to 1
-    pts      (B, P, 2, 2) pixels of the state;  size (h, w) of the state
-    width    px, standard deviation of the Gaussian; inf spreads each pair over the whole map
-    returns  (B, G, h, w). Its mean over pixels is the centred reward, whatever the width, and at width inf it is
-             constant: the scalar estimator with norm "none". A pair the group agrees on gives exactly 0.
-    raises   ValueError for points outside the state or a width that is not positive
-    """
-    h, w = size
-    B, G, P = agree.shape
-    if not width > 0 or (pts.numel() and (pts.min() < 0 or (pts >= pts.new_tensor([h, w])).any())):
-        raise ValueError(f"grpo.pair_credit: got width {width} and points up to "
-                         f"{pts.flatten(0, -2).amax(0).tolist() if pts.numel() else []}; "
-                         f"want width > 0 and points inside the {h} x {w} state")
-    unanimous = (agree == agree[:, :1]).all(1, keepdim=True)
-    adv = (agree - agree.mean(1, keepdim=True)).masked_fill(unanimous, 0.0) * weight[:, None]       # (B, G, P)
-    if math.isinf(width):
-        return adv.sum(-1)[..., None, None].expand(B, G, h, w)
-    profile = lambda n, centre: torch.exp(-(torch.arange(n, device=pts.device) - centre[..., None]).square()  # noqa: E731
-                                          / (2 * width**2))
-    row, col = (profile(h, pts[..., 0].to(adv.dtype)),                         # (B, P, 2, h)
-                profile(w, pts[..., 1].to(adv.dtype)))                         # (B, P, 2, w)
-    row = row / row.sum(-1, keepdim=True)
-    col = col / col.sum(-1, keepdim=True)
-    row = (h * w / 2) * row[:, None] * adv[..., None, None]                    # (B, G, P, 2, h)
-    return torch.einsum("bgpkh,bpkw->bghw", row, col)
-
-
 def clipped_loss(logp, logp_old, advantage, clip):
     """Clipped policy objective, to be minimised: mean of -min(rho A, clip(rho, 1 - clip, 1 + clip) A) (PPO eq. 7).
 
-    logp, logp_old, advantage  same shape, (B,) or per pixel;  returns a scalar; at rho = 1 its value is -mean(A)
+    logp, logp_old  (B,) or per pixel, or their difference and 0;  advantage: the same shape
+    returns a scalar; at rho = 1 its value is -mean(A)
     """
     ratio = (logp - logp_old).exp()
     return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage).mean()
@@ -181,7 +161,7 @@ class Step:
     x: torch.Tensor          # (R, c, h, w) state at t
     x_next: torch.Tensor     # (R, K, c, h, w)
     mean: torch.Tensor       # (R, c, h, w) of the policy that acted
-    std: torch.Tensor        # 0-dim
+    std: float
 
     def rows(self, part):
         """The step of some rows only (index)."""
@@ -211,10 +191,11 @@ def rollout(velocity, x, grid, group, mode, step, noise, rng):
             x = x + (s - t) * v
             continue
         many = group if mode == "branch" else 1
-        eps = torch.randn(many, *x.shape, generator=rng).to(x.device)
-        x_next, mean, std = step(x, v, t, s, noise, eps)
-        steps.append(Step(t, s, x, x_next.transpose(0, 1), mean, std))
-        x = x_next.transpose(0, 1).flatten(0, 1)
+        eps = torch.randn(many, *x.shape, generator=rng).to(x.device).transpose(0, 1)
+        A, B, std = coefficients(step, t, s, noise)
+        x_next, mean, _ = sde_step(x, v, eps, A, B, std)                        # (R, K, c, h, w)
+        steps.append(Step(t, s, x, x_next, mean, std))
+        x = x_next.flatten(0, 1)
     return x.unflatten(0, (R, group)), steps
 
 
@@ -225,17 +206,11 @@ def step_loss(v, v_ref, taken, step, noise, advantage, clip, kl_weight):
     advantage  (R, K) scalar credit, or (R, K, h, w) per-pixel credit
     returns    scalar loss, dict of 0-dim diagnostics (ratio_min, ratio_max, clip_frac, kl)
     """
-    R, K = taken.x_next.shape[:2]
-    zero = torch.zeros_like(taken.x)
-    mean = step(taken.x, v, taken.t, taken.s, noise, zero)[1]
-    mean_ref = step(taken.x, v_ref.detach(), taken.t, taken.s, noise, zero)[1]
-    density = log_prob if advantage.ndim == 2 else step_logprob_map
-    many = lambda m: m[:, None].expand(-1, K, -1, -1, -1).flatten(0, 1)         # noqa: E731
-    x_next = taken.x_next.flatten(0, 1)
-    logp, logp_old = density(x_next, many(mean), taken.std), density(x_next, many(taken.mean), taken.std)
-    policy = clipped_loss(logp, logp_old, advantage.flatten(0, 1), clip)
-    kl = gaussian_kl(mean, mean_ref, taken.std).mean()
-    ratio = (logp - logp_old).detach().exp()
+    A, B, _ = coefficients(step, taken.t, taken.s, noise)
+    log_ratio, kl = log_ratio_kl(taken.x_next, taken.x, v, taken.mean, v_ref, A, B, float(taken.std),
+                                 per_pixel=advantage.ndim > 2)
+    policy, kl = clipped_loss(log_ratio, 0.0, advantage, clip), kl.mean()
+    ratio = log_ratio.detach().exp()
     stats = dict(ratio_min=ratio.min(), ratio_max=ratio.max(), kl=kl.detach(),
                  clip_frac=((ratio - 1).abs() > clip).float().mean())
     return policy + kl_weight * kl, stats

@@ -35,6 +35,7 @@ from transformers.utils import logging
 
 import data
 from config import Parser
+from kernels.draw_markers import mark_photos
 from relations import LUMA, MODALITIES, draw_markers, relation, relative_depth, sample_pairs
 from runtime import run_command
 
@@ -182,11 +183,11 @@ class Judge(nn.Module):
             attention_mask=sees.expand(len(embeds), 1, -1, -1)).last_hidden_state
         return self.model.lm_head(hidden[:, last])                              # (N, M, vocab)
 
-    def vision(self, images):
-        """Patch features before the projector: (N, 3, S, S) -> (N, L_img, D)."""
+    def vision(self, images, normalised=False):
+        """Patch features before the projector: (N, 3, S, S) -> (N, L_img, D). normalised: by mean and std, already."""
         if tuple(images.shape[1:]) != (3, self.size, self.size):
             raise ValueError(f"judge.vision: got images {tuple(images.shape)}; want (N, 3, {self.size}, {self.size})")
-        pixels = ((images - self.mean) / self.std).to(self.model.dtype)
+        pixels = images if normalised else ((images - self.mean) / self.std).to(self.model.dtype)
         tokens = self.model.model.vision_tower(pixel_values=pixels).last_hidden_state[:, 1:]
         n = int(tokens.shape[1] ** 0.5)
         tokens = tokens.unflatten(1, (n, n))
@@ -213,10 +214,11 @@ class Judge(nn.Module):
         returns  (B, P, M) probability of the first answer, modalities in the order of MODALITIES
         """
         B, P = pts.shape[:2]
-        images = rgb.repeat_interleave(P, 0)                                    # views are not needed: P copies
-        flat = pts.reshape(B * P, 1, 2, 2)
-        out = [self.decide(self.logits(draw_markers(images[i:i + batch], flat[i:i + batch])[:, 0])).sigmoid()
-               for i in range(0, B * P, batch)]
+        flat, out = pts.reshape(B * P, 2, 2), []
+        for part in torch.arange(B * P, device=rgb.device).split(batch) if B * P else ():
+            pixels = mark_photos(rgb, flat[part], part // P, self.mean, self.std, self.model.dtype)
+            features = self.vision(pixels, normalised=True)
+            out.append(self.decide(self.logits(None, features=features)).sigmoid())
         return torch.cat(out).view(B, P, -1) if out else rgb.new_zeros(B, P, len(MODALITIES))
 
     def digest(self):

@@ -229,14 +229,20 @@ def sample_pairs(batch, size, n, generator, mask=None, grid=1, tries=24):
     return torch.stack((index // W, index % W), -1)                             # (B, n, 2, 2)
 
 
+def marker_size(size):
+    """Ring radius, half line width and centre radius (px) of the marker in an image of size (H, W)."""
+    scale = max(min(size) / REFERENCE, SMALLEST_MARKER)
+    return RADIUS * scale, LINE * scale, DOT * scale
+
+
 def marker_masks(size, pts):
     """Pixels of the two markers: bool (B, P, 2, H, W), a hollow ring and a filled centre each."""
     H, W = size
-    scale = max(min(H, W) / REFERENCE, SMALLEST_MARKER)
+    radius, line, dot = marker_size(size)
     row = torch.arange(H, device=pts.device)[:, None] - pts[..., 0, None, None]  # (B, P, 2, H, 1)
     col = torch.arange(W, device=pts.device) - pts[..., 1, None, None]           # (B, P, 2, 1, W)
     dist = (row.square() + col.square()).float().sqrt()
-    return ((dist - RADIUS * scale).abs() <= LINE * scale) | (dist <= DOT * scale)
+    return ((dist - radius).abs() <= line) | (dist <= dot)
 
 
 def draw_markers(rgb, pts):

@@ -23,8 +23,9 @@ import runtime
 from bank import Bank
 from config import parse
 from judge import MiniJudge, Probe, build_mini, judge_loss, load_judge
+from kernels.pair_reward import pair_reward
 from predictor import NAMES, DiT, DiTConfig, flow_loss, load_predictor
-from relations import MODALITIES, relation, soft_relation
+from relations import MODALITIES
 from runtime import Run, UserError, cosine, ema_update, optimizers
 
 GRPO_SETTINGS = ("images", "policy", "judge", "photos", "pairs", "bank_pairs", "group", "sample_steps", "noise", "lora",
@@ -128,14 +129,11 @@ def agreement_of(pred, pts, prob, modality, cfg):
 
     pred (B, G, C, H, W); pts (B, P, 2, 2); prob (B, P) of the first answer -> agree (B, G, P) in [0, 1], weight (B, P)
     """
-    if cfg.reward == "hard":
-        agree = 0.5 + 0.5 * relation(pred, pts[:, None], modality, cfg.window) * (2 * prob - 1).sign()[:, None]
-    else:
-        agree = 0.5 + 0.5 * soft_relation(pred, pts[:, None], modality, cfg.tau, cfg.window) * (2 * prob - 1)[:, None]
     weight = torch.full_like(prob, 1 / prob.shape[1])
     if cfg.balance and modality == "albedo":                                    # both answers carry half of the reward
         weight = 0.5 * (prob / prob.sum(1, keepdim=True).clamp_min(1e-6)
                         + (1 - prob) / (1 - prob).sum(1, keepdim=True).clamp_min(1e-6))
+    agree = pair_reward(pred, pts, prob, weight, modality, cfg.reward == "hard", cfg.tau, cfg.window)[1]
     return agree, weight
 
 

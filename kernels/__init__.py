@@ -36,6 +36,41 @@ def on(tensor):
     return HAS_TRITON and _mode != "torch" and (tensor.is_cuda or INTERPRET and _mode == "triton")
 
 
+def on_float(tensor):
+    """As `on`, for a kernel with Python floats among its arguments.
+
+    A compiled kernel receives those as fp32, so fp64 states take the torch path; the interpreter keeps them.
+    """
+    return on(tensor) and (INTERPRET or tensor.dtype != torch.float64)
+
+
+def check_points(name, pts, size):
+    """Refuse points (..., 2) outside an (H, W) image: ValueError. On a GPU this waits for it, once."""
+    if pts.numel():
+        low, high = torch.stack(pts.reshape(-1, 2).aminmax(dim=0)).tolist()
+        if min(low) < 0 or high[0] >= size[0] or high[1] >= size[1]:
+            raise ValueError(f"{name}: got points from {low} to {high}, want 0 <= row < {size[0]}, "
+                             f"0 <= col < {size[1]}")
+
+
+@triton.jit
+def exact_div(x, y):
+    """x / y rounded to nearest, as torch divides: `/` is 2 ulp off in fp32. In a threshold one ulp is an answer."""
+    if x.dtype == tl.float64:
+        return x / y
+    else:
+        return tl.div_rn(x, y)
+
+
+@triton.jit
+def exact_sqrt(x):
+    """Square root rounded to nearest, as torch's."""
+    if x.dtype == tl.float64:
+        return tl.sqrt(x)
+    else:
+        return tl.sqrt_rn(x)
+
+
 def describe():
     """One line that names the path, e.g. `kernels: triton (sm90)` or `kernels: torch (no GPU)`."""
     if _mode == "torch":

@@ -3,6 +3,7 @@
 Run as a script (`python tests/test_aot.py cuda 90 32`) it compiles for one target and prints a JSON line for
 each entry: a process of its own, since under TRITON_INTERPRET a kernel cannot be compiled.
 """
+import importlib
 import json
 import os
 import re
@@ -15,7 +16,16 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGETS = {"sm80": ("cuda", "80", "32"), "sm90": ("cuda", "90", "32"), "gfx942": ("hip", "gfx942", "64")}
-REGISTERS = 64            # ceiling per thread (48 measured): 65,536 / 64 = 1,024 threads fit on one SM
+REGISTERS = dict(_pair_reward_kernel=176, _pair_credit_kernel=96, _log_ratio_fwd_kernel=96)
+# Ceilings per thread. Others: 64 (54 measured), so that 65,536 / 64 = 1,024 threads fit on one SM. Measured over the
+# targets: pair_reward 14 to 44 for one pixel, up to 169 for a window of 5 x 5, whose loads LLVM unrolls (4 warps: 3
+# programs on an SM); pair_credit 92 (32 x 32 tile in registers); log_ratio forward 44, on gfx942 94 of its 512.
+
+
+def entries():
+    """The AOT lists of all kernel files."""
+    names = sorted(p.stem for p in (ROOT / "kernels").glob("*.py") if p.stem not in ("__init__", "bench"))
+    return [entry for name in names for entry in importlib.import_module(f"kernels.{name}").AOT]
 
 
 def compile_entry(kernel, types, consts, target):
@@ -48,14 +58,12 @@ def main(backend, arch, warp):
     import triton
     from triton.backends.compiler import GPUTarget
 
-    from kernels import step_logprob
-
     target = GPUTarget(backend, int(arch) if backend == "cuda" else arch, int(warp))
     cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     if backend == "cuda" and not cuobjdump.exists():
         print("no cuobjdump")
         return
-    for kernel, types, consts in step_logprob.AOT:
+    for kernel, types, consts in entries():
         compiled = compile_entry(kernel, types, consts, target)
         usage = resources(compiled, target, cuobjdump)
         print(json.dumps(dict(kernel=kernel.__name__, consts=str(consts), **usage)))
@@ -64,8 +72,6 @@ def main(backend, arch, warp):
 @pytest.mark.parametrize("name", TARGETS)
 def test_kernels_compile_without_spills(name, tmp_path):
     pytest.importorskip("triton", reason="triton is not installed")
-    from kernels import step_logprob
-
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")])
     env["TRITON_CACHE_DIR"] = str(tmp_path)
@@ -73,11 +79,11 @@ def test_kernels_compile_without_spills(name, tmp_path):
     assert done.returncode == 0, done.stderr
     if "no cuobjdump" in done.stdout:
         pytest.skip("this triton ships no cuobjdump")
-    entries = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(entries) == len(step_logprob.AOT)
-    for entry in entries:
+    measured = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(measured) == len(entries())
+    for entry in measured:
         assert entry["stack"] == 0, entry
-        assert entry["registers"] <= REGISTERS, entry
+        assert entry["registers"] <= REGISTERS.get(entry["kernel"], 64), entry
 
 
 if __name__ == "__main__":

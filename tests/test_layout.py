@@ -11,8 +11,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted([*ROOT.glob("*.py"), *(ROOT / "kernels").glob("*.py")])
 NAMES = {p.stem for p in ROOT.glob("*.py")} | {"kernels"}
 LAYERS = {  # module: project modules it may import; a module that is not listed fails
-    "relations": set(), "scenes": set(), "metrics": set(), "config": set(), "runtime": set(), "kernels": set(),
-    "lora": set(),
+    "relations": set(), "scenes": set(), "metrics": set(), "config": set(), "runtime": set(),
+    "lora": set(), "kernels": {"relations"},
     "data": {"scenes", "relations"},
     "grpo": {"kernels", "relations"},
     "bank": {"relations", "data", "runtime"},

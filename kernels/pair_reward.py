@@ -1,0 +1,198 @@
+"""Relation, agreement and reward of a group of maps at thousands of point pairs, read straight from the maps.
+
+math       m = margin of the modality (relations.py owns formulas and thresholds), relation in {-1, 0, +1}
+           agree = 1/2 + relation sign(2 p - 1) / 2 (hard),  1/2 + tanh(m / tau) (2 p - 1) / 2 (soft),  p = prob
+           reward = sum over pairs of weight agree
+gradient   none needed: the reward scores samples. A call that wants one takes the reference, which has it
+why fused  eager gathers (B, G, P, 2, C), then reads it back in a dozen small kernels; here each map value goes from
+           the map to a register. Limit: one 32-byte sector per point and channel (NCHW), per point (channels_last)
+source     reward and relations of ReasonX (arXiv 2512.04222)
+
+Two launches for P > BLOCK (the second adds the partial rewards), one below; depth needs one more, for the range of
+each map. Accumulation is fp32, or fp64 when pred is.
+"""
+import torch
+
+from relations import LUMA, MODALITIES, SAME_ALBEDO, relation, soft_relation
+
+from . import check_points, exact_div, exact_sqrt, on, tl, triton
+
+BLOCK = 256                                            # pairs of a program; fixed: it decides the summation order
+PARTS, RANGE_BLOCK = 16, 1024                          # programs per map and pixels of a step, for the range of a map
+
+
+def pair_reward_ref(pred, pts, prob, weight, modality, hard=False, tau=0.1, window=0):
+    """Plain torch. The definition; every other path must match it."""
+    acc = torch.promote_types(pred.dtype, torch.float32)
+    pred, prob, weight = pred.to(acc), prob.to(acc), weight.to(acc)
+    rel = relation(pred, pts[:, None], modality, window)                                       # (B, G, P)
+    answer = 2 * prob - 1
+    if hard:
+        agree = 0.5 + 0.5 * rel * answer.sign()[:, None]
+    else:
+        agree = 0.5 + 0.5 * soft_relation(pred, pts[:, None], modality, tau, window) * answer[:, None]
+    return rel, agree, (agree * weight[:, None]).sum(-1)
+
+
+@triton.jit
+def _value(map_ptr, row, col, H, W, stride_h, stride_w, ok, WINDOW: tl.constexpr, ACC: tl.constexpr):
+    """Mean of the window around a point, cut at the border; WINDOW 0 is the pixel itself."""
+    total = tl.zeros(row.shape, ACC)
+    for down in range(-WINDOW, WINDOW + 1):
+        for right in range(-WINDOW, WINDOW + 1):
+            y, x = row + down, col + right
+            inside = ok & (y >= 0) & (y < H) & (x >= 0) & (x < W)
+            at = y.to(tl.int64) * stride_h + x.to(tl.int64) * stride_w
+            total += tl.load(map_ptr + at, mask=inside, other=0.0).to(ACC)
+    rows = tl.minimum(row + WINDOW, H - 1) - tl.maximum(row - WINDOW, 0) + 1
+    cols = tl.minimum(col + WINDOW, W - 1) - tl.maximum(col - WINDOW, 0) + 1
+    return exact_div(total, (rows * cols).to(ACC))                     # (BLOCK,)
+
+
+@triton.jit
+def _range_kernel(
+    pred_ptr, low_ptr, high_ptr,                          # (B, G, 1, H, W), (B*G, PARTS), (B*G, PARTS)
+    G, n, W, stride_b, stride_g, stride_h, stride_w,
+    PARTS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
+):
+    bg, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    map_ptr = pred_ptr + bg // G * stride_b + bg % G * stride_g
+    inf = float("inf")
+    low, high = tl.full((BLOCK,), inf, ACC), tl.full((BLOCK,), -inf, ACC)
+    for start in range(part * BLOCK, n, PARTS * BLOCK):
+        i = start + tl.arange(0, BLOCK)                                # (BLOCK,)
+        at = (i // W).to(tl.int64) * stride_h + (i % W).to(tl.int64) * stride_w
+        z = tl.load(map_ptr + at, mask=i < n, other=inf).to(ACC)       # masked lanes count as not finite
+        finite = tl.abs(z) < inf
+        low = tl.minimum(low, tl.where(finite, z, inf))
+        high = tl.maximum(high, tl.where(finite, z, -inf))
+    tl.store(low_ptr + bg * PARTS + part, tl.min(low, 0))
+    tl.store(high_ptr + bg * PARTS + part, tl.max(high, 0))
+
+
+@triton.jit
+def _pair_reward_kernel(
+    pred_ptr, pts_ptr, prob_ptr, weight_ptr,              # (B, G, C, H, W) by strides, (B, P, 2, 2), (B, P) x2
+    low_ptr, high_ptr,                                    # (B*G, PARTS): depth alone reads them
+    rel_ptr, agree_ptr, part_ptr,                         # (B*G, P) x2, (B*G, n_parts)
+    G, P, H, W, n_parts,
+    stride_b, stride_g, stride_c, stride_h, stride_w,
+    MODALITY: tl.constexpr, HARD: tl.constexpr, TAU: tl.constexpr, WINDOW: tl.constexpr,
+    DEAD: tl.constexpr, SAME: tl.constexpr, LUMA_R: tl.constexpr, LUMA_G: tl.constexpr, LUMA_B: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
+):
+    bg, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    b, pair = bg // G, part * BLOCK + tl.arange(0, BLOCK)              # (BLOCK,)
+    ok = pair < P
+    point = pts_ptr + (b * P + pair) * 4
+    y0 = tl.load(point, mask=ok, other=0).to(tl.int32)                 # (BLOCK,) red
+    x0 = tl.load(point + 1, mask=ok, other=0).to(tl.int32)
+    y1 = tl.load(point + 2, mask=ok, other=0).to(tl.int32)             # (BLOCK,) green
+    x1 = tl.load(point + 3, mask=ok, other=0).to(tl.int32)
+    map_ptr = pred_ptr + b * stride_b + bg % G * stride_g
+    if MODALITY == "normal":
+        map_ptr += 2 * stride_c                                        # toward the camera; x and y are not read
+    d0 = (_value(map_ptr, y0, x0, H, W, stride_h, stride_w, ok, WINDOW, ACC)
+          - _value(map_ptr, y1, x1, H, W, stride_h, stride_w, ok, WINDOW, ACC))
+    if MODALITY == "depth":
+        part_of_map = bg * PARTS + tl.arange(0, PARTS)
+        extent = tl.max(tl.load(high_ptr + part_of_map), 0) - tl.min(tl.load(low_ptr + part_of_map), 0)
+        margin = exact_div(-d0, tl.maximum(extent, 1e-12) + tl.zeros_like(d0))
+    elif MODALITY == "normal":
+        margin = d0 * 0.5
+    else:
+        map_ptr += stride_c
+        d1 = (_value(map_ptr, y0, x0, H, W, stride_h, stride_w, ok, WINDOW, ACC)
+              - _value(map_ptr, y1, x1, H, W, stride_h, stride_w, ok, WINDOW, ACC))
+        map_ptr += stride_c
+        d2 = (_value(map_ptr, y0, x0, H, W, stride_h, stride_w, ok, WINDOW, ACC)
+              - _value(map_ptr, y1, x1, H, W, stride_h, stride_w, ok, WINDOW, ACC))
+        if MODALITY == "irradiance":
+            margin = d0 * LUMA_R + d1 * LUMA_G + d2 * LUMA_B
+        else:
+            margin = SAME - exact_sqrt(d0 * d0 + d1 * d1 + d2 * d2)
+    finite = tl.abs(margin) < float("inf")                             # (BLOCK,) False for NaN too
+    rel = tl.where(margin > 0, 1, tl.where((margin < 0) | (MODALITY == "albedo"), -1, 0))
+    rel = tl.where(finite & (tl.abs(margin) >= DEAD), rel, 0)
+    tl.store(rel_ptr + bg * P + pair, rel.to(tl.int8), mask=ok)
+
+    answer = 2 * tl.load(prob_ptr + b * P + pair, mask=ok, other=0.5).to(ACC) - 1
+    if HARD:
+        vote = rel.to(ACC)
+        answer = tl.where(answer > 0, 1.0, tl.where(answer < 0, -1.0, answer))
+    else:
+        decay = tl.exp(-2 * tl.abs(margin) / TAU)                      # tanh is odd: 1 - decay over 1 + decay
+        vote = tl.where(margin > 0, 1 - decay, decay - 1) / (1 + decay)
+        vote = tl.where(finite, vote, 0.0)
+    agree = 0.5 + 0.5 * vote * answer
+    tl.store(agree_ptr + bg * P + pair, agree, mask=ok)
+    weight = tl.load(weight_ptr + b * P + pair, mask=ok, other=0.0).to(ACC)
+    tl.store(part_ptr + bg * n_parts + part, tl.sum(agree * weight, 0))  # partial sums, added in torch
+
+
+def _launch(pred, pts, prob, weight, modality, hard, tau, window):
+    B, G, _, H, W = pred.shape
+    P = pts.shape[1]
+    acc = torch.promote_types(pred.dtype, torch.float32)
+    ACC = tl.float64 if acc == torch.float64 else tl.float32
+    stride_b, stride_g, stride_c, stride_h, stride_w = pred.stride()
+    n_parts = triton.cdiv(P, BLOCK)
+    rel = pred.new_empty(B, G, P, dtype=torch.int8)
+    agree, part = pred.new_empty(B, G, P, dtype=acc), pred.new_empty(B, G, n_parts, dtype=acc)
+    low = high = part                                                  # not read unless depth
+    if modality == "depth":
+        low, high = pred.new_empty(2, B * G, PARTS, dtype=acc)
+        _range_kernel[(B * G, PARTS)](pred, low, high, G, H * W, W, stride_b, stride_g, stride_h, stride_w,
+                                      PARTS=PARTS, BLOCK=RANGE_BLOCK, ACC=ACC)
+    _pair_reward_kernel[(B * G, n_parts)](
+        pred, pts.contiguous(), prob.contiguous(), weight.contiguous(), low, high, rel, agree, part,
+        G, P, H, W, n_parts, stride_b, stride_g, stride_c, stride_h, stride_w,
+        **_constants(modality), HARD=hard, TAU=float(tau), WINDOW=window, ACC=ACC)
+    return rel, agree, part[..., 0] if n_parts == 1 else part.sum(-1)
+
+
+def _constants(modality):
+    """The thresholds and weights of relations.py, as the kernel wants them."""
+    return dict(MODALITY=modality, DEAD=MODALITIES[modality].dead, SAME=SAME_ALBEDO, LUMA_R=LUMA[0], LUMA_G=LUMA[1],
+                LUMA_B=LUMA[2], PARTS=PARTS, BLOCK=BLOCK)
+
+
+def pair_reward(pred, pts, prob, weight, modality, hard=False, tau=0.1, window=0, check=True):
+    """Compare maps with a judge's answers at point pairs (ReasonX, reward).
+
+    pred      (B, G, C, H, W)  maps of one modality in its encoding, any strides; nothing is copied
+    pts       (B, P, 2, 2)     integer (row, col), red first, shared by the group
+    prob      (B, P)           the judge's probability of the first answer
+    weight    (B, P)           share of each pair in the reward
+    hard      True: the relation votes; False: tanh(margin / tau).  window: radius in px of the mean read at a point
+    check     False: the points are known to lie inside (the check waits for the GPU)
+    returns   relation int8 (B, G, P), agreement (B, G, P) in [0, 1], reward (B, G); fp32, fp64 for fp64 maps
+    raises    ValueError       shapes that do not fit, unknown modality, points outside the map
+    """
+    if modality not in MODALITIES:
+        raise ValueError(f"pair_reward: got modality {modality!r}, want one of {', '.join(MODALITIES)}")
+    B, C = len(pred), MODALITIES[modality].channels
+    if pred.ndim != 5 or pred.shape[2] != C:
+        raise ValueError(f"pair_reward: got pred {tuple(pred.shape)}, want (B, G, {C}, H, W) for {modality!r}")
+    if pts.ndim != 4 or pts.shape[0] != B or pts.shape[2:] != (2, 2):
+        raise ValueError(f"pair_reward: got pts {tuple(pts.shape)}, want ({B}, P, 2, 2)")
+    for name, z in (("prob", prob), ("weight", weight)):
+        if z.shape != pts.shape[:2]:
+            raise ValueError(f"pair_reward: got {name} {tuple(z.shape)}, want {tuple(pts.shape[:2])}, one per pair")
+    if check:
+        check_points("pair_reward", pts, pred.shape[-2:])
+    wants_gradient = torch.is_grad_enabled() and pred.requires_grad
+    if not on(pred) or wants_gradient or not pred.numel() or not pts.numel():
+        return pair_reward_ref(pred, pts, prob, weight, modality, hard, tau, window)
+    return _launch(pred.detach(), pts, prob.detach(), weight.detach(), modality, hard, tau, window)
+
+
+SIZES = {k: "i32" for k in ("G", "P", "H", "W", "n_parts", "n", "stride_b", "stride_g", "stride_c", "stride_h",
+                            "stride_w")}
+TYPES = {"pred_ptr": "*bf16", "pts_ptr": "*i64", "prob_ptr": "*fp32", "weight_ptr": "*fp32", "low_ptr": "*fp32",
+         "high_ptr": "*fp32", "rel_ptr": "*i8", "agree_ptr": "*fp32", "part_ptr": "*fp32", **SIZES}
+AOT = [  # (kernel, argument types, constexprs); compiled for each target in tests/test_aot.py
+    (_range_kernel, TYPES, dict(PARTS=PARTS, BLOCK=RANGE_BLOCK, ACC=tl.float32)),
+    *((_pair_reward_kernel, TYPES, dict(**_constants(m), HARD=hard, TAU=0.1, WINDOW=window, ACC=tl.float32))
+      for m, hard, window in (("depth", True, 1), ("normal", False, 0), ("albedo", True, 0), ("irradiance", False, 2))),
+]
