@@ -3,8 +3,8 @@
 math       out[n, c] = (marked - mean[c]) / std[c];  marked = green where the green marker is, else red where the red
            one is, else photo;  marker: |dist - radius| <= line or dist <= dot, in px (relations.py owns the shape)
 gradient   none needed. A call that wants one takes the reference, which has it
-why fused  eager reads and writes a copy six times (two wheres, difference, quotient, cast, the copy itself) and computes
-           its masks in fp32 and int64; here each value is written once and the photo stays in cache
+why fused  eager passes over every copy six times (two wheres, difference, quotient, cast, the copy itself) and
+           computes its masks in fp32 and int64; here each value is written once and the photo stays in cache
 source     marker of the released judge of ReasonX (arXiv 2512.04222)
 
 A photo of another size is resized before: once, not once per pair.

@@ -7,7 +7,7 @@ math       mean = A x + B v;  d = mean - mean_old;  r = x_next - mean_old
 gradient   dlog_ratio/dv = B (x_next - mean) / (n std^2);  dkl/dv = B^2 (v - v_ref) / (n std^2);  none into v_ref, x,
            x_next, mean_old
 why fused  the difference of two densities cancels (an ulp of either is 1e-7 of its size), this form is exactly 0 at
-           d = 0. fp32 bytes per element, K samples: eager forward about 40 + 28 K, here 16 + 4 K; no residual is kept
+           d = 0. fp32 bytes per element, K samples: eager forward 72 + 48 K, here 16 + 4 K; no residual is kept
 source     exploration step of ReasonX (arXiv 2512.04222), KL as in Flow-GRPO (arXiv 2505.05470), there without |dt|
 
 One kernel pair for both averages: (R, K, C, P) with P pixels; the scalar form is C = 1, P = n.

@@ -2,7 +2,7 @@
 
 math       mean = A x + B v;  x_next = mean + std eps;  logp = -avg(eps^2) / 2 - log std - log(2 pi) / 2
 gradient   none: a rollout keeps no graph. A call that wants one takes the reference, which has it
-why fused  fp32 bytes per element for one sample: eager 60 (two products, a sum, a product, a sum), here 20;
+why fused  fp32 bytes per element for one sample: eager 48 (two products, a sum, a product, a sum), here 20;
            K samples that share a state read x and v once
 source     every step of grpo.py is linear in x and v: Flow-GRPO (arXiv 2505.05470) eq. 9, DDIM (arXiv 2010.02502)
 

@@ -1,0 +1,83 @@
+"""Marked, normalised photos against relations.draw_markers, interpreted on a CPU."""
+import pytest
+import torch
+
+import kernels
+from kernels import draw_markers as dm
+from relations import draw_markers
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+MEAN, STD = (torch.tensor(z).view(3, 1, 1).to(DEVICE) for z in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+
+
+def case(size=(31, 41), B=2, N=7, dtype=torch.float32):
+    """Photos; points at the corners, on one another, overlapping, anywhere; the photo of each pair, out of order."""
+    rng = torch.Generator().manual_seed(0)
+    H, W = size
+    pts = torch.stack([torch.randint(n, (N, 2), generator=rng) for n in size], -1)
+    special = torch.tensor([[[0, 0], [H - 1, W - 1]], [[0, W - 1], [H - 1, 0]], [[9, 9], [9, 9]], [[9, 9], [10, 11]]])
+    pts[:4] = special[:N]
+    photo = torch.randint(B, (N,), generator=rng)
+    return torch.rand(B, 3, H, W, generator=rng).to(DEVICE, dtype), pts.to(DEVICE), photo.to(DEVICE)
+
+
+@pytest.mark.parametrize("size", [(31, 41), (37, 12), (231, 227)], ids=str)      # 31 * 41 = 1271 > BLOCK
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_kernel_equals_ref_to_the_bit(triton_path, size, dtype):
+    args = case(size, N=1 if size[0] > 100 else 7, dtype=dtype)                  # 227 px: a marker of 0.44 its size at 512
+    out = torch.float64 if dtype == torch.float64 else torch.float32
+    got, want = (fn(*args, MEAN, STD, out) for fn in (dm.mark_photos, dm.mark_photos_ref))
+    assert got.dtype == out and torch.equal(got, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_stored_in_the_dtype_of_the_judge(triton_path, dtype):
+    """The interpreter truncates bf16 where it stores: one ulp."""
+    args = case()
+    got, want = (fn(*args, MEAN, STD, dtype) for fn in (dm.mark_photos, dm.mark_photos_ref))
+    torch.testing.assert_close(got, want, rtol=2**-7 if dtype == torch.bfloat16 else 2**-10, atol=0)
+
+
+@pytest.mark.parametrize("mode", ["triton", "torch"])
+def test_without_normalisation_it_is_the_marker_of_relations(triton_path, mode):
+    kernels.use(mode)
+    rgb, pts, photo = case()
+    got = dm.mark_photos(rgb, pts, photo, torch.zeros_like(MEAN), torch.ones_like(STD), torch.float32)
+    for i, k in enumerate(photo.tolist()):
+        assert torch.equal(got[i], draw_markers(rgb[k:k + 1], pts[i:i + 1, None].transpose(0, 1))[0, 0])
+
+
+def test_public_function_really_reaches_the_kernel(triton_path, monkeypatch):
+    monkeypatch.setattr(dm, "mark_photos_ref", None)
+    dm.mark_photos(*case(), MEAN, STD, torch.bfloat16)
+
+
+def test_no_pair(triton_path):
+    assert dm.mark_photos(*case(N=0), MEAN, STD, torch.bfloat16).shape == (0, 3, 31, 41)
+
+
+def test_same_bits_in_two_runs_inputs_unwritten_and_other_layouts(triton_path):
+    rgb, pts, photo = case()
+    before = rgb.clone(), pts.clone(), photo.clone()
+    first, second = (dm.mark_photos(rgb, pts, photo, MEAN, STD, torch.float32) for _ in range(2))
+    other = dm.mark_photos(rgb.to(memory_format=torch.channels_last), pts.int(), photo, MEAN, STD, torch.float32)
+    assert torch.equal(first, second) and torch.equal(first, other)
+    assert all(torch.equal(a, b) for a, b in zip((rgb, pts, photo), before, strict=True))
+
+
+def test_a_gradient_into_the_photo_is_that_of_the_definition(triton_path):
+    rgb, pts, photo = case((5, 6), B=1, N=2, dtype=torch.float64)
+    pts = pts.clamp_max(4)
+    mark = lambda z: dm.mark_photos(z, pts, photo, MEAN.double(), STD.double(), torch.float64)  # noqa: E731
+    assert torch.autograd.gradcheck(mark, (rgb.requires_grad_(),))
+
+
+@pytest.mark.parametrize("mode", ["triton", "torch"])
+def test_what_does_not_fit_is_refused(triton_path, mode):
+    kernels.use(mode)
+    rgb, pts, photo = case()
+    pts[3, 1, 1] = 41
+    with pytest.raises(ValueError, match="want 0 <= row < 31, 0 <= col < 41"):
+        dm.mark_photos(rgb, pts, photo, MEAN, STD, torch.float32)
+    with pytest.raises(ValueError, match=r"got rgb \(2, 3, 31, 41\), pts \(7, 2, 2\), photo \(6,\)"):
+        dm.mark_photos(rgb, pts, photo[1:], MEAN, STD, torch.float32)

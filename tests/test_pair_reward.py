@@ -1,0 +1,205 @@
+"""Relations, agreements and rewards of the kernel against relations.py, interpreted on a CPU."""
+import pytest
+import torch
+
+import kernels
+from kernels import pair_reward as pr
+from relations import MODALITIES, agreement, relation
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NAMES = list(MODALITIES)
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+TOL = dict(rtol=0, atol=2e-6)              # agreements in [0, 1], rewards: sums of at most 1271 of them in two orders
+
+every_modality = pytest.mark.parametrize("m", NAMES)
+
+
+def case(m, P=37, dtype=torch.float32, size=(13, 17), B=2, G=3, seed=0):
+    """Maps, points with the four corners among them, probabilities with 0, 1/2 and 1 among them, weights."""
+    rng = torch.Generator().manual_seed(seed)
+    H, W = size
+    pred = torch.rand(B, G, MODALITIES[m].channels, H, W, generator=rng)
+    if m == "normal":
+        pred = 2 * pred - 1
+    if m == "albedo":
+        pred = pred / 8                                                          # both answers occur
+    pts = torch.stack([torch.randint(n, (B, P, 2), generator=rng) for n in size], -1)
+    pts[:, :2] = torch.tensor([[[0, 0], [H - 1, W - 1]], [[0, W - 1], [H - 1, 0]]])[:P]
+    prob = torch.rand(B, P, generator=rng)
+    prob[:, :3] = torch.tensor([0.0, 0.5, 1.0])[:P]
+    weight = torch.rand(B, P, generator=rng) + 0.1
+    return tuple(z.to(DEVICE) for z in (pred.to(dtype), pts, prob, weight / weight.sum(1, keepdim=True)))
+
+
+def assert_same(got, want):
+    assert torch.equal(got[0], want[0]) and got[0].dtype == torch.int8
+    for a, b in zip(got[1:], want[1:], strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, **TOL)
+
+
+@every_modality
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("hard, window", [(True, 0), (False, 1)])
+def test_kernel_equals_ref(triton_path, m, dtype, hard, window):
+    args = case(m, dtype=dtype)
+    want = pr.pair_reward_ref(*args, m, hard, 0.1, window)
+    assert {-1, 1} <= set(want[0].flatten().tolist())
+    assert_same(pr.pair_reward(*args, m, hard, 0.1, window), want)
+
+
+@every_modality
+@pytest.mark.parametrize("P, window", [(1271, 0), (37, 3)])
+def test_more_pairs_than_one_program_holds_and_a_wide_window(triton_path, m, P, window):
+    args = case(m, P=P, size=(9, 11), B=1, G=2 if P > 256 else 1)
+    assert_same(pr.pair_reward(*args, m, False, 0.05, window), pr.pair_reward_ref(*args, m, False, 0.05, window))
+
+
+def test_a_map_larger_than_one_step_of_the_range(triton_path):
+    """18,285 pixels: more than the 16 programs of 1,024 pixels read at once; the extremes lie in the last row."""
+    pred, pts, prob, weight = case("depth", size=(115, 159), B=1, G=2)
+    pred[0, :, 0, -1, -1], pred[0, :, 0, -1, -2] = 9.0, -9.0
+    assert_same(pr.pair_reward(pred, pts, prob, weight, "depth", True),
+                pr.pair_reward_ref(pred, pts, prob, weight, "depth", True))
+
+
+@every_modality
+@pytest.mark.parametrize("P", [0, 1])
+def test_no_pair_and_one_pair(triton_path, m, P):
+    args = case(m, P=P)
+    got = pr.pair_reward(*args, m, True)
+    assert got[0].shape == (2, 3, P) and got[2].shape == (2, 3)
+    assert_same(got, pr.pair_reward_ref(*args, m, True))
+
+
+def test_no_map():
+    args = case("depth", B=0)
+    assert pr.pair_reward(*args, "depth")[2].shape == (0, 3)
+
+
+def test_public_function_really_reaches_the_kernel(triton_path, monkeypatch):
+    monkeypatch.setattr(pr, "pair_reward_ref", None)
+    pr.pair_reward(*case("depth"), "depth")
+
+
+@every_modality
+@pytest.mark.parametrize("layout", ["channels_last", "transposed", "sliced"])
+def test_any_strides_give_the_bits_of_a_contiguous_map_and_no_copy(triton_path, m, layout, monkeypatch):
+    pred, pts, prob, weight = case(m, B=1 if layout == "sliced" else 2, G=2)
+    other = dict(channels_last=pred.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3),
+                 transposed=pred.mT.contiguous().mT,
+                 sliced=torch.stack((pred, -pred), -1)[..., 0])[layout]
+    assert (m, layout) == ("depth", "channels_last") or not other.is_contiguous()
+    strided = torch.stack((prob, 1 - prob), -1)[..., 0]
+    want = pr.pair_reward(pred, pts, prob, weight, m, window=1)
+    got = pr.pair_reward(other, pts.int(), strided, weight, m, window=1)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def near(value, ulps=6):
+    """fp32 numbers around a value, one ulp apart."""
+    out = torch.full((2 * ulps + 1,), value)
+    for i in range(len(out)):
+        for _ in range(abs(i - ulps)):
+            out[i] = torch.nextafter(out[i], torch.tensor(torch.inf if i > ulps else -torch.inf))
+    return out
+
+
+@pytest.mark.parametrize("m, value, extent", [("depth", 0.02, 1.0), ("depth", 0.02 * 0.7, 0.7),
+                                              ("depth", 0.02 * 3.1, 3.1), ("normal", 0.04, 1.0), ("albedo", 0.05, 1.0)])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_edge_of_the_dead_zone_and_ties_are_decided_as_by_the_definition(triton_path, m, value, extent, sign):
+    steps = sign * near(value)
+    C, n = MODALITIES[m].channels, len(steps)
+    pred = torch.zeros(1, 1, C, 2, n + 1)
+    pred[0, 0, -1, 0, 1:] = steps                                                # red, against green: 0
+    pred[0, 0, -1, 1, :2] = torch.tensor([0.0, sign * extent])                   # of depth: the range
+    pts = torch.zeros(1, n + 1, 2, 2, dtype=torch.long)
+    pts[0, :, 0, 1] = torch.arange(n + 1)
+    prob, weight = torch.ones(1, n + 1), torch.full((1, n + 1), 1 / (n + 1))
+    pred, pts, prob, weight = (z.to(DEVICE) for z in (pred, pts, prob, weight))
+    want = relation(pred, pts[:, None], m)
+    assert len(set(want[0, 0, 1:].tolist())) == 2                                # both sides of the edge occur
+    assert torch.equal(pr.pair_reward(pred, pts, prob, weight, m, True)[0], want)
+
+
+@every_modality
+@pytest.mark.parametrize("window, bad", [(0, torch.nan), (1, torch.nan), (0, torch.inf), (0, -torch.inf)])
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_non_finite_pixels_give_no_answer_and_do_not_widen_the_range(triton_path, m, window, bad):
+    pred, pts, prob, weight = case(m)
+    pred[0, 0, :, ::3, ::2] = bad
+    pred[1, 2] = bad                                                             # nothing finite at all
+    for hard in (True, False):
+        want = pr.pair_reward_ref(pred, pts, prob, weight, m, hard, 0.1, window)
+        assert 0 < (want[0][0, 0] == 0).float().mean() and (want[1][1, 2] == 0.5).all()
+        assert_same(pr.pair_reward(pred, pts, prob, weight, m, hard, 0.1, window), want)
+
+
+@every_modality
+def test_a_constant_map_is_in_the_dead_zone_but_has_one_colour(triton_path, m):
+    pred, pts, prob, weight = case(m)
+    pred[:] = 0.25
+    assert (pr.pair_reward(pred, pts, prob, weight, m)[0] == (1 if m == "albedo" else 0)).all()
+
+
+@every_modality
+@pytest.mark.parametrize("mode", ["triton", "torch"])
+def test_the_hard_reward_of_sure_answers_is_the_share_of_agreement(triton_path, m, mode):
+    kernels.use(mode)
+    pred, pts, prob, weight = case(m)
+    answer = torch.where(prob > 0.5, 1, -1)
+    uniform = torch.full_like(weight, 1 / weight.shape[1])
+    reward = pr.pair_reward(pred, pts, (answer > 0).float(), uniform, m, True)[2]
+    torch.testing.assert_close(reward, agreement(relation(pred, pts[:, None], m), answer[:, None]), **TOL)
+
+
+@pytest.mark.parametrize("mode", ["triton", "torch"])
+def test_swapping_the_points_flips_the_vote_exactly(triton_path, mode):
+    kernels.use(mode)
+    pred, pts, prob, weight = case("depth")
+    rel, agree, _ = pr.pair_reward(pred, pts, torch.ones_like(prob), weight, "depth")
+    swapped = pr.pair_reward(pred, pts.flip(2), torch.ones_like(prob), weight, "depth")
+    assert torch.equal(rel, -swapped[0])
+    torch.testing.assert_close(agree - 0.5, 0.5 - swapped[1], rtol=0, atol=1e-7)
+
+
+def test_same_bits_in_two_runs_and_inputs_are_never_written(triton_path):
+    args = case("depth", P=300)
+    before = [z.clone() for z in args]
+    first, second = (pr.pair_reward(*args, "depth", window=1) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert all(torch.equal(z, b) for z, b in zip(args, before, strict=True))
+
+
+def test_a_soft_reward_that_wants_a_gradient_has_the_right_one(triton_path):
+    pred, pts, prob, weight = case("irradiance", P=5, dtype=torch.float64, size=(3, 4), B=1, G=2)
+    reward = lambda z: pr.pair_reward(z, pts, prob.double(), weight.double(), "irradiance", False, 0.5)[2]  # noqa: E731
+    assert torch.autograd.gradcheck(reward, (pred.requires_grad_(),))
+
+
+@pytest.mark.parametrize("mode", ["triton", "torch"])
+@pytest.mark.parametrize("point", [[-1, 0], [0, -1], [13, 0], [0, 17]])
+def test_points_outside_the_map_are_refused(triton_path, mode, point):
+    kernels.use(mode)
+    pred, pts, prob, weight = case("depth")
+    pts[1, 20, 1] = torch.tensor(point)
+    with pytest.raises(ValueError, match="want 0 <= row < 13, 0 <= col < 17"):
+        pr.pair_reward(pred, pts, prob, weight, "depth")
+
+
+def test_points_that_were_checked_before_are_not_checked_again(triton_path, monkeypatch):
+    monkeypatch.setattr(pr, "check_points", None)
+    pr.pair_reward(*case("depth"), "depth", check=False)
+
+
+def test_arguments_that_do_not_fit_name_got_and_want():
+    pred, pts, prob, weight = case("normal")
+    with pytest.raises(ValueError, match="got modality 'colour', want one of depth, "):
+        pr.pair_reward(pred, pts, prob, weight, "colour")
+    with pytest.raises(ValueError, match=r"got pred \(2, 3, 3, 13, 17\), want \(B, G, 1, H, W\) for 'depth'"):
+        pr.pair_reward(pred, pts, prob, weight, "depth")
+    with pytest.raises(ValueError, match=r"got pts \(1, 37, 2, 2\), want \(2, P, 2, 2\)"):
+        pr.pair_reward(pred, pts[:1], prob, weight, "normal")
+    with pytest.raises(ValueError, match=r"got weight \(2, 36\), want \(2, 37\), one per pair"):
+        pr.pair_reward(pred, pts, prob, weight[:, 1:], "normal")
