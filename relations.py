@@ -90,13 +90,14 @@ def at_points(maps, pts, window=0):
     P = pts.shape[-3]
     lead = torch.broadcast_shapes(maps.shape[:-3], pts.shape[:-3])
     row, col = pts[..., 0].long(), pts[..., 1].long()                           # (..., P, 2)
-    if pts.numel() and (row.min() < 0 or col.min() < 0 or row.max() >= H or col.max() >= W):
+    low, high = torch.stack(pts.reshape(-1, 2).aminmax(dim=0)).tolist() if pts.numel() else ((0, 0), (0, 0))
+    if min(low) < 0 or high[0] >= H or high[1] >= W:
         raise ValueError(f"relations.at_points: got points outside a {H} x {W} map; "
                          f"want 0 <= row < {H}, 0 <= col < {W}")
     if window:
         flat = maps.reshape(-1, C, H, W)
         maps = F.avg_pool2d(flat, 2 * window + 1, 1, window, count_include_pad=False).reshape(maps.shape)
-    index = (row * W + col).expand(*lead, P, 2).reshape(*lead, 1, 2 * P)        # (..., 1, 2P)
+    index = torch.add(col, row, alpha=W).expand(*lead, P, 2).reshape(*lead, 1, 2 * P)        # (..., 1, 2P)
     values = maps.flatten(-2).expand(*lead, C, H * W).gather(-1, index.expand(*lead, C, 2 * P))
     return values.unflatten(-1, (P, 2)).movedim(-3, -1)                         # (..., P, 2, C)
 
@@ -132,6 +133,8 @@ def margin(maps, pts, modality, window=0):
     want = MODALITIES[modality].channels
     if maps.shape[-3] != want:
         raise ValueError(f"relations.margin: got {maps.shape[-3]} channels for {modality!r}; want {want}")
+    if modality == "normal":
+        maps = maps[..., 2:, :, :]                                              # n_z, toward the camera
     value = at_points(maps, pts, window)                                        # (..., P, 2, C)
     red, green = value[..., 0, :], value[..., 1, :]
     if modality == "depth":
@@ -139,10 +142,10 @@ def margin(maps, pts, modality, window=0):
         ok = gap.isfinite()                                                     # keeps NaN out of the others' gradient
         return torch.where(ok, torch.where(ok, gap, 0.0) / finite_range(maps)[..., None].clamp_min(1e-12), torch.nan)
     if modality == "normal":
-        return (red[..., 2] - green[..., 2]) / 2
+        return (red - green)[..., 0] / 2
     if modality == "irradiance":
         return (red - green) @ torch.tensor(LUMA, dtype=value.dtype, device=value.device)
-    return SAME_ALBEDO - torch.linalg.vector_norm(red - green, dim=-1)
+    return SAME_ALBEDO - torch.linalg.vector_norm((red - green).contiguous(), dim=-1)
 
 
 def relation(maps, pts, modality, window=0):

@@ -21,13 +21,20 @@ def case(size=(31, 41), B=2, N=7, dtype=torch.float32):
     return torch.rand(B, 3, H, W, generator=rng).to(DEVICE, dtype), pts.to(DEVICE), photo.to(DEVICE)
 
 
-@pytest.mark.parametrize("size", [(31, 41), (37, 12), (231, 227)], ids=str)      # 31 * 41 = 1271 > BLOCK
+@pytest.mark.parametrize("size", [(31, 41), (37, 12), (280, 230)], ids=str)      # 31 * 41 = 1271 > BLOCK
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_kernel_equals_ref_to_the_bit(triton_path, size, dtype):
-    args = case(size, N=1 if size[0] > 100 else 7, dtype=dtype)                  # 227 px: a marker of 0.44 its size at 512
+    args = case(size, N=1 if size[0] > 100 else 7, dtype=dtype)                  # 230 px: 0.45 of its size
     out = torch.float64 if dtype == torch.float64 else torch.float32
     got, want = (fn(*args, MEAN, STD, out) for fn in (dm.mark_photos, dm.mark_photos_ref))
     assert got.dtype == out and torch.equal(got, want)
+
+
+def test_the_edge_of_the_ring_at_the_size_of_512_px(triton_path, monkeypatch):
+    """There pixels lie at distances 4 and 6, exactly on the edge of the ring."""
+    monkeypatch.setattr("relations.REFERENCE", 31)
+    got, want = (fn(*case(), MEAN, STD, torch.float32) for fn in (dm.mark_photos, dm.mark_photos_ref))
+    assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -1,0 +1,58 @@
+"""The benchmark: its loop answers as `relation` does, it runs without a GPU, the README holds its table."""
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import kernels
+from kernels import bench
+
+
+def test_the_loop_and_the_vectorised_relation_agree(monkeypatch):
+    monkeypatch.setattr(bench, "LOOP_PAIRS", 500)
+    rows = bench.relation_rows(n=1000, side=64)                                  # raises when an answer differs
+    assert [r["case"].split(",")[0] for r in rows] == list(bench.MODALITIES) and all(r["speedup"] > 0 for r in rows)
+
+
+def test_a_wrong_answer_stops_the_benchmark(monkeypatch):
+    monkeypatch.setattr(bench, "LOOP_PAIRS", 500)
+    monkeypatch.setattr(bench, "relation", lambda values, pts, m: torch.full((len(pts),), 2))
+    with pytest.raises(ValueError, match="depth: 500 of 500 relations differ from the loop's"):
+        bench.relation_rows(n=1000, side=64)
+
+
+def test_a_kernel_that_differs_from_its_reference_stops_the_benchmark():
+    want = torch.ones(1000)
+    bench.assert_equal("op", [want + 5e-5], [want])
+    with pytest.raises(ValueError, match="op: 1.00e-03 of the elements differ"):
+        bench.assert_equal("op", [want + (torch.arange(1000) == 7)], [want])
+    with pytest.raises(ValueError, match="differ"):
+        bench.assert_equal("op", [want * torch.nan], [want])
+
+
+@pytest.mark.parametrize("op", ["sde_step", "log_ratio", "step_logprob"])
+def test_cases_bind_forward_and_backward(op, monkeypatch):
+    """Every state shrunk to 4 x 4 pixels; on this path the kernel is its reference."""
+    real = bench.normal
+    monkeypatch.setattr(bench, "normal", lambda *shape, **kw: real(*shape[:-2], 4, 4, **kw))
+    kernels.use("torch")
+    for case in bench.OPS[op](torch.device("cpu")):
+        got, want = bench.bound(case, case.kernel)(), bench.bound(case, case.ref)()
+        bench.assert_equal(case.label, got, want)
+        assert len(got) == len(want) and (case.into < 0 or got[-1].shape == case.args[case.into].shape)
+    kernels.use("auto")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="measures the kernels where there is a GPU")
+def test_without_a_gpu_it_says_that_the_kernels_were_not_run(capsys, tmp_path):
+    bench.main(["--op", "pair_reward", "--json", str(tmp_path / "b.json")])
+    assert "pair_reward: not run (no GPU)" in capsys.readouterr().out
+    found = json.loads((tmp_path / "b.json").read_text())
+    assert found["kernels"] == [dict(op="pair_reward", eager="not run", compile="not run", triton="not run")]
+
+
+def test_the_readme_has_a_row_for_every_kernel():
+    text = (Path(bench.__file__).parents[1] / "README.md").read_text()
+    assert all(re.search(rf"^\| `{op}` ", text, re.M) for op in bench.OPS)
