@@ -540,7 +540,7 @@ class Marigold(nn.Module):
     def _predict(self, rgb, steps, latents, processing_res, rng, ensemble, quirk):
         H, W = rgb.shape[2:]
         device, edge = self.text.device, self.size if processing_res is None else processing_res
-        x = (2 * rgb - 1).to(device, self._dtype)
+        x = (2 * rgb - 1).to(device)
         if edge:
             small = [n * edge // max(H, W) for n in (H, W)]
             if 0 in small:
@@ -549,7 +549,7 @@ class Marigold(nn.Module):
             x = F.interpolate(x, small, mode="bilinear", antialias=True)
         h, w = x.shape[2:]
         m = self.multiple
-        x = F.pad(x, (0, -w % m, 0, -h % m), mode="replicate")
+        x = F.pad(x, (0, -w % m, 0, -h % m), mode="replicate").to(self._dtype)
         cond = self.vae.encode(x) * LATENT_SCALE                                # (1, 4, h/8, w/8)
         want = (ensemble, *self.shape(x))
         if latents is None:
