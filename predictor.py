@@ -86,6 +86,8 @@ class Block(nn.Module):
 class DiT(nn.Module):
     """Rectified-flow DiT, RGB-conditioned, one modality per call (see the module docstring)."""
 
+    modalities = NAMES
+
     def __init__(self, cfg=None, seed=0):
         super().__init__()
         self.cfg = cfg = cfg or DiTConfig()
