@@ -211,6 +211,11 @@ def number(x):
     return f"{x:.4f}" if abs(x) < 10 else f"{x:.2f}"
 
 
+def interval(low, high):
+    """Two ends in brackets; "-" where there is none."""
+    return f"[{number(low)}, {number(high)}]" if np.isfinite([low, high]).all() else "-"
+
+
 def report(name, values, base_values=None, judge_values=None):
     """Print the tables of one data set; returns every printed number as a dict."""
     n = len(next(iter(values.values())))
@@ -263,23 +268,23 @@ def benchmark_report(bench, source, rows, base, base_rows, lines, n_expected):
     result, table_rows = {}, []
     for name, v in values.items():
         text, better, times = protocols.METRICS[bench.task][name]
-        known = np.isfinite(v)
+        known = ~np.isnan(v)                                                    # an infinite PSNR counts
         row = dict(n=int(known.sum()))
-        if known.any():
-            value, low, high = (times * x for x in metrics.bootstrap_interval(v[known]))
-            row |= dict(value=value, low=low, high=high)
-        else:                                                                   # PSNR of equal maps is infinite
-            row |= dict(value=float(v.mean()), low=float("nan"), high=float("nan"))
-        cells = [number(row["value"]), f"[{number(row['low'])}, {number(row['high'])}]"]
+        value, low, high = times * float(v[known].mean()), *2 * (float("nan"),)
+        if known.sum() > 1 and np.isfinite(value):                              # one image says nothing of the spread
+            low, high = (times * x for x in metrics.bootstrap_interval(v[known])[1:])
+        row |= dict(value=value, low=low, high=high)
+        cells = [number(value), interval(low, high)]
         if base:
             old = olds.get(name, np.full(len(v), np.nan))
-            both = known & np.isfinite(old)
+            both = known & ~np.isnan(old)
             change = low = high = float("nan")
-            if both.any() and old[both].mean() != 0:
+            if both.sum() > 1 and old[both].mean() != 0 and np.isfinite([*old[both], *v[both]]).all():
                 change, low, high = metrics.bootstrap_interval(old[both], v[both], relative=True)
             before = float(times * old[both].mean()) if both.any() else float("nan")
-            row |= dict(base=before, change=change, change_low=low, change_high=high, verdict=verdict(low, high, better))
-            cells = [number(row["base"]), cells[0], f"{100 * change:+.1f} %", f"[{100 * low:+.1f}, {100 * high:+.1f}]",
+            row |= dict(base=before, change=change, change_low=low, change_high=high,
+                        verdict=verdict(low, high, better))
+            cells = [number(before), cells[0], f"{100 * change:+.1f} %", interval(100 * low, 100 * high),
                      row["verdict"]]
         row["paper"] = [dict(base=who, value=a, x=b) for who, a, b in paper.get(name, [])]
         cells.append("; ".join(f"{who} {a:g} -> {b:g}" for who, a, b in paper.get(name, [])) or "-")
@@ -305,7 +310,9 @@ def benchmark_panels(bench, source, files, items, rows, n, path):
     tiles, columns = [], 0
     for rank, i in enumerate(list(dict.fromkeys(picked))[:n]):
         sample = source.read(bench, files, items[i])
-        shown = protocols.pictures(bench, source.predict(bench, sample), sample)
+        pred = source.predict(bench, sample)
+        sample["photos"] = benchmarks.load(bench, files, items[i])["photos"]    # at full size
+        shown = protocols.pictures(bench, pred, sample)
         title = f"{'best' if rank % 2 == 0 else 'worst'}: {name} {number(rows[i][name])}, {items[i]['name']}"
         tiles += [(title, shown[0][1]), *shown[1:]]
         columns = len(shown)
@@ -353,14 +360,14 @@ def evaluate_benchmarks(args):
 
 
 def check_data(args):
-    """Count and decode the files of a benchmark. raises ValueError at the first bad one, MissingData for absent ones."""
+    """Count and decode a benchmark's files. raises ValueError at the first bad one, MissingData for absent ones."""
     result = []
     for bench in benchmarks.chosen(args.dataset, args.task):
         files, items, missing = benchmarks.find(bench, args.data)
         there = [item for item in items if benchmarks.complete(files, item)][:args.limit or None]
         size = sum(max(0, files.size(f)) for item in there for role, f in item.items() if role != "name")
         print(f"{bench.dataset}, {bench.task}: {len(there)} of {bench.count or len(items)} images complete in "
-              f"{files.where('')}, {size / 1e9:.3f} GB", flush=True)
+              f"{files.path}, {size / 1e9:.3f} GB", flush=True)
         for item in tqdm(there, desc="decode", disable=len(there) < 3):
             benchmarks.load(bench, files, item, axes=True)
         print(f"  {len(there)} images decoded, none is bad")
@@ -374,11 +381,13 @@ def check_data(args):
 
 def list_datasets():
     """Print every data set with its task, count, licence and source."""
-    rows = [(b.dataset, b.task, ", ".join(b.needs), str(b.count or "-"), benchmarks.ABOUT[b.dataset, b.task][1],
-             benchmarks.ABOUT[b.dataset, b.task][0]) for b in benchmarks.BENCHMARKS]
-    rows += [("scenes", "all four", "", "-", "yours", "--data DIR with ID_rgb.png, ID_depth.png, ... (README, Data)"),
-             *((name, "all four", "", "-", "-", "rendered by scenes.py") for name in PROCEDURAL)]
-    table("data sets", rows, ("dataset", "task", "prediction", "images", "licence", "source"))
+    print("dataset         task      images  needs                source; licence")
+    for b in benchmarks.BENCHMARKS:
+        source, licence, _ = benchmarks.ABOUT[b.dataset, b.task]
+        print(f"{b.dataset:15} {b.task:9} {b.count or '-':>6}  {', '.join(b.needs):20} {source}; {licence}")
+    print(f"{'scenes':15} {'all four':9} {'-':>6}  {'all four':20} your folder of ID_rgb.png, ID_depth.png, ...")
+    for name in PROCEDURAL:
+        print(f"{name:15} {'all four':9} {'-':>6}  {'all four':20} rendered by scenes.py")
 
 
 def arguments(argv):
@@ -387,9 +396,9 @@ def arguments(argv):
     p.add_argument("--dataset", default="", choices=(*PROCEDURAL, "scenes", *benchmarks.DATASETS), metavar="NAME",
                    help="synthetic, broad, wild: procedural test scenes; scenes: a folder with ID_rgb.png, "
                         "ID_depth.png, ID_normal.png, ID_albedo.png, ID_irradiance.png; photos: depth-normal "
-                        f"consistency on any folder; benchmarks: {', '.join(d for d in benchmarks.DATASETS if d != 'photos')}")
-    p.add_argument("--task", default="", 
-                   help="of a benchmark with several: depth or normal [depth; mit: lmse and lights]")
+                        f"consistency on any folder; benchmarks: {', '.join(benchmarks.DATASETS[:-1])}")
+    p.add_argument("--task", default="",
+                   help="of a benchmark with both: depth, normal [depth]")
     p.add_argument("--data", default="", help="folder (or uncompressed tar) of scenes, photos or a benchmark")
     p.add_argument("--list-datasets", action="store_true", help="print every data set, its licence and source, and stop")
     p.add_argument("--check-data", action="store_true",

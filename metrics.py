@@ -469,6 +469,7 @@ def bootstrap_interval(values_a, values_b=None, n=2000, seed=0, level=0.95, rela
         return first if values_b is None else second / first - 1 if relative else second - first
 
     rng = np.random.default_rng(seed)
-    draws = [change(rng.integers(0, len(a), len(a))) for _ in range(n)]
-    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    with np.errstate(divide="ignore", invalid="ignore"):                        # a resample whose mean of a is 0
+        draws = [change(rng.integers(0, len(a), len(a))) for _ in range(n)]
+        low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
     return float(change(slice(None))), float(low), float(high)
