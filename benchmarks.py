@@ -8,7 +8,8 @@ Grosse et al. Real files at hand were one DIODE frame and IIW's schema; the othe
 item      dict role -> relative name, and name, the photo's own
 sample    name; photos [(3, H, W) float32 sRGB in [0, 1]]; and, by task, depth (H, W) float32 metres with mask
           (H, W) bool; normal (3, H, W), 0 = invalid; judgements (IIW's JSON); labels, colors (MAW);
-          albedo, shading, residual (3, H, W) *linear* with masks of their shape; size (H, W) a map must have
+          albedo, shading, residual (3, H, W) *linear* with masks of their shape; lights (MIT's photos, linear);
+          size (H, W) that a map must have
 """
 import csv
 import io
@@ -156,7 +157,7 @@ BENCHMARKS = (
     Benchmark(
         "photos", "surface", ("depth", "normal"), 0,
         "OURS where the paper is silent: normals from predicted depth by central differences against predicted "
-        "normals; focal length = longer side, z = 1 + 2 d; RMSE over components, SSIM of (n + 1) / 2",
+        "normals; focal length = longer side, z = 1 + 2 d, at the photo's size; RMSE over components, SSIM of (n + 1) / 2",
         ("any folder of photos",)),
 )
 DATASETS = tuple(dict.fromkeys(b.dataset for b in BENCHMARKS))
@@ -458,13 +459,17 @@ def _load_maw(bench, files, item):
     return dict(photos=[rgb], colors=colors, labels=labels, size=tuple(rgb.shape[1:]))
 
 
-def _shown(files, name, mask):
-    """MIT's linear photo as the predictor sees it: over its 99 % quantile in the mask, clipped, sRGB-encoded."""
+def _mit_photo(files, name, mask):
+    """One of MIT's photos, linear: (3, H, W) float32."""
     pixels = formats.decode_png_linear(files.read(name), files.where(name))
-    pixels = np.repeat(pixels[..., None], 3, 2) if pixels.ndim == 2 else pixels
     _same_size(files.where(name), pixels.shape[:2], mask.shape)
-    top = max(float(np.quantile(pixels[mask], 0.99)), 1e-6)
-    return srgb_encode(_chw(np.minimum(pixels / top, 1)))
+    return np.broadcast_to(pixels if pixels.ndim == 2 else pixels.transpose(2, 0, 1), (3, *mask.shape))
+
+
+def _shown(photo, mask):
+    """MIT's linear photo as the predictor sees it: over its 99 % quantile in the mask, clipped, sRGB-encoded."""
+    top = max(float(np.quantile(photo[:, mask], 0.99)), 1e-6)
+    return srgb_encode(torch.from_numpy(np.minimum(photo / top, 1)).float())
 
 
 def _mit_mask(files, item):
@@ -477,18 +482,15 @@ def _mit_mask(files, item):
 
 def _load_lmse(bench, files, item):
     mask = _mit_mask(files, item)
-    truth = {}
-    for m in ("albedo", "shading"):
-        x = formats.decode_png_linear(files.read(item[m]), files.where(item[m]))
-        _same_size(files.where(item[m]), x.shape[:2], mask.shape)
-        truth[m] = np.broadcast_to(x if x.ndim == 2 else x.transpose(2, 0, 1), (3, *mask.shape))
-    return dict(photos=[_shown(files, item["rgb"], mask)], mask=mask, size=mask.shape, **truth)
+    photo, albedo, shading = (_mit_photo(files, item[m], mask) for m in ("rgb", "albedo", "shading"))
+    return dict(photos=[_shown(photo, mask)], mask=mask, size=mask.shape, albedo=albedo, shading=shading)
 
 
 def _load_lights(bench, files, item):
     mask = _mit_mask(files, item)
     names = [item["rgb"], *(item[k] for k in MIT_LIGHTS[1:])]
-    return dict(photos=[_shown(files, n, mask) for n in names], mask=mask, size=mask.shape)
+    lights = [_mit_photo(files, n, mask) for n in names]
+    return dict(photos=[_shown(x, mask) for x in lights], mask=mask, size=mask.shape, lights=lights)
 
 
 def _load_iid(bench, files, item):
@@ -527,15 +529,24 @@ _LOADERS = {"depth": _load_depth, "normal": _load_normal, "whdr": _load_whdr, "m
 # saved predictions ------------------------------------------------------------------------------------------------
 
 def prediction_file(bench, files, name, modality):
-    """Where the saved map of a photo is expected: Marigold's name, else STEM_MODALITY; .npy, or .png if only that."""
+    """Where the saved map of a photo is expected, or the first accepted name that exists.
+
+    depth    pred_STEM.npy (NYUv2: pred_0001.npy), normals STEM.npy, IID STEM_albedo.npy, STEM_shading.npy (Marigold's)
+    others   STEM_MODALITY.npy; albedo and shading also .png; IIW and MAW also STEM-r.png (Bell et al.) and STEM.png
+    """
     place, stem = PurePosixPath(name).parent, PurePosixPath(name).stem
     if bench.task == "depth":
-        stem = "pred_" + (stem.split("_")[1] if bench.prediction == "rgb_id" else stem)
-    elif bench.task != "normal":
-        stem = f"{stem}_{'shading' if bench.task == 'iid' and modality == 'irradiance' else modality}"
-    path = str(place / stem)
-    png = modality in ("albedo", "irradiance") and files.size(path + ".npy") < 0 <= files.size(path + ".png")
-    return path + (".png" if png else ".npy")
+        return str(place / f"pred_{stem.split('_')[1] if bench.prediction == 'rgb_id' else stem}.npy")
+    if bench.task == "normal":
+        return str(place / f"{stem}.npy")
+    ending = "shading" if bench.task == "iid" and modality == "irradiance" else modality
+    accepted = [f"{stem}_{ending}.npy"]
+    if modality in ("albedo", "irradiance"):
+        accepted.append(f"{stem}_{ending}.png")
+    if bench.task in ("whdr", "maw"):
+        accepted += [f"{stem}-r.png", f"{stem}.npy", f"{stem}.png"]
+    names = [str(place / n) for n in accepted]
+    return next((n for n in names if files.size(n) >= 0), names[0])
 
 
 def read_prediction(files, name, modality):

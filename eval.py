@@ -279,8 +279,9 @@ def benchmark_report(bench, source, rows, base, base_rows, lines, n_expected):
             old = olds.get(name, np.full(len(v), np.nan))
             both = known & ~np.isnan(old)
             change = low = high = float("nan")
-            if both.sum() > 1 and old[both].mean() != 0 and np.isfinite([*old[both], *v[both]]).all():
+            if both.any() and old[both].mean() != 0 and np.isfinite([*old[both], *v[both]]).all():
                 change, low, high = metrics.bootstrap_interval(old[both], v[both], relative=True)
+                low, high = (low, high) if both.sum() > 1 else 2 * (float("nan"),)
             before = float(times * old[both].mean()) if both.any() else float("nan")
             row |= dict(base=before, change=change, change_low=low, change_high=high,
                         verdict=verdict(low, high, better))
@@ -398,20 +399,21 @@ def arguments(argv):
                         "ID_depth.png, ID_normal.png, ID_albedo.png, ID_irradiance.png; photos: depth-normal "
                         f"consistency on any folder; benchmarks: {', '.join(benchmarks.DATASETS[:-1])}")
     p.add_argument("--task", default="",
-                   help="of a benchmark with both: depth, normal [depth]")
+                   help="of a benchmark that has both: depth, normal [depth]")
     p.add_argument("--data", default="", help="folder (or uncompressed tar) of scenes, photos or a benchmark")
-    p.add_argument("--list-datasets", action="store_true", help="print every data set, its licence and source, and stop")
+    p.add_argument("--list-datasets", action="store_true",
+                   help="print every data set, its source and licence, and stop")
     p.add_argument("--check-data", action="store_true",
                    help="count and decode the files of a benchmark, name the first bad one, and stop")
     p.add_argument("--limit", type=int, default=0,
-                   help="at most this many of the benchmark images that are there; the number is partial [0: all]")
+                   help="at most this many of the images that are there; the number is partial [0: all]")
     p.add_argument("--out", default="out/mini", help="run whose parts are used where no other is named [out/mini]")
     p.add_argument("--checkpoint", default="", help="predictor to evaluate [OUT/grpo]")
     p.add_argument("--compare", default=[], nargs="+", metavar=("BASE", "NEW"),
                    help="predictor (or folder of saved maps) to compare with, or two of them: the base and the new one "
                         "[OUT/base when neither --checkpoint nor --pred-dir is given]")
     p.add_argument("--pred-dir", default="",
-                   help="score saved maps instead, in Marigold's naming, e.g. test/kitchen_0004/pred_0001.npy")
+                   help="score saved maps in Marigold's naming, e.g. test/kitchen_0004/pred_0001.npy")
     p.add_argument("--pred-space", default="", choices=("", "linear", "srgb"),
                    help="colour space of saved albedo and shading [srgb; hypersim: linear]")
     p.add_argument("--judge", default="", help="judge to score on the same pairs [OUT/judge if there]; none: no judge")

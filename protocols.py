@@ -8,11 +8,12 @@ import itertools
 
 import numpy as np
 import torch
+from PIL import Image, ImageDraw
 
 import benchmarks
 import data
 import metrics
-from scenes import srgb_decode, srgb_encode
+from scenes import srgb_encode
 
 # task: {metric: (text, better, times)}; times: factor between the mean and the printed number
 METRICS = {
@@ -97,9 +98,10 @@ def score_maw(bench, pred, sample):
 
 def score_lmse(bench, pred, sample):
     """LMSE of gray reflectance and shading."""
-    mask, out = sample["mask"], {}
+    out = {}
     for m, name in (("albedo", "albedo"), ("shading", "irradiance")):
-        out[f"lmse_{m}"] = metrics.lmse(pred[0][name].mean(0), sample[m].mean(0), mask, 20, 10)
+        p, g = (65535 / 255 * x.mean(0) for x in (pred[0][name], sample[m]))    # official unit: 16 bits over 255
+        out[f"lmse_{m}"] = metrics.lmse(p, g, sample["mask"], 20, 10)
     return dict(lmse=(out["lmse_albedo"] + out["lmse_shading"]) / 2, **out)
 
 
@@ -114,7 +116,7 @@ def disagreement(maps, mask):
 def score_lights(bench, pred, sample):
     """How much the albedo of one object changes with its lighting, and how much the photos do."""
     return dict(consistency=disagreement([p["albedo"] for p in pred], sample["mask"]),
-                photos=disagreement([srgb_decode(x).numpy() for x in sample["photos"]], sample["mask"]))
+                photos=disagreement(sample["lights"], sample["mask"]))
 
 
 def iid_pair(bench, m, pred, sample):
@@ -230,6 +232,19 @@ def _small(x, side=384):
     return x[..., ::k, ::k]
 
 
+def _judged(sample, albedo):
+    """IIW's comparisons on the photo: green where the albedo agrees at 10 % (linear), red where it does not."""
+    photo = _small(np.asarray(sample["photos"][0]))
+    image = Image.fromarray((photo * 255).astype(np.uint8).transpose(1, 2, 0).copy())
+    (W, H), draw = image.size, ImageDraw.Draw(image)
+    points = {p["id"]: (p["x"] * W, p["y"] * H) for p in sample["judgements"]["intrinsic_points"]}
+    for c in sample["judgements"]["intrinsic_comparisons"]:
+        wrong = metrics.whdr(albedo.transpose(1, 2, 0), dict(sample["judgements"], intrinsic_comparisons=[c]), 0.1)
+        if wrong is not None:
+            draw.line([points[c["point1"]], points[c["point2"]]], fill="red" if wrong else "lime")
+    return np.asarray(image).transpose(2, 0, 1) / 255
+
+
 def pictures(bench, pred, sample):
     """Photo, truth, prediction, error map with its colour bar: [(label, (3, h, w) in [0, 1])]."""
     photo = ("photo", _small(np.asarray(sample["photos"][0])))
@@ -263,6 +278,9 @@ def pictures(bench, pred, sample):
         for k, c in zip(np.unique(labels[labels != 0]), colors, strict=False):
             truth[:, labels == k] = encoded(metrics.ADOBE_TO_SRGB @ c)[:, None]
         return [photo, ("measured albedo", truth), ("predicted albedo", _small(encoded(one["albedo"])))]
+    if bench.task == "whdr":
+        return [photo, ("judgements: green agrees, red not", _judged(sample, one["albedo"])),
+                ("predicted albedo", _small(encoded(one["albedo"])))]
     if bench.task == "surface":
         focal, depth = max(sample["size"]), 1 + 2 * np.asarray(one["depth"], np.float64)
         H, W = depth.shape
