@@ -157,7 +157,8 @@ BENCHMARKS = (
     Benchmark(
         "photos", "surface", ("depth", "normal"), 0,
         "OURS where the paper is silent: normals from predicted depth by central differences against predicted "
-        "normals; focal length = longer side, z = 1 + 2 d, at the photo's size; RMSE over components, SSIM of (n + 1) / 2",
+        "normals, at the photo's size; focal length = longer side, z = 1 + 2 d; RMSE over components, SSIM of "
+        "(n + 1) / 2",
         ("any folder of photos",)),
 )
 DATASETS = tuple(dict.fromkeys(b.dataset for b in BENCHMARKS))
