@@ -510,6 +510,7 @@ def _load_iid(bench, files, item):
     for m in truth:
         if not masks[f"{m}_mask"].any():
             raise ValueError(f"{files.where(item[m])}: got an empty mask, want finite values; fetch it again")
+    # differs: the official quantile is NaN, and with it the whole image, when one value is not finite
     top = max(float(np.quantile(truth[m][finite[m]], 0.98)) for m in ("shading", "residual"))
     for m in ("shading", "residual"):
         truth[m] = np.where(finite[m], truth[m].clip(0, top) / max(top, 1e-12), 0)

@@ -78,7 +78,11 @@ def linear(maps, space):
 
 
 def network(path, args):
-    """Predictions of a checkpoint. Photos are reduced to the processing resolution in the reading thread."""
+    """Predictions of a checkpoint.
+
+    differs: photos are reduced to the processing resolution once, in the reading thread, and the maps enlarged from
+    there: a 4032 x 6048 photo never exists next to its maps.
+    """
     policy = load_predictor(path)
     trained = getattr(getattr(policy, "cfg", None), "size", None)              # px; None: the benchmark's own
 

@@ -3,6 +3,8 @@
 pred     list, one dict per photo of the sample: depth (H, W); normal (3, H, W); albedo, irradiance, residual
          (3, H, W) *linear*. numpy, the sample's size
 values   dict metric -> float of one image; None: this image has no such number (IIW without a usable comparison)
+differs: Marigold's code sums in float32, skips a missing prediction and averages a NaN; here sums are float64 and
+         anything missing, empty or non-finite is refused. No LPIPS
 """
 import itertools
 

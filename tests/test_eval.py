@@ -270,6 +270,13 @@ def test_comparing_a_checkpoint_with_itself_changes_nothing(run, tmp_path):
     assert "judge" not in got
 
 
+def test_compare_takes_the_base_alone_or_the_base_and_the_new_one(run, tmp_path):
+    one = numbers(tmp_path, "--dataset", "wild", "--checkpoint", run / "grpo", "--compare", run / "base",
+                  "--judge", "none", *QUICK)
+    two = numbers(tmp_path, "--dataset", "wild", "--compare", run / "base", run / "grpo", "--judge", "none", *QUICK)
+    assert one == two
+
+
 def test_the_same_command_prints_the_same_numbers_and_another_seed_others(run, tmp_path):
     command = ["--dataset", "wild", "--checkpoint", run / "grpo", "--judge", "none", *QUICK]
     one, two, other = (numbers(tmp_path, *command, "--seed", s) for s in (0, 0, 1))
