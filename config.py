@@ -63,7 +63,7 @@ class Config:
     sample_steps: int = 15           # T, denoising steps in training (paper: 15)
     eval_steps: int = 50             # denoising steps in evaluation (paper: 50)
     noise: float = 0.7               # a of the exploration noise, or eta for ddim (paper: 0.7)
-    exploration: str = "flow"        # flow (Flow-GRPO, paper) or ddim (eta form)
+    exploration: str = "auto"        # flow (Flow-GRPO, paper), ddim (eta form), or the predictor's own: Marigold ddim
     credit: str = "global"           # global: one advantage per sample (paper); pair: splatted around a pair's points
     credit_width: float = 1.0        # px of the state, width of the splat
     rollout: str = "full"            # full: all steps stochastic (paper); branch: one stochastic step, shared prefix
@@ -80,6 +80,9 @@ class Config:
     kl_weight: float = 0.04          # beta, weight of the closed-form KL to the frozen start
     replay: float = 0.0              # weight of the supervised flow loss on synthetic scenes (paper: 0)
     lr: float = 1e-5                 # AdamW peak learning rate, cosine (paper: 1e-5)
+    lora: int = 0                    # rank (= alpha) of adapters on the attention layers; 0: all weights train (paper)
+    checkpointing: int = 0           # 1: recompute activations in the backward pass: less memory, a third more time
+    micro: int = 0                   # states the predictor takes at once, in rollout and update alike; 0: all
     ema: float = 0.99                # decay of the averaged policy that is evaluated and kept
     eval_every: int = 100            # steps between diagnostics on validation scenes; 0: never
 
@@ -109,13 +112,13 @@ PRESETS = {
 CHOICES = {
     "stage": ("all", "base", "judge", "grpo"), "device": ("auto", "cpu", "cuda"), "kernels": ("auto", "torch"),
     "precision": ("auto", "bf16", "fp32"),
-    "exploration": ("flow", "ddim"), "credit": ("global", "pair"), "rollout": ("full", "branch"),
+    "exploration": ("auto", "flow", "ddim"), "credit": ("global", "pair"), "rollout": ("full", "branch"),
     "reward": ("hard", "soft"), "modalities": ("one", "joint"), "norm": ("group", "global", "none"),
 }
 
 
 MAY_BE_ZERO = ("seed", "threads", "stop_at", "base_muon", "judge_muon", "judge_warm", "judge_decay", "window",
-               "balance", "kl_weight", "replay", "ema", "base_ema", "eval_every")
+               "balance", "lora", "checkpointing", "micro", "kl_weight", "replay", "ema", "base_ema", "eval_every")
 
 
 class Parser(argparse.ArgumentParser):

@@ -266,25 +266,27 @@ def save_png(path, image):
     return Path(path)
 
 
-def save_map(out_dir, name, modality, array):
+def save_map(out_dir, name, modality, array, native=None):
     """Write OUT/NAME_MODALITY.npy (float32, native space) and PNGs to look at; returns the list of paths.
 
     array    depth (1, H, W) or (H, W); normal (3, H, W) in [-1, 1]; others (3, H, W) sRGB in [0, 1]
+    native   what the .npy holds where the model's own space is another (Marigold's linear albedo); None: array
     PNG      depth: 16 bit, the map's min..max -> 0..65535, and NAME_depth_colour.png; normal (n + 1) / 2;
              others 8-bit sRGB, clipped. This is the HyperSim-style layout, so a folder of them reads back
     name     may hold sub-folders, never a way out of out_dir
     """
     array, stem = np.asarray(array, np.float32), Path(out_dir, f"{name}_{modality}")
     array = array[None] if array.ndim == 2 else array
-    if modality not in MAPS or array.ndim != 3 or array.shape[0] != (1 if modality == "depth" else 3):
+    native = array if native is None else np.asarray(native, np.float32)
+    if array.ndim != 3 or array.shape[0] != (1 if modality == "depth" else 3):
         raise ValueError(f"data.py: save_map got {array.shape} for {modality!r}; want (1, H, W) for 'depth', "
-                         f"(3, H, W) for {MAPS}; check the modality")
-    if not np.isfinite(array).all():
+                         f"(3, H, W) for others; check the modality")
+    if not (np.isfinite(array).all() and np.isfinite(native).all()):
         raise ValueError(f"data.py: save_map got non-finite {modality!r} for {name!r}; want finite; fix it")
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise ValueError(f"data.py: save_map got name {name!r}; want one inside {str(out_dir)!r}; drop '..'")
     buffer = io.BytesIO()
-    np.save(buffer, array)
+    np.save(buffer, native)
     files = [Path(f"{stem}.npy"), Path(f"{stem}.png")]
     _write(files[0], buffer.getvalue())
     if modality == "depth":

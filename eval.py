@@ -88,11 +88,11 @@ def predict(policy, rgb, steps, seed, batch=64):
     """All maps of a batch of photos from the same noise for every policy: dict modality -> (B, C, H, W) on the CPU."""
     noise = torch.randn(len(rgb), *policy.shape(rgb), generator=generator(seed, 23))
     device = next(policy.parameters()).device
-    out = {m: [] for m in NAMES}
+    out = {m: [] for m in policy.modalities}
     for i in range(0, len(rgb), batch):
         part = rgb[i:i + batch].to(device)
         cond = policy.encode(part)
-        for m in NAMES:
+        for m in policy.modalities:
             out[m].append(sample_ode(policy, part, m, steps, noise=noise[i:i + batch].to(device), cond=cond).cpu())
     return {m: torch.cat(v) for m, v in out.items()}
 
@@ -424,7 +424,8 @@ def arguments(argv):
                    help="px, long edge the network sees of a benchmark photo, 0: the photo's own [what it was "
                         "trained at, else the protocol's]")
     p.add_argument("--ensemble-size", type=int, default=1, help="noise draws averaged per benchmark photo [1]")
-    p.add_argument("--denoise-steps", type=int, default=10, help="sampling steps [10]")
+    p.add_argument("--denoise-steps", type=int, default=None,
+                   help="sampling steps [scenes: 10; benchmarks: the model's own, 10 for ours]")
     p.add_argument("--seed", type=int, default=0, help="seed of noise and pairs [0]")
     p.add_argument("--panels", type=int, default=0,
                    help="benchmark images to picture, best and worst first, in OUT/eval/DATASET-TASK.png [0]")
@@ -435,7 +436,7 @@ def arguments(argv):
     if not args.dataset:
         p.error("the following arguments are required: --dataset")
     for name in ("images", "denoise_steps", "ensemble_size"):
-        if getattr(args, name) < 1:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: want at least 1")
     for name in ("limit", "panels", "processing_res"):
         if (getattr(args, name) or 0) < 0:
@@ -477,7 +478,13 @@ def evaluate_procedural(args):
     policy = load_predictor(args.checkpoint or (args.compare[1] if len(args.compare) == 2 else out / "grpo"))
     compare_with = args.compare[0] if args.compare else ("" if args.checkpoint else out / "base")
     base = load_predictor(compare_with) if compare_with else None
-    size = args.size or policy.cfg.size
+    for p in (policy, base):
+        lacking = [m for m in NAMES if p is not None and m not in p.modalities]
+        if lacking:
+            raise ValueError(f"--dataset {args.dataset} scores all of {', '.join(NAMES)}: got a predictor of "
+                             f"{', '.join(p.modalities)}; want one that has {', '.join(lacking)}, or a benchmark of "
+                             "what it predicts (--list-datasets)")
+    size = args.size or policy.size
     place = Path(args.judge) if args.judge else out / "judge"
     judge = load_judge(place) if args.judge not in ("", "none") or (not args.judge and place.is_dir()) else None
     if args.dataset == "scenes":
@@ -486,8 +493,9 @@ def evaluate_procedural(args):
     else:
         maps = data.ScenePool(args.dataset, "test", args.images, size).all()
     grid = judge.grid if judge is not None else 1
-    values = evaluate(policy, maps, args.denoise_steps, args.seed, grid)
-    base_values = evaluate(base, maps, args.denoise_steps, args.seed, grid) if base is not None else None
+    steps = args.denoise_steps or 10
+    values = evaluate(policy, maps, steps, args.seed, grid)
+    base_values = evaluate(base, maps, steps, args.seed, grid) if base is not None else None
     judge_values = judge_scores(judge, maps, eval_pairs(maps, PAIRS, grid, args.seed)) if judge is not None else None
     return report(args.dataset, values, base_values, judge_values)
 

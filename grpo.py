@@ -17,7 +17,7 @@ rollout     `full` (paper): every step is stochastic. `branch`: the group shares
 Source: ReasonX (arXiv 2512.04222) sec. 3.2, Flow-GRPO (arXiv 2505.05470), DDPO for the likelihood-ratio form.
 """
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -183,13 +183,17 @@ class Step:
     mean: torch.Tensor       # (R, c, h, w) of the policy that acted
     std: torch.Tensor        # 0-dim
 
+    def rows(self, part):
+        """The step of some rows only (index)."""
+        return replace(self, x=self.x[part], x_next=self.x_next[part], mean=self.mean[part])
+
 
 @torch.no_grad()
 def rollout(velocity, x, grid, group, mode, step, noise, rng):
     """Sample a group of maps per row.
 
     velocity  (x (N, c, h, w), t float) -> v; the N / R samples of a row lie side by side
-    x         (R, c, h, w) initial noise, shared by a group;  grid: T + 1 times from 1 to 0
+    x         (R, c, h, w) initial state, shared by a group;  grid: T + 1 descending times, the predictor's own
     mode      "full" (paper): every step but the last is stochastic; "branch": one step, drawn from rng, is
     step      one of STEPS.values();  noise: its scale (a or eta)
     returns   x_0 (R, G, c, h, w), list of Steps

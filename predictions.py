@@ -22,6 +22,7 @@ import data
 import formats
 import protocols
 from predictor import load_predictor, predict_photo
+from runtime import pick_device
 from scenes import srgb_decode
 
 
@@ -60,7 +61,7 @@ def photo_maps(policy, rgb, processing_res, args, wanted, size):
     rgb (3, H, W) sRGB in [0, 1];  returns dict modality -> (C, *size) float32 numpy in the modality's encoding
     """
     with torch.no_grad():
-        maps = predict_photo(policy, rgb, processing_res or max(rgb.shape[-2:]), args.denoise_steps, args.seed,
+        maps = predict_photo(policy, rgb, processing_res or max(rgb.shape[-2:]), args.denoise_steps or 0, args.seed,
                              args.ensemble_size)
         return {m: (maps[m] if maps[m].shape[-2:] == size else
                     F.interpolate(maps[m][None].float(), size, mode="bilinear", align_corners=False)[0]).numpy()
@@ -83,8 +84,8 @@ def network(path, args):
     differs: photos are reduced to the processing resolution once, in the reading thread, and the maps enlarged from
     there: a 4032 x 6048 photo never exists next to its maps.
     """
-    policy = load_predictor(path)
-    trained = getattr(getattr(policy, "cfg", None), "size", None)              # px; None: the benchmark's own
+    policy = load_predictor(path).to(pick_device("auto", "eval.py"))
+    trained = getattr(getattr(policy, "cfg", None), "size", None)              # px, of our DiT; None: the protocol's
 
     def resolution(bench):
         return next(r for r in (args.processing_res, trained, bench.processing_res) if r is not None)
@@ -103,7 +104,7 @@ def network(path, args):
         return [linear(photo_maps(policy, x, resolution(bench), args, wanted, tuple(sample["size"])), "srgb")
                 for x in sample["photos"]]
 
-    settings = f"{args.denoise_steps} steps, ensemble {args.ensemble_size}, seed {args.seed}, "
+    settings = f"{args.denoise_steps or 'its own number of'} steps, ensemble {args.ensemble_size}, seed {args.seed}, "
     edge = next((r for r in (args.processing_res, trained) if r is not None), None)
     settings += "long edge " + ("of the protocol" if edge is None else f"{edge} px" if edge else "of the photo")
     return Source(f"{path}: {settings}", lacks, lambda bench, items: weights_key(policy) + settings, read, maps)

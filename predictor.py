@@ -8,8 +8,11 @@ A photo encoder runs once per photo and is shared by the samples of a group; a s
 Maps live in pixel space as 3 channels in [-1, 1]: depth repeated, normals as they are, albedo and irradiance 2 m - 1.
 Depth is affine-invariant: 0 near .. 1 far after the 2 % and 98 % quantiles of the valid pixels.
 
-The interface that grpo.py, train.py and eval.py use, and that any other predictor offers:
+The interface that grpo.py, train.py and eval.py use, and that any other predictor offers (marigold.py does):
     encode(rgb) -> cond    velocity(x, t, cond, modality) -> v    decode(x, modality) -> map    shape(rgb) -> (c, h, w)
+    times(T) -> T + 1 times    start(noise, T) -> state at times(T)[0]    loss(maps, modalities, rng) -> scalar
+    photo_maps(rgb, ...) -> native maps    tabled(maps) -> maps in the encodings of relations.MODALITIES
+    modalities, size, multiple (px, of photo sides), exploration, network, lora_targets, checkpointing(on), save(folder)
 Source: ours. PRISM, the paper's rectified-flow base model, has no public code or weights (differs). The c_* are the
 variance-preserving coefficients of EDM (Karras et al. 2022) for this path.
 """
@@ -23,12 +26,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data
 from config import Parser
+from marigold import Marigold
 from relations import MODALITIES, relative_depth
-from runtime import run_command
+from runtime import load_strict, pick_device, run_command
 
 DATA_STD = 0.5                     # s, standard deviation of maps in [-1, 1]
 ARCHITECTURE = "reasonx-dit"
@@ -86,11 +91,12 @@ class Block(nn.Module):
 class DiT(nn.Module):
     """Rectified-flow DiT, RGB-conditioned, one modality per call (see the module docstring)."""
 
-    modalities = NAMES
+    modalities, exploration, lora_targets = NAMES, "flow", ("qkv", "out")
 
     def __init__(self, cfg=None, seed=0):
         super().__init__()
         self.cfg = cfg = cfg or DiTConfig()
+        self.size, self.multiple, self.recompute = cfg.size, cfg.patch, False
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self._build(cfg)
@@ -119,9 +125,35 @@ class DiT(nn.Module):
         p, (H, W) = self.cfg.patch, size
         return tokens.view(-1, H // p, W // p, 3, p, p).permute(0, 3, 1, 4, 2, 5).reshape(-1, 3, H, W)
 
+    @property
+    def network(self):
+        """The module that is fine-tuned."""
+        return self
+
+    def checkpointing(self, on):
+        """Recompute activations in the backward pass: less memory, about a third more time."""
+        self.recompute = on
+
+    def _run(self, block, *args):
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(block, *args, use_reentrant=False)
+        return block(*args)
+
     def shape(self, rgb):
         """Shape (c, h, w) of the state x for photos rgb (B, 3, H, W)."""
         return 3, *rgb.shape[-2:]
+
+    def times(self, T):
+        """Uniform grid of T + 1 times from 1 to 0."""
+        return times(T)
+
+    def start(self, noise, T):
+        """State at the first time from standard normal noise: the noise itself."""
+        return noise
+
+    def loss(self, maps, modalities, rng):
+        """Supervised loss on scenes with ground truth; see flow_loss."""
+        return flow_loss(self, maps, modalities, rng)
 
     def encode(self, rgb):
         """Condition of a photo: (B, 3, H, W) sRGB [0, 1] -> (B, L, D). Sides must be multiples of the patch."""
@@ -129,7 +161,7 @@ class DiT(nn.Module):
         x = self.rgb_in(self._tokens(2 * rgb - 1))
         x = x + grid_positions(H // self.cfg.patch, W // self.cfg.patch, self.cfg.width, x.device)
         for block in self.encoder:
-            x = block(x)
+            x = self._run(block, x)
         return x
 
     def velocity(self, x, t, cond, modality):
@@ -147,7 +179,7 @@ class DiT(nn.Module):
         var = (1 - tt).square() * s2 + tt.square()
         h = self.x_in(self._tokens(x * var.rsqrt())) + cond
         for block in self.blocks:
-            h = block(h, c)
+            h = self._run(block, h, c)
         out = self._image(self.head(self.norm(h)), x.shape[-2:])
         return (tt - (1 - tt) * s2) / var * x + DATA_STD * var.rsqrt() * out
 
@@ -159,6 +191,26 @@ class DiT(nn.Module):
             return F.normalize(x, dim=1, eps=1e-6)
         return ((x + 1) / 2).clamp(0, 1)
 
+    def photo_maps(self, rgb, processing_res=0, steps=0, seed=0, ensemble=1):
+        """Maps of one photo (3, H, W) of any size, at its size, the mean over `ensemble` noise draws.
+
+        processing_res  px, the long edge the network sees (0: what it was trained at);  steps (0: 10)
+        returns         dict modality -> (C, H, W)
+        """
+        weight, out = next(self.parameters()), {}
+        small = data.resize_long(rgb, processing_res or self.size, self.multiple)[None].to(weight)
+        for m in self.modalities:
+            rng = torch.Generator().manual_seed(seed)
+            maps = sample_ode(self, small.expand(ensemble, -1, -1, -1), m, steps or 10, rng)
+            maps = maps.float().mean(0, keepdim=True).cpu()
+            maps = F.interpolate(maps, rgb.shape[-2:], mode="bilinear", align_corners=False)
+            out[m] = (F.normalize(maps, dim=1, eps=1e-6) if m == "normal" else maps)[0]
+        return out
+
+    def tabled(self, maps):
+        """Maps in the encodings of relations.MODALITIES: they already are."""
+        return maps
+
     def save(self, folder, **about):
         """Write predictor.json (architecture, sizes, `about`) and predictor.safetensors."""
         folder = Path(folder)
@@ -169,16 +221,18 @@ class DiT(nn.Module):
 
 
 def load_predictor(path):
-    """Open a predictor folder written by DiT.save.
+    """Open a predictor: a folder written by DiT.save, or a diffusers-layout Marigold folder or hub id.
 
     raises  FileNotFoundError: no predictor.json or weights there;
             ValueError: another architecture, missing or surplus keys
     """
+    if (Path(path) / "model_index.json").is_file() or not Path(path).is_dir() and str(path).count("/") == 1:
+        return Marigold.load(path)
     path = Path(path)
     for name in ("predictor.json", "predictor.safetensors"):
         if not (path / name).is_file():
             raise FileNotFoundError(f"predictor.load_predictor: got no {name} in {path}; want a folder written by "
-                                    "`python train.py` (out/mini/base or out/mini/grpo)")
+                                    "`python train.py` (out/mini/base or out/mini/grpo), or a Marigold folder")
     try:
         about = json.loads((path / "predictor.json").read_text())
         state = load_file(path / "predictor.safetensors")
@@ -196,18 +250,6 @@ def load_predictor(path):
     model = DiT(DiTConfig(**sizes))
     load_strict(model, state, path)
     return model.eval()
-
-
-def load_strict(model, state, origin):
-    """load_state_dict that names the first missing, surplus or misshapen key. raises ValueError."""
-    want = {k: tuple(v.shape) for k, v in model.state_dict().items()}
-    got = {k: tuple(v.shape) for k, v in state.items()}
-    wrong = sorted(k for k in want.keys() | got.keys() if want.get(k) != got.get(k))
-    if wrong:
-        k = wrong[0]
-        raise ValueError(f"predictor: {len(wrong)} of {len(want)} weights in {origin} do not fit (first: {k}, "
-                         f"got {got.get(k)}, want {want.get(k)}); use a checkpoint of the same architecture and size")
-    model.load_state_dict(state)
 
 
 def to_state(maps, mask, modality):
@@ -250,31 +292,20 @@ def times(T):
 def sample_ode(policy, rgb, modality, steps, rng=None, noise=None, cond=None):
     """Deterministic Euler sampler: photos -> maps.
 
-    rgb (B, 3, H, W); noise (B, c, h, w) initial state (drawn from rng if None); returns (B, C, H, W)
+    rgb (B, 3, H, W); noise (B, c, h, w), standard normal (drawn from rng if None); returns (B, C, H, W)
     """
     cond = policy.encode(rgb) if cond is None else cond
-    x = torch.randn(len(rgb), *policy.shape(rgb), generator=rng).to(rgb.device) if noise is None else noise
-    grid = times(steps)
+    noise = torch.randn(len(rgb), *policy.shape(rgb), generator=rng).to(rgb) if noise is None else noise
+    grid, x = policy.times(steps), policy.start(noise, steps)
     for t, s in zip(grid, grid[1:], strict=False):
         x = x + (s - t) * policy.velocity(x, torch.full((len(x),), t, device=x.device), cond, modality)
     return policy.decode(x, modality)
 
 
-def predict_photo(policy, rgb, processing_res, steps, seed, ensemble=1):
-    """Maps of one photo of any size, at the photo's size.
-
-    rgb      (3, H, W) sRGB [0, 1];  processing_res px, the long edge the network sees
-    returns  dict modality -> (C, H, W); the mean over `ensemble` noise draws
-    """
-    H, W = rgb.shape[-2:]
-    small = data.resize_long(rgb, processing_res, policy.cfg.patch)[None]
-    out = {}
-    for m in NAMES:
-        rng = torch.Generator().manual_seed(seed)
-        maps = sample_ode(policy, small.expand(ensemble, -1, -1, -1), m, steps, rng).mean(0, keepdim=True)
-        maps = F.interpolate(maps, (H, W), mode="bilinear", align_corners=False)
-        out[m] = (F.normalize(maps, dim=1, eps=1e-6) if m == "normal" else maps)[0]
-    return out
+def predict_photo(policy, rgb, processing_res=0, steps=0, seed=0, ensemble=1):
+    """Maps of one photo (3, H, W) of any size in the encodings of relations.MODALITIES: dict modality -> (C, H, W)."""
+    maps = policy.tabled(policy.photo_maps(rgb, processing_res, steps, seed, ensemble))
+    return {m: maps[m] for m in policy.modalities}
 
 
 def main(argv=None):
@@ -282,20 +313,29 @@ def main(argv=None):
     p = Parser(prog="predictor.py", allow_abbrev=False,
                description="Depth, normal, albedo and irradiance of your own photos.")
     p.add_argument("images", metavar="IMAGE_OR_DIR", help="a photo, or a folder of photos (searched recursively)")
-    p.add_argument("--checkpoint", default="out/mini/grpo", help="predictor folder [out/mini/grpo]")
+    p.add_argument("--checkpoint", default="out/mini/grpo",
+                   help="predictor folder, or a Marigold folder or hub id [out/mini/grpo]")
     p.add_argument("--out", default="out/maps",
                    help="folder for .npy (native space), .png and one panel.png a photo [out/maps]")
     p.add_argument("--processing-res", type=int, default=0,
                    help="px, long edge the network sees; 0: what it was trained at [0]")
-    p.add_argument("--denoise-steps", type=int, default=10, help="sampling steps [10]")
-    p.add_argument("--ensemble-size", type=int, default=1, help="noise draws that are averaged [1]")
+    p.add_argument("--denoise-steps", type=int, default=0, help="sampling steps; 0: the model's own, 10 for ours [0]")
+    p.add_argument("--ensemble-size", type=int, default=1, help="noise draws that are combined [1]")
     p.add_argument("--seed", type=int, default=0, help="seed of the noise [0]")
+    p.add_argument("--half", action="store_true", help="16-bit weights: fp16 on a GPU, bf16 on a CPU")
+    p.add_argument("--vae-tile", type=int, default=0,
+                   help="latent pixels, side of the tiles a VAE decodes on a small GPU; 0: whole [0]")
+    p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="[auto]")
     args = p.parse_args(argv)
-    for name in ("denoise_steps", "ensemble_size"):
-        if getattr(args, name) < 1:
-            p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: want at least 1")
+    for name, least in (("denoise_steps", 0), ("ensemble_size", 1), ("processing_res", 0), ("vae_tile", 0)):
+        if getattr(args, name) < least:
+            p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: want at least {least}")
     paths = data.find_images(args.images)
-    policy = load_predictor(args.checkpoint)
+    device = pick_device(args.device, "predictor.py")
+    policy = load_predictor(args.checkpoint).to(device)
+    policy.vae_tile = args.vae_tile
+    if args.half:
+        policy.to(torch.float16 if device.type == "cuda" else torch.bfloat16)
     bad, root, done = 0, Path(args.images), set()
     for path in tqdm(paths, desc="photos", disable=len(paths) < 3):
         try:
@@ -306,13 +346,13 @@ def main(argv=None):
             print(f"skipped: {error}", file=sys.stderr)
             bad += 1
             continue
-        maps = predict_photo(policy, rgb, args.processing_res or policy.cfg.size, args.denoise_steps, args.seed,
-                             args.ensemble_size)
+        native = policy.photo_maps(rgb, args.processing_res, args.denoise_steps, args.seed, args.ensemble_size)
+        maps = policy.tabled(native)
         name = "_".join((path.relative_to(root) if root.is_dir() else Path(path.name)).with_suffix("").parts)
         name = f"{name}_{path.suffix[1:]}" if name in done else name             # a.jpg and a.png keep their own files
         done.add(name)
-        for m, value in maps.items():
-            data.save_map(args.out, name, m, value.numpy())
+        for (m, value), own in zip(maps.items(), native.values(), strict=True):
+            data.save_map(args.out, name, m, value.numpy(), own.numpy())
         shown = {k: torch.from_numpy(data.display(k, v.numpy())) for k, v in dict(photo=rgb, **maps).items()}
         tiles = [(k, data.resize_long(v, min(512, max(v.shape[-2:]))).numpy()) for k, v in shown.items()]
         data.save_png(Path(args.out) / f"{name}_panel.png", data.panel(tiles))

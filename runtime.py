@@ -4,11 +4,13 @@ A run folder holds run.json (settings, command, commit, versions, device), metri
 checkpoint.safetensors (weights, EMA, optimizer state; step and settings in its header). No pickle anywhere.
 To resume, run the same command again. The only file that touches torch.distributed.
 """
+import copy
 import hashlib
 import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -18,6 +20,7 @@ import numpy
 import torch
 import torch.distributed as dist
 import transformers
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
@@ -39,12 +42,17 @@ def world():
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def pick_device(name, command):
+    """torch.device of a --device flag: auto, cpu or cuda. raises UserError for cuda without a GPU."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"{command}: got --device cuda, but torch finds no GPU; use --device cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
 def setup(cfg):
     """Join the process group when started by torchrun, choose threads and device; returns the torch.device."""
     local = int(os.environ.get("LOCAL_RANK", 0))
-    use_cuda = cfg.device in ("auto", "cuda") and torch.cuda.is_available()
-    if cfg.device == "cuda" and not use_cuda:
-        raise UserError("train.py: got --device cuda, but torch finds no GPU; use --device cpu")
+    use_cuda = pick_device(cfg.device, "train.py").type == "cuda"
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     elif world() > 1 and not use_cuda:
@@ -106,13 +114,61 @@ def about():
                 numpy=numpy.__version__, device=gpu)
 
 
-def weights_digest(folder):
-    """Short digest of the *.safetensors files of a folder: a run may not resume on other weights than it began with."""
-    h = hashlib.sha256()
-    for path in sorted(Path(folder).glob("*.safetensors")):
+def hub_folder(name, patterns):
+    """A local folder as it is, or the files of a hub id (ORG/NAME) that match `patterns`, downloaded to HF_HOME.
+
+    raises  FileNotFoundError when it is neither
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    reason = "not of the form ORG/NAME"
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name)):
+        try:
+            return Path(snapshot_download(str(name), allow_patterns=patterns))
+        except (OSError, ValueError) as error:                                  # no network, no such model, no access
+            reason = " ".join(str(error).split())[:200]
+    raise FileNotFoundError(f"got no folder {str(name)!r} here and no such model on the hub ({reason}); "
+                            "want a folder, or a hub id and a network")
+
+
+def weights_digest(name):
+    """Short digest of the safetensors files under a folder or of a hub id's snapshot.
+
+    A run may not resume on other weights than it began with.
+    """
+    folder, h = hub_folder(name, ["*.safetensors"]), hashlib.sha256()
+    for path in sorted(folder.rglob("*.safetensors")):
         if path.name != CHECKPOINT:
-            h.update(path.read_bytes())
+            h.update(str(path.relative_to(folder)).encode())
+            with open(path, "rb") as f:
+                while block := f.read(1 << 24):
+                    h.update(block)
     return h.hexdigest()[:16]
+
+
+def load_strict(model, state, origin, assign=False):
+    """load_state_dict that names the first missing, surplus or misshapen key. raises ValueError."""
+    want = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    got = {k: tuple(v.shape) for k, v in state.items()}
+    wrong = sorted(k for k in want.keys() | got.keys() if want.get(k) != got.get(k))
+    if wrong:
+        k = wrong[0]
+        raise ValueError(f"{len(wrong)} of {len(want)} weights in {origin} do not fit (first: {k}, "
+                         f"got {got.get(k)}, want {want.get(k)}); use a checkpoint of the same architecture and size")
+    model.load_state_dict(state, assign=assign)
+
+
+def trained(module, like=None):
+    """The parameters of a module that train (in `like`, if given), as a module that shares them: what a run keeps."""
+    names = [name for name, p in (like or module).named_parameters() if p.requires_grad]
+    own = dict(module.named_parameters())
+    return torch.nn.ParameterDict({name.replace(".", "|"): own[name] for name in names})
+
+
+def frozen_copy(module):
+    """A frozen deep copy that shares the parameters which are frozen already."""
+    shared = {id(p): p for p in module.parameters() if not p.requires_grad}
+    return copy.deepcopy(module, shared).requires_grad_(False)
 
 
 def strict(value):
@@ -243,19 +299,26 @@ class Run:
             os.fsync(f.fileno())
         os.replace(part, self.folder / CHECKPOINT)
 
-    def update(self, loss, params, factor, clip=1.0):
-        """Backward, average over ranks, clip each parameter list by its own norm, step.
+    def backward(self, loss):
+        """Add the gradient of a scalar to what has been gathered since the last update.
 
-        loss    scalar with gradient;  params  list of parameter lists;  factor  share of the peak learning rates
-        returns float: largest gradient norm before clipping
-        raises  FloatingPointError naming what was not finite; nothing is updated then
+        raises  FloatingPointError for a loss that is not finite
         """
         if not loss.isfinite():
             raise FloatingPointError(f"{self.folder.name}: loss is {loss.item()}; nothing was updated; "
                                      "lower the learning rate")
-        for opt in self.opts:
-            opt.zero_grad(set_to_none=True)
         loss.backward()
+
+    def update(self, loss, params, factor, clip=1.0):
+        """Backward, average the gathered gradients over ranks, clip each parameter list by its own norm, step, clear.
+
+        loss    scalar with gradient, or None when `backward` has gathered all there is
+        params  list of parameter lists;  factor  share of the peak learning rates
+        returns float: largest gradient norm before clipping
+        raises  FloatingPointError naming what was not finite; nothing is updated then
+        """
+        if loss is not None:
+            self.backward(loss)
         trained = [p for group in params for p in group if p.grad is not None]
         if world() > 1:
             flat = torch.cat([p.grad.flatten() for p in trained])
@@ -270,6 +333,7 @@ class Run:
             for group in opt.param_groups:
                 group["lr"] = factor * group["peak"]
             opt.step()
+            opt.zero_grad(set_to_none=True)
         return max(n.item() for n in norms)
 
     def log(self, step, show=(), **values):

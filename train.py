@@ -17,20 +17,21 @@ import data
 import eval as evaluation
 import grpo
 import kernels
+import lora
 import metrics
 import runtime
 from bank import Bank
 from config import parse
 from judge import MiniJudge, Probe, build_mini, judge_loss, load_judge
-from predictor import NAMES, DiT, DiTConfig, flow_loss, load_predictor, times
+from predictor import NAMES, DiT, DiTConfig, flow_loss, load_predictor
 from relations import MODALITIES, relation, soft_relation
 from runtime import Run, UserError, cosine, ema_update, optimizers
 
-GRPO_SETTINGS = ("images", "policy", "judge", "photos", "pairs", "bank_pairs", "group", "sample_steps", "noise",
+GRPO_SETTINGS = ("images", "policy", "judge", "photos", "pairs", "bank_pairs", "group", "sample_steps", "noise", "lora",
                  "exploration", "credit", "credit_width", "rollout", "reward", "tau", "window", "modalities", "norm",
                  "balance", "steps", "batch", "updates", "clip", "kl_weight", "replay", "lr", "ema", "size")
 DIT_SETTINGS = ("size", "width", "encoder_layers", "layers", "heads", "patch")
-SEEDS = dict(base=1, judge=2, grpo=3, photos=4)      # streams of random numbers, one per purpose
+SEEDS = dict(base=1, judge=2, grpo=3, photos=4, lora=5)      # streams of random numbers, one per purpose
 
 
 def settings(cfg, *names, prefix=None):
@@ -157,65 +158,86 @@ class Rows:
     rgb (B, 3, H, W); names: M modalities; index (M*B,) modality of each row; pts (B, P, 2, 2); prob (B, P, 4)
     """
 
-    def __init__(self, cfg, photos, bank_pts, bank_prob, batch, rng, device):
+    def __init__(self, cfg, modalities, photos, bank_pts, bank_prob, batch, rng, device):
         picked = torch.randint(len(photos), (batch,), generator=rng)
         chosen = torch.stack([torch.randperm(cfg.bank_pairs, generator=rng)[:cfg.pairs] for _ in range(batch)])
-        one = int(torch.randint(len(NAMES), (1,), generator=rng))
+        one = int(torch.randint(len(modalities), (1,), generator=rng))
         self.rgb = photos[picked].to(device).float() / 255
-        self.names = NAMES if cfg.modalities == "joint" else NAMES[one:one + 1]
+        self.names = modalities if cfg.modalities == "joint" else modalities[one:one + 1]
         self.index = torch.tensor([NAMES.index(m) for m in self.names], device=device).repeat_interleave(batch)
         self.pts = bank_pts[picked[:, None], chosen].to(device)
         self.prob = bank_prob[picked[:, None], chosen].to(device)
-        self.amp = runtime.autocast(cfg.precision, device)
+        self.amp, self.micro = runtime.autocast(cfg.precision, device), cfg.micro
 
     def encode(self, net):
         """Condition of every row: (M*B, ...)."""
         with self.amp:
-            return net.encode(self.rgb).repeat(len(self.names), 1, 1)
+            cond = net.encode(self.rgb)
+        return torch.cat([cond] * len(self.names))
 
-    def velocity(self, net, cond, x, t):
-        """v of states x (M*B*K, c, h, w), K samples of a row side by side, at time t (float)."""
-        K = len(x) // len(self.index)
+    def parts(self, n):
+        """Indices of n states in portions of cfg.micro: rollout and update see the same batches, hence a ratio of 1."""
+        return torch.arange(n, device=self.index.device).split(self.micro or n)
+
+    def velocity(self, net, cond, x, t, part, n):
+        """v of states x (N, c, h, w) at time t (float); part (N,): their places among all n, a row's side by side."""
+        row = part // (n // len(self.index))
         with self.amp:
-            return net.velocity(x, torch.full((len(x),), t, device=x.device), cond.repeat_interleave(K, 0),
-                                self.index.repeat_interleave(K))
+            return net.velocity(x, torch.full((len(x),), t, device=x.device), cond[row], self.index[row]).float()
+
+    def all_velocities(self, net, cond, x, t):
+        """v of all states, portion by portion."""
+        return torch.cat([self.velocity(net, cond, x[part], t, part, len(x)) for part in self.parts(len(x))])
 
 
 @torch.no_grad()
-def explore(policy, rows, cfg, rng):
+def explore(policy, rows, cfg, step, rng):
     """Sample a group per row, compare it with the judge.
 
     returns  trained steps, advantage (M*B, G) or (M*B, G, h, w), dict of reward statistics
     """
     cond, B = rows.encode(policy), len(rows.rgb)
-    x = torch.randn(len(rows.index), *policy.shape(rows.rgb), generator=rng).to(rows.rgb.device)  # one noise per group
-    x0, taken = grpo.rollout(lambda x, t: rows.velocity(policy, cond, x, t), x, times(cfg.sample_steps), cfg.group,
-                             cfg.rollout, grpo.STEPS[cfg.exploration], cfg.noise, rng)              # (M*B, G, c, h, w)
+    noise = torch.randn(len(rows.index), *policy.shape(rows.rgb), generator=rng).to(rows.rgb.device)  # one per group
+    x0, taken = grpo.rollout(lambda x, t: rows.all_velocities(policy, cond, x, t),
+                             policy.start(noise, cfg.sample_steps), policy.times(cfg.sample_steps), cfg.group,
+                             cfg.rollout, step, cfg.noise, rng)                                     # (M*B, G, c, h, w)
     advantage, stats = [], {}
     for m, part in zip(rows.names, x0.split(B), strict=True):
-        pred = policy.decode(part.flatten(0, 1), m).unflatten(0, (B, cfg.group))                    # (B, G, C, H, W)
+        with rows.amp:                                                          # only the drawn modality is decoded
+            pred = policy.decode(part.flatten(0, 1), m).float().unflatten(0, (B, cfg.group))        # (B, G, C, H, W)
         agree, weight = agreement_of(pred, rows.pts, rows.prob[..., NAMES.index(m)], m, cfg)        # (B, G, P), (B, P)
-        adv, reward = credit_of(agree, weight, rows.pts, x0.shape[-2:], cfg)
+        pts = rows.pts * x0.shape[-1] // rows.rgb.shape[-1]                     # photo pixels -> pixels of the state
+        adv, reward = credit_of(agree, weight, pts, x0.shape[-2:], cfg)
         advantage.append(adv)
         stats |= {f"reward/{m}": reward.mean(), f"reward/{m}_spread": reward.std(1, correction=0).mean(),
                   f"reward/{m}_unanimous": grpo.is_unanimous(reward).float().mean()}
     return taken, torch.cat(advantage), stats | {"reward": mean([stats[f"reward/{m}"] for m in rows.names])}
 
 
-def surrogate(policy, ref, rows, taken, advantage, cfg):
-    """Loss of the trained steps (mean) and what the log shows of them."""
+def surrogate(policy, ref, rows, taken, advantage, cfg, step, backward):
+    """Loss of the trained steps (mean); its gradient is gathered portion by portion, so one portion is in memory.
+
+    backward  called with each portion's share of the loss;  returns  the loss, and what the log shows of it
+    """
     cond, loss, parts = rows.encode(policy), 0.0, []
+    leaf = cond.detach().requires_grad_(cond.requires_grad)                     # the photo encoder is walked back once
     with torch.no_grad():
         cond_ref = rows.encode(ref)
     for one in taken:
-        v = rows.velocity(policy, cond, one.x, one.t)
-        with torch.no_grad():
-            v_ref = rows.velocity(ref, cond_ref, one.x, one.t)
-        credit = advantage if len(one.x) == len(rows.index) else advantage.flatten(0, 1)[:, None]
-        term, part = grpo.step_loss(v, v_ref, one, grpo.STEPS[cfg.exploration], cfg.noise, credit, cfg.clip,
-                                    cfg.kl_weight)
-        loss = loss + term / len(taken)
-        parts.append(part)
+        n = len(one.x)
+        credit = advantage if n == len(rows.index) else advantage.flatten(0, 1)[:, None]
+        for part in rows.parts(n):
+            v = rows.velocity(policy, leaf, one.x[part], one.t, part, n)
+            with torch.no_grad():
+                v_ref = rows.velocity(ref, cond_ref, one.x[part], one.t, part, n)
+            term, stats = grpo.step_loss(v, v_ref, one.rows(part), step, cfg.noise, credit[part], cfg.clip,
+                                         cfg.kl_weight)
+            share = term * (len(part) / n / len(taken))
+            backward(share)
+            loss = loss + share.detach()
+            parts.append(stats)
+    if cond.requires_grad:
+        cond.backward(leaf.grad)
     return loss, {f"policy/{k}": f([p[k] for p in parts]) for k, f in
                   dict(ratio_min=min, ratio_max=max, clip_frac=mean, kl=mean).items()}
 
@@ -224,35 +246,43 @@ def tune(cfg, device):
     """GRPO against the frozen judge, without ground truth; writes OUT/grpo, or OUT/photos for --images."""
     start, judge_folder = cfg.policy or Path(cfg.out) / "base", cfg.judge or Path(cfg.out) / "judge"
     policy = load_predictor(start).to(device)
-    ref, average = (copy.deepcopy(policy).requires_grad_(False) for _ in range(2))
-    params = [p for p in policy.parameters() if p.requires_grad]
+    if cfg.lora:
+        lora.inject(policy.network, policy.lora_targets, cfg.lora, cfg.lora,
+                    rng=runtime.generator(cfg.seed, SEEDS["lora"]))
+    policy.checkpointing(bool(cfg.checkpointing))
+    ref, average = (runtime.frozen_copy(policy) for _ in range(2))
+    lora.disable(ref)
+    learnt, averaged = runtime.trained(policy), runtime.trained(average, like=policy)
+    params = list(learnt.parameters())
     opts = optimizers([policy], cfg.lr, 0, weight_decay=0.0, betas=(0.9, 0.95))
     batch = shares(cfg.batch, "batch")
     frozen = dict(policy_weights=runtime.weights_digest(start), judge_weights=runtime.weights_digest(judge_folder))
     run = Run(grpo_folder(cfg), settings(cfg, *GRPO_SETTINGS) | frozen, cfg.seed, cfg.steps,
-              dict(policy=policy, average=average), opts, cfg.save_every)
+              dict(policy=learnt, average=averaged), opts, cfg.save_every)
+    sde = grpo.STEPS[policy.exploration if cfg.exploration == "auto" else cfg.exploration]
     if run.start < run.steps:
         photos, bank_pts, bank_prob, _ = judged_photos(cfg, device)
         replay = data.ScenePool("synthetic", "train", cfg.base_scenes, cfg.size) if cfg.replay else None
     for step in run.loop("grpo", cfg.stop_at):
         rng = run.rng(step, SEEDS["grpo"])
-        rows = Rows(cfg, photos, bank_pts, bank_prob, batch, rng, device)
-        taken, advantage, stats = explore(policy, rows, cfg, rng)
+        rows = Rows(cfg, policy.modalities, photos, bank_pts, bank_prob, batch, rng, device)
+        taken, advantage, stats = explore(policy, rows, cfg, sde, rng)
         for update in range(cfg.updates):
-            loss, parts = surrogate(policy, ref, rows, taken, advantage, cfg)
+            loss, parts = surrogate(policy, ref, rows, taken, advantage, cfg, sde, run.backward)
             if update == 0 and not parts["policy/ratio_min"] == parts["policy/ratio_max"] == 1:
                 raise FloatingPointError(f"grpo: step {step}: the ratio is not 1 before the first update; "
                                          "rollout and update computed different velocities")
             if cfg.replay:
                 with rows.amp:
-                    loss = loss + cfg.replay * flow_loss(policy, replay.draw(batch, rng, device), rows.names, rng)
-            norm = run.update(loss, [params], cosine(step, cfg.steps, warmup=10))
-        ema_update(average, policy, min(cfg.ema, (step + 1) / (step + 10)))
+                    run.backward(cfg.replay * policy.loss(replay.draw(batch, rng, device), rows.names, rng))
+            norm = run.update(None, [params], cosine(step, cfg.steps, warmup=10))
+        ema_update(averaged, learnt, min(cfg.ema, (step + 1) / (step + 10)))
         if cfg.eval_every and ((step + 1) % cfg.eval_every == 0 or step == 0) and runtime.rank() == 0:
             stats |= evaluation.diagnose(average, cfg.size, cfg.eval_steps)
-        run.log(step, show=("reward", "policy/kl"), **stats, **parts, **{"grad/norm": norm, "loss": loss.detach()})
+        run.log(step, show=("reward", "policy/kl"), **stats, **parts, **{"grad/norm": norm, "loss": loss})
     if run.finished():
-        average.save(run.folder, base=str(start), trained_on=cfg.images or "procedural wild photos")
+        made = {k: v for k, v in runtime.about().items() if k in ("command", "commit")}
+        average.save(run.folder, base=str(start), trained_on=cfg.images or "procedural wild photos", **made)
 
 
 def mean(values):
@@ -283,16 +313,17 @@ def report_wild(cfg, device):
 def report_photos(cfg, device):
     """Before/after figures without ground truth on the photos of --images; writes OUT/photos/report.json, panel.png."""
     out = Path(cfg.out)
-    photos, pts, prob, names = judged_photos(cfg, device)
+    photos, pts, prob, names = (x[:cfg.eval_images] for x in judged_photos(cfg, device))
     rgb = photos.float() / 255
     policies = [load_predictor(path).to(device) for path in (cfg.policy or out / "base", grpo_folder(cfg))]
-    pred = [evaluation.predict(p, rgb, cfg.eval_steps, 0) for p in policies]
+    pred = [evaluation.predict(p, rgb, cfg.eval_steps, 0, cfg.micro or 64) for p in policies]
     rows = {}
-    for k, m in enumerate(NAMES):
+    for m in policies[0].modalities:
         per_photo = [(a * w[:, None]).sum(-1)[:, 0].numpy() for a, w in
-                     (agreement_of(p[m][:, None], pts, prob[..., k], m, cfg) for p in pred)]
+                     (agreement_of(p[m][:, None], pts, prob[..., NAMES.index(m)], m, cfg) for p in pred)]
         rows[f"reward/{m}"] = per_photo
-    rows["depth-normal RMSE"] = [evaluation.photo_scores(p) for p in pred]
+    if {"depth", "normal"} <= set(policies[0].modalities):
+        rows["depth-normal RMSE"] = [evaluation.photo_scores(p) for p in pred]
     result = {"n": len(rgb),
               "judge/confidence": {m: float((2 * prob[..., k] - 1).abs().mean()) for k, m in enumerate(NAMES)}}
     lines = []
@@ -302,7 +333,7 @@ def report_photos(cfg, device):
         lines.append((name,
                       f"confidence {result['judge/confidence'][name[7:]]:.3f}" if name.startswith("reward") else "ours",
                       f"{a.mean():.4f}", f"{b.mean():.4f}", f"{change:+.4f}", f"[{low:+.4f}, {high:+.4f}]"))
-    evaluation.table(f"{cfg.images}: {len(rgb)} photos, the ones trained on; no ground truth exists; "
+    evaluation.table(f"{cfg.images}: {len(rgb)} of the photos trained on; no ground truth exists; "
                      "paired bootstrap 95 %",
                      lines, ("figure", "judge", "base", "X", "change", "95 %"))
     runtime.write_json(out / "photos" / "report.json", dict(about=runtime.about(), seed=cfg.seed, **result))
@@ -314,7 +345,7 @@ def save_panel(path, rgb, before, after, truth=None, labels=None, rows=4):
     tiles = []
     for i in range(min(rows, len(rgb))):
         tiles.append((labels[i] if labels else "photo", rgb[i].numpy()))
-        for m in NAMES:
+        for m in before:
             for word, maps in (("base", before), ("X", after), ("truth", truth)):
                 if maps is not None:
                     value = maps[m][i]

@@ -6,6 +6,7 @@ import pytest
 
 import train
 from config import CHOICES, PRESETS, Config, parse, problem
+from predictor import DiT
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 WEIGHTS = ["--policy", "P", "--judge", "J", "--images", "I"]
@@ -100,9 +101,10 @@ def test_a_number_that_would_fail_or_mislead_later_is_refused_now(capsys, name):
 def test_the_paper_preset_is_the_paper():
     cfg = parse(["--preset", "paper", "--stage", "grpo", *WEIGHTS])[1]
     want = dict(pairs=40, group=8, sample_steps=15, eval_steps=50, noise=0.7, lr=1e-5, photos=10000, reward="hard",
-                credit="global", rollout="full", modalities="one", exploration="flow", norm="group", window=0,
-                replay=0.0)
+                credit="global", rollout="full", modalities="one", norm="group", window=0,
+                replay=0.0, lora=0)
     assert {k: getattr(cfg, k) for k in want} == want
+    assert cfg.exploration == "auto" and DiT.exploration == "flow"              # Euler-Maruyama for a rectified flow
     assert cfg.steps * cfg.batch == 3 * cfg.photos                              # three epochs
 
 

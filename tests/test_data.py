@@ -367,7 +367,7 @@ def test_native_values_survive_and_display_follows_the_convention(tmp_path):
 
 @pytest.mark.parametrize("name, modality, array, word", [
     ("a", "depth", np.ones((3, 4, 4)), "(3, 4, 4)"), ("a", "albedo", np.ones((4, 4)), "(1, 4, 4)"),
-    ("a", "heat", np.ones((3, 4, 4)), "heat"), ("a", "depth", np.full((4, 4), np.nan), "non-finite"),
+    ("a", "heat", np.ones((1, 4, 4)), "heat"), ("a", "depth", np.full((4, 4), np.nan), "non-finite"),
     ("../a", "depth", np.ones((4, 4)), ".."), ("/a", "depth", np.ones((4, 4)), "/a"),
 ])
 def test_save_map_refuses(tmp_path, name, modality, array, word):

@@ -12,7 +12,7 @@ import data
 import eval as evaluation
 from eval import HEURISTICS, METRICS, compare, eval_pairs, judge_scores, score
 from judge import true_relations
-from predictor import NAMES
+from predictor import NAMES, times
 from runtime import run_command
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "hypersim_scenes"
@@ -128,6 +128,11 @@ def test_what_stands_under_the_sky_does_not_count(maps, pairs):
 def test_evaluation_draws_the_same_noise_for_every_predictor(maps):
     class Echo(torch.nn.Linear):
         """A predictor whose maps are its noise."""
+
+        modalities, times = evaluation.NAMES, staticmethod(times)
+
+        def start(self, noise, T):
+            return noise
 
         def encode(self, rgb):
             return rgb
@@ -351,6 +356,15 @@ def test_a_judge_of_another_image_size_is_refused(run, capsys):
                                              "--denoise-steps", "1"]), "eval.py")
     line = capsys.readouterr().err.splitlines()[-1]
     assert stop.value.code == 2 and line.startswith("eval.py: ") and "16" in line and "24" in line
+
+
+def test_scenes_refuse_a_predictor_without_all_modalities(run, capsys, monkeypatch):
+    monkeypatch.setattr(evaluation.load_predictor(run / "base").__class__, "modalities", ("albedo",))
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run_command(lambda: evaluation.main(["--dataset", "wild", "--out", str(run), *QUICK]), "eval.py")
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and "a predictor of albedo; want one that has depth, normal, irradiance" in line
 
 
 def test_diagnostics_are_finite_and_see_added_noise(run):

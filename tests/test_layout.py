@@ -20,9 +20,9 @@ LAYERS = {  # module: project modules it may import; a module that is not listed
     "grpo": {"kernels", "relations"},
     "bank": {"relations", "data", "runtime"},
     "judge": {"relations", "scenes", "metrics", "config", "runtime", "data", "lora", "kernels"},
-    "predictor": {"relations", "scenes", "metrics", "config", "runtime", "data", "lora", "kernels"},
-    "marigold": {"relations", "scenes", "metrics", "config", "runtime", "data", "lora", "kernels", "predictor"},
-    "predictions": {"benchmarks", "data", "formats", "protocols", "predictor", "scenes"},
+    "predictor": {"relations", "scenes", "metrics", "config", "runtime", "data", "lora", "kernels", "marigold"},
+    "marigold": {"relations", "scenes", "metrics", "config", "runtime", "data", "lora", "kernels"},
+    "predictions": {"benchmarks", "data", "formats", "protocols", "predictor", "runtime", "scenes"},
     "eval": NAMES - {"train", "grpo"},
     "train": NAMES,
 }
@@ -138,7 +138,7 @@ def test_every_imported_package_is_required():
                 found |= {a.name.split(".")[0] for a in node.names}
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
                 found.add(node.module.split(".")[0])
-    brought = {"tqdm", "tokenizers"}                                            # dependencies of transformers
+    brought = {"tqdm", "tokenizers", "huggingface_hub"}                         # dependencies of transformers
     missing = {needs.get(n, n) for n in found - NAMES - set(stdlib_module_names)} - listed - brought
     assert missing == set()
 

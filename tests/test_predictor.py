@@ -235,6 +235,12 @@ class Straight:
     def shape(self, rgb):
         return 3, *rgb.shape[-2:]
 
+    def times(self, T):
+        return times(T)
+
+    def start(self, noise, T):
+        return noise
+
     def velocity(self, x, t, cond, m):
         return (x - self.x0) / t.view(-1, 1, 1, 1)
 
@@ -455,11 +461,12 @@ def test_as_a_process_a_bad_path_has_no_traceback(folder, tmp_path):
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1 and "nowhere.png" in done.stderr
 
 
-@pytest.mark.parametrize("flag", ["--denoise-steps", "--ensemble-size"])
-def test_a_count_of_zero_is_refused(folder, tmp_path, capsys, flag):
+@pytest.mark.parametrize("flag, count", [("--denoise-steps", "-1"), ("--ensemble-size", "0"),
+                                         ("--processing-res", "-8"), ("--vae-tile", "-1")])
+def test_a_count_out_of_range_is_refused(folder, tmp_path, capsys, flag, count):
     PHOTOS["gray.png"](tmp_path / "a.png")
     with pytest.raises(SystemExit) as stop:
-        predictor.main([str(tmp_path / "a.png"), "--checkpoint", str(folder), flag, "0"])
+        predictor.main([str(tmp_path / "a.png"), "--checkpoint", str(folder), flag, count])
     assert stop.value.code == 2 and flag in capsys.readouterr().err
 
 

@@ -232,11 +232,27 @@ def test_a_non_finite_gradient_stops_the_run_and_changes_nothing(tmp_path):
 
 
 def test_update_returns_the_norm_before_clipping_and_clips_each_list(tmp_path):
-    run, model, _ = make(tmp_path)
+    run, model, opts = make(tmp_path)
     first, second = list(model[0].parameters()), list(model[2].parameters())
+    after = []
+    opts[0].register_step_pre_hook(lambda *_: after.extend(                     # what the optimizer is given
+        torch.stack([p.grad.norm() for p in part]).norm().item() for part in (first, second)))
     norm = run.update(1e3 * model(torch.ones(2, 4)).square().sum(), [first, second], 0.0)
-    after = [torch.stack([p.grad.norm() for p in part]).norm().item() for part in (first, second)]
-    assert norm > 10 and all(abs(n - 1) < 1e-3 for n in after)                  # clip_grad_norm_ divides by norm + 1e-6
+    assert norm > 10 and len(after) == 2
+    assert all(abs(n - 1) < 1e-3 for n in after)                                # clip_grad_norm_ divides by norm + 1e-6
+
+
+def test_portions_gathered_by_backward_are_one_update_and_leave_nothing_behind(tmp_path):
+    whole, model, _ = make(tmp_path / "whole")
+    parts, other, _ = make(tmp_path / "parts")
+    other.load_state_dict(model.state_dict())
+    x = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    whole.update(model(x).square().mean(), [list(model.parameters())], 1.0)
+    for part in x.split(2):
+        parts.backward(other(part).square().mean() / 3)
+    parts.update(None, [list(other.parameters())], 1.0)
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.allclose(p, q, atol=1e-6) and q.grad is None
 
 
 def test_the_factor_scales_the_peak_learning_rate(tmp_path):

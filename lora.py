@@ -1,0 +1,150 @@
+"""Low-rank adapters: W x + (alpha / r) B A dropout(x) on chosen linear layers, in PEFT's files (Hu et al. 2022).
+
+    adapter_model.safetensors   base_model.model.<path>.lora_A.weight (r, in), .lora_B.weight (out, r)
+    adapter_config.json         r, lora_alpha, lora_dropout, target_modules, ...
+B starts at zero, so a fresh adapter changes nothing, bit for bit. Paths are relative to the network it was injected in.
+"""
+import json
+import math
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+PREFIX = "base_model.model."
+REFUSED = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform")
+
+
+class Adapted(nn.Module):
+    """A frozen nn.Linear `base` plus its adapter; `active` False gives the base alone."""
+
+    def __init__(self, base, r, alpha, dropout=0.0, rng=None):
+        super().__init__()
+        self.base, self.r, self.alpha, self.dropout, self.active = base.requires_grad_(False), r, alpha, dropout, True
+        like = dict(dtype=torch.float32, device=base.weight.device)
+        bound = 1 / math.sqrt(base.in_features)                                 # kaiming_uniform(a = sqrt 5)
+        start = torch.rand(r, base.in_features, generator=rng) * 2 * bound - bound
+        self.lora_A = nn.Parameter(start.to(**like))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, **like))
+
+    def forward(self, x):
+        y = self.base(x)
+        if not self.active:
+            return y
+        low = F.linear(F.dropout(x, self.dropout, self.training).to(self.lora_A.dtype), self.lora_A)
+        return y + (self.alpha / self.r * F.linear(low, self.lora_B)).to(y.dtype)
+
+    def merged(self):
+        """Weight of the equivalent linear layer, (out, in) in the dtype of the base; the product is taken in fp32."""
+        return (self.base.weight.float() + self.alpha / self.r * self.lora_B.float() @ self.lora_A.float()).to(
+            self.base.weight.dtype)
+
+
+def adapters(network):
+    """Adapted layers of a network: dict path -> Adapted."""
+    return {path: m for path, m in network.named_modules() if isinstance(m, Adapted)}
+
+
+def inject(network, targets, r, alpha, dropout=0.0, rng=None):
+    """Freeze a network and give every nn.Linear whose path ends in one of `targets` an adapter; returns their paths.
+
+    raises  ValueError when a target matches no linear layer
+    """
+    matches = lambda path, t: path == t or path.endswith(f".{t}")               # noqa: E731
+    found = [path for path, m in network.named_modules()
+             if isinstance(m, nn.Linear) and any(matches(path, t) for t in targets)]
+    for t in targets:
+        if not any(matches(path, t) for path in found):
+            raise ValueError(f"lora.inject: got target {t!r}, which names no linear layer of "
+                             f"{type(network).__name__}; want the end of a module path")
+    network.requires_grad_(False)
+    for path in found:
+        _replace(network, path, Adapted(network.get_submodule(path), r, alpha, dropout, rng))
+    return found
+
+
+def _replace(network, path, module):
+    parent, _, name = path.rpartition(".")
+    setattr(network.get_submodule(parent), name, module)
+
+
+def disable(network):
+    """Switch all adapters off: the network is its base again. Nothing happens to a network without adapters."""
+    for layer in adapters(network).values():
+        layer.active = False
+
+
+def merge(network):
+    """Fold all adapters into their linear layers, in place."""
+    for path, layer in adapters(network).items():
+        with torch.no_grad():
+            layer.base.weight.copy_(layer.merged())
+        _replace(network, path, layer.base)
+
+
+def merged_state(network):
+    """state_dict of the network as if merged, under the names it had before `inject`."""
+    found = adapters(network)
+    state = {}
+    for key, value in network.state_dict().items():
+        path, _, name = key.rpartition(".")
+        parent, _, last = path.rpartition(".")
+        if path in found:                                                       # lora_A, lora_B
+            continue
+        if last == "base" and parent in found:
+            state[f"{parent}.{name}"] = found[parent].merged() if name == "weight" else value
+        else:
+            state[key] = value
+    return state
+
+
+def save_adapter(network, folder, base="", task=None):
+    """Write the adapters in PEFT layout; `base` names the base model, `task` is PEFT's task_type."""
+    folder, found = Path(folder), adapters(network)
+    folder.mkdir(parents=True, exist_ok=True)
+    one = next(iter(found.values()))
+    tensors = {f"{PREFIX}{path}.{k}.weight": getattr(m, k).detach().cpu().contiguous()
+               for path, m in found.items() for k in ("lora_A", "lora_B")}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps(dict(
+        peft_type="LORA", task_type=task, base_model_name_or_path=base, r=one.r, lora_alpha=one.alpha,
+        lora_dropout=one.dropout, target_modules=sorted(found), bias="none", inference_mode=True, fan_in_fan_out=False,
+        init_lora_weights=True), indent=1))
+
+
+def load_adapter(network, folder):
+    """Inject the adapters of a PEFT folder into a network that has none.
+
+    raises  FileNotFoundError: no adapter there; ValueError: another kind of adapter, keys that fit no linear layer
+    """
+    folder = Path(folder)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"lora.load_adapter: got no {name} in {folder}; want a PEFT adapter folder")
+    try:
+        cfg = json.loads((folder / "adapter_config.json").read_text())
+        state = load_file(folder / "adapter_model.safetensors")
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"lora.load_adapter: {folder} cannot be read ({error}); copy it again") from None
+    odd = [k for k in REFUSED if cfg.get(k)]
+    if cfg.get("peft_type") != "LORA" or odd:
+        raise ValueError(f"lora.load_adapter: got {cfg.get('peft_type')!r} with {odd or 'no further options'} in "
+                         f"{folder}; want plain LoRA; merge it with peft first")
+    paths = sorted({k.removeprefix(PREFIX).rsplit(".lora_", 1)[0] for k in state})
+    linear = {path for path, m in network.named_modules() if isinstance(m, nn.Linear)}
+    want = {f"{PREFIX}{p}.lora_{k}.weight" for p in paths for k in "AB"}
+    wrong = sorted(set(state) ^ want) + [p for p in paths if p not in linear]
+    if wrong:
+        raise ValueError(f"lora.load_adapter: {len(wrong)} of {len(state)} keys in {folder} match no linear layer "
+                         f"(first: {wrong[0]}); was it trained from another base?")
+    inject(network, paths, cfg["r"], cfg["lora_alpha"], cfg.get("lora_dropout", 0.0))
+    for path, layer in adapters(network).items():
+        for k in ("lora_A", "lora_B"):
+            value, own = state[f"{PREFIX}{path}.{k}.weight"], getattr(layer, k)
+            if value.shape != own.shape:
+                raise ValueError(f"lora.load_adapter: {path}.{k} in {folder}: got {tuple(value.shape)}, "
+                                 f"want {tuple(own.shape)}; was it trained from another base?")
+            own.data.copy_(value)
