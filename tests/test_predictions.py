@@ -12,6 +12,7 @@ from official import bench_of
 
 import benchmarks
 import eval as evaluation
+import marigold
 import metrics
 import predictions
 import protocols
@@ -434,3 +435,46 @@ def test_metrics_of_a_large_frame_agree_with_small_blocks(monkeypatch):
     np.testing.assert_allclose(list(small[1].values()), list(whole[1].values()), rtol=1e-12)
     a = np.stack([pred[mask], np.ones(mask.sum())], 1)
     np.testing.assert_allclose(whole[0], np.linalg.lstsq(a, gt[mask], rcond=None)[0], rtol=1e-9)
+
+
+def tiny_marigold(kind="MarigoldIntrinsicsPipeline", n=3):
+    """A Marigold of the published structure with random weights, two levels wide."""
+    unet = dict(in_channels=4 * n + 4, out_channels=4 * n, block_out_channels=[32, 64], layers_per_block=1,
+                attention_head_dim=[2, 4], cross_attention_dim=24, norm_num_groups=8, use_linear_projection=True,
+                down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"],
+                up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"])
+    vae = dict(block_out_channels=[16, 32], layers_per_block=1, latent_channels=4, norm_num_groups=8)
+    schedule = dict(beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear", prediction_type="v_prediction",
+                    rescale_betas_zero_snr=True, set_alpha_to_one=False, timestep_spacing="trailing")
+    spaces = dict(albedo=dict(prediction_space="linear", up_to_scale=False),
+                  shading=dict(prediction_space="linear", up_to_scale=True),
+                  residual=dict(prediction_space="linear", up_to_scale=True))
+    about = dict(_class_name=kind, target_properties=dict(target_names=["albedo", "shading", "residual"], **spaces),
+                 default_denoising_steps=1)
+    torch.manual_seed(0)
+    return marigold.Marigold(marigold.UNet(unet), marigold.VAE(vae), marigold.Schedule(schedule),
+                             torch.randn(1, 2, 24), about).eval()
+
+
+@pytest.mark.parametrize("dataset, kind, n, tables", [
+    ("iiw", "MarigoldIntrinsicsPipeline", 3, 1), ("mit", "MarigoldIntrinsicsPipeline", 3, 2),
+    ("hypersim", "MarigoldIntrinsicsPipeline", 3, 1), ("diode", "MarigoldDepthPipeline", 1, 1),
+    ("ibims", "MarigoldNormalsPipeline", 1, 1)])
+def test_marigold_is_evaluated_on_what_it_predicts(tmp_path, monkeypatch, capsys, dataset, kind, n, tables):
+    with torch.random.fork_rng():
+        model = tiny_marigold(kind, n)
+    monkeypatch.setattr(predictions, "load_predictor", lambda path: model)
+    for b in benchmarks.chosen(dataset):
+        official.make(b, tmp_path / "data", 1)
+    flags = ["--data", tmp_path / "data", "--out", tmp_path / "o", "--checkpoint", "some/marigold", "--limit", 1]
+    flags += ["--processing-res", 16] if dataset != "iiw" else []
+    got = numbers(tmp_path, "--dataset", dataset, *flags)
+    got = got.get("tables", [got])
+    assert len(got) == tables and all(np.isfinite(r["value"]) for t in got for r in t["metrics"].values())
+    if dataset == "hypersim":
+        assert {"albedo_psnr", "shading_psnr"} <= set(got[0]["metrics"])
+    printed = capsys.readouterr().out
+    assert ("long edge of the protocol" if dataset == "iiw" else "long edge 16 px") in printed
+    other = "ibims" if dataset != "ibims" else "diode"
+    official.make(bench_of(other), tmp_path / "data", 1)
+    assert "want " + bench_of(other).needs[0] in refusal(capsys, "--dataset", other, *flags)
