@@ -104,7 +104,8 @@ def network(path, args):
         return [linear(photo_maps(policy, x, resolution(bench), args, wanted, tuple(sample["size"])), "srgb")
                 for x in sample["photos"]]
 
-    settings = f"{args.denoise_steps or 'its own number of'} steps, ensemble {args.ensemble_size}, seed {args.seed}, "
+    steps = args.denoise_steps or getattr(policy, "steps", 10)
+    settings = f"{steps} steps, ensemble {args.ensemble_size}, seed {args.seed}, "
     edge = next((r for r in (args.processing_res, trained) if r is not None), None)
     settings += "long edge " + ("of the protocol" if edge is None else f"{edge} px" if edge else "of the photo")
     return Source(f"{path}: {settings}", lacks, lambda bench, items: weights_key(policy) + settings, read, maps)

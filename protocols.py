@@ -212,13 +212,18 @@ def mean_axes(rows):
 # pictures ---------------------------------------------------------------------------------------------------------
 
 def _bar(error, top):
-    """(H, W) error -> (3, H, W') picture: bright is 0, dark `top` or more; the bar at its right runs from 0 to top."""
-    H, W = error.shape
+    """(H, W) error, NaN where there is no truth -> (3, H, W') picture: bright is 0, dark `top` or more, gray no truth.
+
+    The bar at its right runs from 0 (bottom) to top.
+    """
+    (H, W), known = error.shape, np.isfinite(error)
+    error = np.where(known, error, 0)
     bar = np.repeat(np.linspace(1, 0, H)[:, None], max(4, W // 24), 1)          # top of the bar = largest error
     both = np.concatenate([np.clip(error / max(top, 1e-12), 0, 1), np.zeros((H, 2)), bar], 1)
     knots = np.linspace(0, 1, len(data.ANCHORS))
     colour = np.stack([np.interp(both, knots, data.ANCHORS[:, c]) for c in range(3)])
     colour[:, :, W:W + 2] = 1
+    colour[:, :, :W][:, ~known] = 0.5
     return colour
 
 
@@ -255,7 +260,7 @@ def pictures(bench, pred, sample):
         depth, mask = _small(sample["depth"]), _small(sample["mask"])
         fitted = _small(fit_depth(bench, one["depth"], sample)[0])
         low, high = np.quantile(depth[mask], [0.02, 0.98])
-        error = np.where(mask, np.abs(fitted - depth) / np.where(mask, depth, 1), 0)
+        error = np.where(mask, np.abs(fitted - depth) / np.where(mask, depth, 1), np.nan)
         return [photo, (f"truth {low:.2f}..{high:.2f} m", _depths(depth, mask, low, high)),
                 ("prediction, aligned", _depths(fitted, np.ones_like(mask), low, high)),
                 ("|p-g|/g, bar 0..0.5", _bar(error, 0.5))]
@@ -264,7 +269,7 @@ def pictures(bench, pred, sample):
         angle = metrics.normal_error(guess, truth)
         unit = guess / np.linalg.norm(guess, axis=0).clip(1e-12)
         return [photo, ("truth", (truth + 1) / 2 * truth.any(0)), ("prediction", (unit + 1) / 2),
-                ("angle, bar 0..60 deg", _bar(np.where(np.isfinite(angle), angle, 0), 60))]
+                ("angle, bar 0..60 deg", _bar(angle, 60))]
     if bench.task in ("lmse", "iid"):
         if bench.task == "iid":
             p, g, _ = iid_pair(bench, "albedo", one["albedo"], sample)
@@ -289,5 +294,5 @@ def pictures(bench, pred, sample):
         derived = metrics.normals_from_depth(depth, focal, focal, (W - 1) / 2, (H - 1) / 2)
         angle = metrics.normal_error(one["normal"], derived)
         return [photo, ("normals of depth", _small((derived + 1) / 2)), ("normals", _small((one["normal"] + 1) / 2)),
-                ("angle, bar 0..60 deg", _bar(_small(np.where(np.isfinite(angle), angle, 0)), 60))]
+                ("angle, bar 0..60 deg", _bar(_small(angle), 60))]
     return [photo, *[(f"albedo {i + 1}", _small(encoded(p["albedo"]))) for i, p in enumerate(pred[:3])]]

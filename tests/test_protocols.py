@@ -281,6 +281,16 @@ def test_depth_and_normals_of_one_plane_agree_at_the_declared_camera():
     assert good["rmse"] < 1e-6 and good["ssim"] > 0.999 and bad["rmse"] == pytest.approx(2 * n[0] / 3 ** 0.5, rel=1e-3)
 
 
+def test_the_error_picture_is_bright_at_zero_dark_at_the_top_and_gray_without_truth():
+    error = np.array([[0.0, 0.5], [1.0, np.nan]])
+    got = protocols._bar(np.kron(error, np.ones((4, 4))), 0.5)
+    light = got.mean(0)[[0, 0, 4], [0, 4, 0]]
+    assert light[0] > 0.8 and light[1] < 0.3 and light[2] == light[1]           # the scale ends at the top
+    assert (got[:, 4:, 4:8] == 0.5).all()
+    bar = got.mean(0)[:, -1]
+    assert got.shape == (3, 8, 8 + 2 + 4) and bar[0] == light[1] and bar[-1] == light[0]
+
+
 def test_the_papers_numbers_belong_to_metrics_that_exist():
     tasks = {(b.dataset, b.task) for b in protocols.benchmarks.BENCHMARKS}
     for key, rows in protocols.PAPER.items():
