@@ -596,7 +596,8 @@ class Marigold(nn.Module):
             for key in [k for k in state if k.split(".")[-2] in old]:
                 head, name_, leaf = key.rsplit(".", 2)
                 state[f"{head}.{old[name_]}.{leaf}"] = state.pop(key)
-            load_strict(model, {k: v.to(dtype) for k, v in state.items()}, folder / name, assign=True)
+            state = {k: state.pop(k).to(dtype) for k in list(state)}            # one copy in memory, not two
+            load_strict(model, state, folder / name, assign=True)
             parts.append(model)
         schedule = Schedule(_json(folder / "scheduler" / "scheduler_config.json"))
         text = empty_prompt(folder, parts[0].config["cross_attention_dim"]).to(dtype)
