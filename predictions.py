@@ -112,7 +112,7 @@ def network(path, args):
 
 
 def folder(path, args):
-    """Predictions that another method saved, in Marigold's naming (benchmarks.prediction_name)."""
+    """Predictions that another method saved, in Marigold's naming (benchmarks.prediction_file)."""
     saved = formats.Files(path)
 
     def names(bench, item):
