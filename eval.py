@@ -98,34 +98,37 @@ def predict(policy, rgb, steps, seed, batch=64):
 
 
 def score(pred, maps, pairs):
-    """Every metric of METRICS per image: dict name -> (B,) numpy."""
-    out = {name: [] for name in METRICS if not name.endswith("pairs")}
+    """Every metric of METRICS whose modality was predicted, per image: dict name -> (B,) numpy."""
+    out = {name: [] for name in METRICS if name.split("/")[0] in pred and not name.endswith("pairs")}
     linear = {(w, m): srgb_decode(v[m]).permute(0, 2, 3, 1).double().numpy()
-              for w, v in (("pred", pred), ("true", maps)) for m in ("albedo", "irradiance")}
+              for w, v in (("pred", pred), ("true", maps)) for m in ("albedo", "irradiance") if m in pred}
     mask, inverted = maps["mask"][:, 0].numpy(), 0
     for i, ok in enumerate(mask):
-        true = maps["depth"][i, 0].masked_fill(~maps["mask"][i, 0], 1.0).double().numpy()
-        guess = pred["depth"][i, 0].double().numpy()
-        scale, shift = metrics.align_depth(guess, true, ok)
-        inverted += scale < 0
-        depth = metrics.depth_metrics((scale * guess + shift).clip(*DEPTH_RANGE), true, ok)
-        out["depth/abs_rel"].append(depth["abs_rel"])
-        out["depth/delta1"].append(depth["delta1"])
-        angle = metrics.normal_error(pred["normal"][i].numpy(), maps["normal"][i].numpy())
-        out["normal/angle"].append(np.nanmean(angle[ok]))
-        pts, truth = (x[i] for x in pairs["albedo"])
-        out["albedo/whdr10"].append(metrics.whdr_from_gt(linear["pred", "albedo"][i], linear["true", "albedo"][i],
-                                                         pts[truth != 0].numpy(), 0.1))
-        for m in ("albedo", "irradiance"):
+        if "depth" in pred:
+            true = maps["depth"][i, 0].masked_fill(~maps["mask"][i, 0], 1.0).double().numpy()
+            guess = pred["depth"][i, 0].double().numpy()
+            scale, shift = metrics.align_depth(guess, true, ok)
+            inverted += scale < 0
+            depth = metrics.depth_metrics((scale * guess + shift).clip(*DEPTH_RANGE), true, ok)
+            out["depth/abs_rel"].append(depth["abs_rel"])
+            out["depth/delta1"].append(depth["delta1"])
+        if "normal" in pred:
+            angle = metrics.normal_error(pred["normal"][i].numpy(), maps["normal"][i].numpy())
+            out["normal/angle"].append(np.nanmean(angle[ok]))
+        if "albedo" in pred:
+            pts, truth = (x[i] for x in pairs["albedo"])
+            out["albedo/whdr10"].append(metrics.whdr_from_gt(
+                linear["pred", "albedo"][i], linear["true", "albedo"][i], pts[truth != 0].numpy(), 0.1))
+        for m in {"albedo", "irradiance"} & pred.keys():
             out[f"{m}/si_mse"].append(metrics.si_mse(linear["pred", m][i], linear["true", m][i], ok))
     if inverted:
         print(f"depth: {inverted} of {len(mask)} fitted scales are negative: "
               "there the prediction looks like inverse depth")
     out = {k: np.array(v, dtype=float) for k, v in out.items()}
-    for m in NAMES:
+    for m in pred:
         pts, truth = pairs[m]
         out[f"{m}/pairs"] = accuracy(margin(pred[m], pts, m), truth)
-    return {name: out[name] for name in METRICS}
+    return {name: out[name] for name in METRICS if name in out}
 
 
 def judge_scores(judge, maps, pairs):
@@ -150,7 +153,8 @@ def verdict(low, high, better):
 def compare(base, new):
     """Rows of the before/after table: dict metric -> base, x, relative change, 95 % interval of it, verdict."""
     rows = {}
-    for name, (_, better) in METRICS.items():
+    for name in base:
+        better = METRICS[name][1]
         known = np.isfinite(base[name]) & np.isfinite(new[name])                 # images that have such pairs
         if not known.any() or base[name][known].mean() == 0:                    # nothing to be relative to
             change = low = high = float("nan")
@@ -168,7 +172,7 @@ def evaluate(policy, maps, steps, seed, grid=1):
     return score(predict(policy, maps["rgb"], steps, seed), maps, pairs)
 
 
-def diagnose(policy, size, steps, n=24, seed=0):
+def diagnose(policy, size, steps, n=24, seed=0, batch=64):
     """Off-reward figures on validation scenes, for the log: sharpness and spread of wild maps, synthetic scores.
 
     A reward that rises while high-frequency energy or spread leaves the true maps' band is being hacked;
@@ -176,12 +180,12 @@ def diagnose(policy, size, steps, n=24, seed=0):
     """
     out = {}
     maps = data.ScenePool("wild", "val", n, size).maps
-    pred = predict(policy, maps["rgb"].float(), steps, seed)
-    for m in NAMES:
+    pred = predict(policy, maps["rgb"].float(), steps, seed, batch)
+    for m in policy.modalities:
         out[f"wild/{m}_high_frequency"] = float(np.mean([metrics.high_frequency_energy(x.numpy()) for x in pred[m]]))
         out[f"wild/{m}_spread"] = float(pred[m].std((2, 3)).mean())
     maps = data.ScenePool("synthetic", "val", n, size).all()
-    values = evaluate(policy, maps, steps, seed)
+    values = score(predict(policy, maps["rgb"], steps, seed, batch), maps, eval_pairs(maps, PAIRS, 1, seed))
     return out | {f"synthetic/{k}": float(np.nanmean(v)) for k, v in values.items()}
 
 
@@ -234,7 +238,7 @@ def report(name, values, base_values=None, judge_values=None):
     if judge_values is not None:
         result["judge"] = {k: float(np.nanmean(v)) for k, v in judge_values.items()}
         shown = base_values or values
-        lines = [(m, f"{result['judge'][f'judge/{m}']:.3f}", f"{np.nanmean(shown[f'{m}/pairs']):.3f}",
+        lines = [(m, f"{result['judge'][f'judge/{m}']:.3f}", f"{np.nanmean(shown[f'{m}/pairs']):.3f}" if f"{m}/pairs" in shown else "-",
                   f"{result['judge'][f'heuristic/{m}']:.3f}", HEURISTICS[m][0]) for m in NAMES]
         table(f"{name}: accuracy on the same pairs; every pair counts",
               [(line[0], line[4], *line[1:4]) for line in lines],

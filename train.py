@@ -278,7 +278,7 @@ def tune(cfg, device):
             norm = run.update(None, [params], cosine(step, cfg.steps, warmup=10))
         ema_update(averaged, learnt, min(cfg.ema, (step + 1) / (step + 10)))
         if cfg.eval_every and ((step + 1) % cfg.eval_every == 0 or step == 0) and runtime.rank() == 0:
-            stats |= evaluation.diagnose(average, cfg.size, cfg.eval_steps)
+            stats |= evaluation.diagnose(average, cfg.size, cfg.eval_steps, batch=cfg.micro or 64)
         run.log(step, show=("reward", "policy/kl"), **stats, **parts, **{"grad/norm": norm, "loss": loss})
     if run.finished():
         made = {k: v for k, v in runtime.about().items() if k in ("command", "commit")}
@@ -299,7 +299,7 @@ def report_wild(cfg, device):
     for name in ("wild", "synthetic", "broad"):
         maps = data.ScenePool(name, "test", cfg.eval_images, cfg.size).all()
         pairs = evaluation.eval_pairs(maps, evaluation.PAIRS, judge_model.grid, 0)
-        pred = [evaluation.predict(p, maps["rgb"], cfg.eval_steps, 0) for p in (before, after)]
+        pred = [evaluation.predict(p, maps["rgb"], cfg.eval_steps, 0, cfg.micro or 64) for p in (before, after)]
         values = [evaluation.score(p, maps, pairs) for p in pred]
         answers = evaluation.judge_scores(judge_model, maps, pairs) if name != "synthetic" else None
         results.append(evaluation.report(name, values[1], values[0], answers))

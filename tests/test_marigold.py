@@ -1014,7 +1014,6 @@ def test_replay_is_refused_by_the_command(folders, inputs, tmp_path, capsys):
     assert stop.value.code == 2 and len(lines) == 1 and "--replay 0" in lines[0]
 
 
-@pytest.mark.xfail(raises=KeyError, reason="eval.diagnose asks every predictor for all four modalities")
 def test_diagnostics_run_on_a_predictor_without_depth(folders, inputs, tmp_path):
     go(folders, inputs, tmp_path, "--eval-every", 1, "--stop-at", 1)
     assert any(k.startswith("wild/albedo") for k in log(tmp_path / "photos")[0])
