@@ -238,10 +238,11 @@ def report(name, values, base_values=None, judge_values=None):
     if judge_values is not None:
         result["judge"] = {k: float(np.nanmean(v)) for k, v in judge_values.items()}
         shown = base_values or values
-        lines = [(m, f"{result['judge'][f'judge/{m}']:.3f}", f"{np.nanmean(shown[f'{m}/pairs']):.3f}" if f"{m}/pairs" in shown else "-",
-                  f"{result['judge'][f'heuristic/{m}']:.3f}", HEURISTICS[m][0]) for m in NAMES]
+        own = {m: f"{np.nanmean(shown[f'{m}/pairs']):.3f}" if f"{m}/pairs" in shown else "-" for m in NAMES}
+        lines = [(m, HEURISTICS[m][0], f"{result['judge'][f'judge/{m}']:.3f}", own[m],
+                  f"{result['judge'][f'heuristic/{m}']:.3f}") for m in NAMES]
         table(f"{name}: accuracy on the same pairs; every pair counts",
-              [(line[0], line[4], *line[1:4]) for line in lines],
+              lines,
               ("modality", "heuristic", "judge", "predictor" if base_values is None else "base", "heuristic"))
     return result
 
