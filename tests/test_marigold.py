@@ -548,6 +548,20 @@ def test_depth_is_the_mean_of_the_channels_and_normals_have_unit_length(models):
     torch.testing.assert_close(depth, (colours.mean(1, keepdim=True).clamp(-1, 1) + 1) / 2)
 
 
+def test_a_vanishing_normal_is_finite(models, monkeypatch):
+    monkeypatch.setattr(models["normals"].vae, "decode", lambda z, tile=0: torch.zeros(1, 3, 8, 8))
+    assert (models["normals"].decode(torch.zeros(1, 4, 1, 1), "normal") == 0).all()
+
+
+def test_maps_are_decoded_one_at_a_time(models, monkeypatch):
+    """A decoder pass at 768 px holds gigabytes: a group must not pass at once."""
+    one, seen = models["depth"], []
+    real = one.vae.decoder.forward
+    monkeypatch.setattr(one.vae.decoder, "forward", lambda z: (seen.append(len(z)), real(z))[1])
+    one.decode(torch.randn(3, 4, 2, 2, generator=seeded()), "depth")
+    assert seen == [1, 1, 1]
+
+
 def test_a_batch_of_states_is_every_state_alone(models):
     one, rgb = models["lighting"], torch.rand(3, 3, 32, 32, generator=seeded())
     x, t, cond = torch.randn(3, 12, 4, 4, generator=seeded(1)), torch.tensor([1.0, 0.6, 0.2]), one.encode(rgb)
@@ -724,6 +738,11 @@ def learn(one, taken, advantage):
     _, stats = train.surrogate(one.policy, one.ref, one.rows, taken, advantage, one.cfg, one.step,
                                lambda share: share.backward())
     return stats, {k: p.grad for k, p in one.policy.named_parameters() if p.grad is not None}
+
+
+def test_exploration_is_ddims_own_noise_unless_told_otherwise(folders):
+    assert training(folders["small"]).step is grpo.flow_eta_step
+    assert training(folders["small"], "--exploration", "flow").step is grpo.flow_sde_step
 
 
 @pytest.mark.parametrize("flags", [
