@@ -317,6 +317,16 @@ def test_diffusers_gives_the_golden_numbers(pipes):
                                 lambda z: vae.decode(z).sample, predict))
 
 
+def test_normalisation_constants_are_the_checkpoints(models):
+    """Too small a change for the golden numbers: 1e-6 in transformers and the whole VAE, 1e-5 elsewhere."""
+    eps = lambda module: {name: m.eps for name, m in module.named_modules()     # noqa: E731
+                          if isinstance(m, (torch.nn.GroupNorm, torch.nn.LayerNorm))}
+    found = eps(models["lighting"].unet)
+    assert {e for name, e in found.items() if ".attentions." in name and "blocks.0.norm" not in name} == {1e-6}
+    assert {e for name, e in found.items() if ".attentions." not in name or "blocks.0.norm" in name} == {1e-5}
+    assert set(eps(models["lighting"].vae).values()) == {1e-6} and len(found) == 2 * 22 + 16 * 4 + 1
+
+
 # the schedule -----------------------------------------------------------------------------------------------------
 
 def test_zero_terminal_snr_ends_at_exactly_no_signal_and_keeps_the_first_level():
