@@ -65,11 +65,11 @@ class Schedule:
 
     def timesteps(self, T):
         """The T timesteps a sampler visits, descending. raises ValueError when T is not in 1 .. 1000."""
-        n = len(self.abar)
-        if not 1 <= T <= n:
-            raise ValueError(f"marigold: got {T} denoising steps; want 1 .. {n}")
+        n, offset = len(self.abar), self.config.get("steps_offset", 0) if self.spacing == "leading" else 0
+        if not 1 <= T <= n - offset:
+            raise ValueError(f"marigold: got {T} denoising steps; want 1 .. {n - offset}")
         if self.spacing == "leading":
-            return [i * (n // T) + self.config.get("steps_offset", 0) for i in range(T)][::-1]
+            return [i * (n // T) + offset for i in range(T)][::-1]
         return [int(i) - 1 for i in np.round(np.arange(n, 0, -n / T))]
 
     def steps(self, T, quirk=False):

@@ -374,6 +374,12 @@ def test_a_number_of_steps_outside_1_to_1000_is_refused(T):
         Schedule(ZERO_SNR).steps(T)
 
 
+def test_leading_spacing_with_an_offset_leaves_its_last_timestep_unused():
+    assert Schedule(V1_0).steps(999)[0][0] == 999
+    with pytest.raises(ValueError, match="1000 denoising steps; want 1 .. 999"):
+        Schedule(V1_0).steps(1000)
+
+
 # the flow view ----------------------------------------------------------------------------------------------------
 
 def native(model, T):
