@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import data
 import judge as judging
+from checkpoints import ADAPTERS
 from judge import SPECIAL, MiniJudge, Probe, build_mini, class_weights, judge_loss, load_judge, true_relations
 from relations import MODALITIES, draw_markers
 
@@ -88,10 +89,18 @@ def test_special_tokens_are_single_tokens_of_their_own(judge):
 
 
 def test_a_tokenizer_that_splits_the_answers_is_refused(judge):
-    broken = copy.deepcopy(judge)
-    broken._ids = lambda text: list(text.encode())                              # bytes: "red" is three tokens
+    class Bytes:                                                                # "red" is three tokens
+        def __call__(self, text, add_special_tokens):
+            return type("Ids", (), {"input_ids": list(text.encode())})
+
+        def convert_tokens_to_ids(self, token):
+            return 1000
+
     with pytest.raises(ValueError, match="one token each"):
-        broken._prompt()
+        judging.prompt_ids(Bytes(), "", ADAPTERS["internvl"], 0)
+    assert judging.prompt_ids(Bytes(), "", ADAPTERS["internvl"], 0, text=True)[2] == {}
+    with pytest.raises(ValueError, match="IMG_CONTEXT.*one token"):
+        judging.prompt_ids(Bytes(), "", ADAPTERS["internvl"], 16)
 
 
 # packing ----------------------------------------------------------------------------------------------------------

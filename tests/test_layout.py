@@ -16,7 +16,12 @@ LAYERS = {  # module: project modules it may import; a module that is not listed
     "data": {"scenes", "relations"},
     "grpo": {"kernels", "relations"},
     "bank": {"relations", "data", "runtime"},
-    "judge": {"relations", "scenes", "metrics", "config", "runtime", "data", "lora", "kernels"},
+    "checkpoints": {"lora", "runtime"},
+    "formats": set(),
+    "prepare": {"config", "data", "formats", "questions", "relations", "runtime", "scenes"},
+    "questions": {"data", "relations", "runtime"},
+    "reliability": {"data", "questions", "relations"},
+    "judge": {"relations", "scenes", "metrics", "config", "runtime", "data", "lora", "kernels", "checkpoints", "bank"},
     "predictor": {"relations", "scenes", "metrics", "config", "runtime", "data", "lora", "kernels", "marigold"},
     "marigold": {"relations", "scenes", "metrics", "config", "runtime", "data", "lora", "kernels"},
     "eval": NAMES - {"train", "grpo"},
@@ -134,7 +139,7 @@ def test_every_imported_package_is_required():
                 found |= {a.name.split(".")[0] for a in node.names}
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
                 found.add(node.module.split(".")[0])
-    brought = {"tqdm", "tokenizers", "huggingface_hub"}                                           # dependencies of transformers
+    brought = {"tqdm", "tokenizers", "huggingface_hub"}               # dependencies of transformers
     missing = {needs.get(n, n) for n in found - NAMES - set(stdlib_module_names)} - listed - brought
     assert missing == set()
 
