@@ -259,10 +259,10 @@ def set_tile(config, size=0):
     """Give an InternVL config a tile of `size` px (0: the one it has); returns the number of patches along a side."""
     vision, ratio = config.vision_config, config.downsample_ratio
     size = size or vision.image_size[0]
-    side = size // vision.patch_size[0]
-    if size % vision.patch_size[0] or (side * ratio) % 1:
-        raise ValueError(f"checkpoints.py: got tile size {size}; want a multiple of "
-                         f"{int(vision.patch_size[0] / ratio)} px, such as 448 or 512")
+    side = size // vision.patch_size[0]                                         # 512 px: 36 patches of 14, 8 px unseen
+    if not side or (side * ratio) % 1:
+        raise ValueError(f"checkpoints.py: got tile size {size}, {side} patches a side; want a multiple of "
+                         f"{int(1 / ratio)} patches of {vision.patch_size[0]} px, such as 448 or 512 px")
     vision.image_size, config.image_seq_length = [size] * 2, int(side * ratio) ** 2
     return side
 

@@ -35,6 +35,7 @@ from transformers.utils import logging
 
 import checkpoints
 import data
+import lora
 from checkpoints import ADAPTERS, SYSTEM, convert_internvl  # noqa: F401
 from config import Parser
 from relations import LUMA, MODALITIES, draw_markers, relation, relative_depth, sample_pairs
@@ -42,6 +43,7 @@ from runtime import run_command
 
 logging.disable_progress_bar()       # of loading and saving weights: errors stay one line
 NAMES = tuple(MODALITIES)
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # of the language model
 TOKENS = 2**16                        # of the language model at a time in `ask`
 IMG, IMG_START, IMG_END = "<IMG_CONTEXT>", "<img>", "</img>"
 TURN, END = "<|im_start|>", "<|im_end|>"
@@ -108,6 +110,19 @@ def build_mini(cfg, rng):
                     nn.init.trunc_normal_(m.weight, std=m.in_features**-0.5)
             nn.init.normal_(model.get_input_embeddings().weight)
     return Judge(model, tokenizer, system="", grid=cfg.patch)
+
+
+def add_lora(judge, r, alpha, dropout, rng, checkpointing=False):
+    """Freeze a judge and give the linear layers of its language model adapters; returns their paths in it.
+
+    checkpointing  True: recompute activations in the backward pass (while training)
+    """
+    judge.model.requires_grad_(False)
+    judge.origin = ""                                                           # the weights are no longer the files'
+    if checkpointing:
+        text = judge.model.model.language_model
+        getattr(text, "activation_checkpointing_enable", text.gradient_checkpointing_enable)(dict(use_reentrant=False))
+    return lora.inject(judge.model.model.language_model, LORA_TARGETS, r, alpha, dropout, rng)
 
 
 def prompt_ids(tokenizer, system, family, image_tokens, text=False):
