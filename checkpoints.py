@@ -10,6 +10,7 @@ Source: OpenGVLab/InternVL2_5-4B's config.json and tensor names; transformers' I
 import hashlib
 import json
 import re
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -212,15 +213,22 @@ def weight_files(folder):
     return [folder / name for name in names]
 
 
+@contextmanager
+def _opened(path):
+    """An open safetensors file. raises ValueError for a damaged one."""
+    try:
+        with safe_open(path, "pt") as f:
+            yield f
+    except SafetensorError as error:
+        raise ValueError(f"checkpoints.py: {path} cannot be read ({error}); fetch it again") from None
+
+
 def _tensors(folder):
     """Yield (name on disk, tensor) of all weights of a folder. raises ValueError for a damaged file."""
     for path in weight_files(folder):
-        try:
-            with safe_open(path, "pt") as f:
-                for key in f.keys():  # noqa: SIM118
-                    yield key, f.get_tensor(key)
-        except SafetensorError as error:
-            raise ValueError(f"checkpoints.py: {path} cannot be read ({error}); fetch it again") from None
+        with _opened(path) as f:
+            for key in f.keys():  # noqa: SIM118
+                yield key, f.get_tensor(key)
 
 
 def load_tokenizer(folder):
@@ -324,10 +332,10 @@ def locate(name):
 
 
 def describe(folder, config):
-    """judge.json of a folder, or what its family implies: dict system, grid (see judge.Judge)."""
+    """judge.json of a folder, or what its family implies: dict system, grid (see judge.Judge), size (0: config's)."""
     extra = Path(folder) / "judge.json"
-    kind = family_of(folder, config)
-    return json.loads(extra.read_text()) if extra.is_file() else dict(system=ADAPTERS[kind].system, grid=1)
+    implied = dict(system=ADAPTERS[family_of(folder, config)].system, grid=1, size=0)
+    return implied | (json.loads(extra.read_text()) if extra.is_file() else {})
 
 
 def open_network(name, size=0):
@@ -339,11 +347,13 @@ def open_network(name, size=0):
     folder, adapter = locate(name)
     config = read_config(folder)
     kind, tokenizer = family_of(folder, config), load_tokenizer(folder)
+    about = describe(adapter or folder, config)
+    size = size or about.pop("size")
     model = _internvl(folder, config, tokenizer, size) if kind == "internvl" else _other(folder)
     if adapter:
         lora.load_adapter(model, adapter)
         lora.merge(model)
-    return model.requires_grad_(True), tokenizer, describe(folder, config)
+    return model.requires_grad_(True), tokenizer, {k: about[k] for k in ("system", "grid")}
 
 
 @cache
@@ -355,10 +365,10 @@ def files_digest(name, start):
     rename = native_name if family_of(folder, config) == "internvl" and "llm_config" not in config else str
     places = {}
     for path in weight_files(folder):
-        with safe_open(path, "pt") as f:
+        with _opened(path) as f:
             places |= {rename(key): (path, key) for key in f.keys()}  # noqa: SIM118
     for key, (path, on_disk) in sorted(places.items()):
-        with safe_open(path, "pt") as f:
+        with _opened(path) as f:
             update(h, key, f.get_tensor(on_disk))
     if adapter:
         h.update(Path(adapter, "adapter_model.safetensors").read_bytes())

@@ -383,7 +383,11 @@ class Judge(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-        (folder / "judge.json").write_text(json.dumps(dict(system=self.system, grid=self.grid)))
+        self.save_about(folder)
+
+    def save_about(self, folder):
+        """Write judge.json: what config.json does not say."""
+        Path(folder, "judge.json").write_text(json.dumps(dict(system=self.system, grid=self.grid, size=self.size)))
 
 
 def understood(text, modality):
@@ -445,11 +449,13 @@ class Closed:
 
     def __init__(self, folder, device="cpu"):
         self.folder, self.device, self.opened = str(folder), device, None
-        where, _ = checkpoints.locate(folder)
+        where, adapter = checkpoints.locate(folder)
         config = checkpoints.read_config(where)
         kind, tokenizer = checkpoints.family_of(where, config), checkpoints.load_tokenizer(where)
-        about = checkpoints.describe(where, config)
-        self.size, tokens = tile(checkpoints.outline(where, config))
+        about, outline = checkpoints.describe(adapter or where, config), checkpoints.outline(where, config)
+        if kind == "internvl":
+            checkpoints.set_tile(outline, about.pop("size"))
+        self.size, tokens = tile(outline)
         self.grid = about["grid"]
         head, blocks, answers, _ = prompt_ids(tokenizer, about["system"], ADAPTERS[kind], tokens)
         self.prompt = prompt_key(head, blocks, answers)
