@@ -26,8 +26,8 @@ class Config:
     size: int = 512                  # px, side of the square training photos (judge: 512)
     images: str = ""                 # folder of unlabeled photos for GRPO; empty: procedural `wild` ones (paper: COCO)
     policy: str = ""                 # predictor to fine-tune by GRPO; empty: OUT/base (paper: PRISM, Marigold)
-    judge: str = ""                  # judge folder or hub id; empty: OUT/judge. With --scenes: the model to tune
-    scenes: str = ""                 # scene folder (or .jsonl) with ground truth on which --stage judge tunes --judge
+    judge: str = ""                  # judge folder or hub id; empty: OUT/judge. Or the model to tune
+    scenes: str = ""                 # scene folder (or .jsonl) with ground truth on which a given judge is tuned
     bank: str = ""                   # folder of the judgement bank; empty: OUT/bank
     eval_images: int = 128           # held-out scenes per domain in tables
 
@@ -56,13 +56,13 @@ class Config:
     judge_text_layers: int = 24      # its language model
     judge_heads: int = 16            # its attention heads
     judge_patch: int = 16            # px, side of its vision token
-    judge_pairs: int = 2             # --scenes: questions per scene and modality, one of each answer (judge release: 1)
-    judge_passes: float = 5.0        # --scenes: passes over the questions; steps follow (judge release: 5)
-    judge_micro: int = 4             # --scenes: questions in memory at once; gradients are gathered (judge release: 4)
-    judge_rank: int = 16             # --scenes: LoRA rank (judge release: 16)
-    judge_alpha: float = 32.0        # --scenes: LoRA alpha (judge release: 32)
-    judge_dropout: float = 0.05      # --scenes: LoRA dropout (judge release: 0.05)
-    judge_warmup: float = 0.03       # --scenes: share of the steps with a rising learning rate (judge release: 0.03)
+    judge_pairs: int = 2             # tuning: questions per scene and modality, one of each answer (judge release: 1)
+    judge_passes: float = 5.0        # tuning: passes over the questions; steps follow (judge release: 5)
+    judge_micro: int = 4             # tuning: questions in memory at once; gradients are gathered (judge release: 4)
+    judge_rank: int = 16             # tuning: LoRA rank (judge release: 16)
+    judge_alpha: float = 32.0        # tuning: LoRA alpha (judge release: 32)
+    judge_dropout: float = 0.05      # tuning: LoRA dropout (judge release: 0.05)
+    judge_warmup: float = 0.03       # tuning: share of the steps with a rising learning rate (judge release: 0.03)
 
     photos: int = 10000              # photos used by GRPO (paper: 10000 of COCO train)
     pairs: int = 40                  # N, point pairs drawn per photo and step (paper: 40)

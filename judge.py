@@ -17,6 +17,7 @@ import hashlib
 import json
 import math
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tqdm import tqdm
 from transformers import (
     InternVLConfig,
     InternVLForConditionalGeneration,
@@ -36,10 +38,11 @@ from transformers.utils import logging
 import checkpoints
 import data
 import lora
+from bank import Bank
 from checkpoints import ADAPTERS, SYSTEM, convert_internvl  # noqa: F401
 from config import Parser
 from relations import LUMA, MODALITIES, draw_markers, relation, relative_depth, sample_pairs
-from runtime import run_command
+from runtime import pick_device, rank, run_command, world
 
 logging.disable_progress_bar()       # of loading and saving weights: errors stay one line
 NAMES = tuple(MODALITIES)
@@ -586,32 +589,84 @@ def judge_loss(judge, probe, maps, answers, rng, pairs=128):
     return loss, stats
 
 
-def main(argv=None):
-    """Command line: one answer, or all four, for two points of a photo."""
+def fill_bank(folder, images, judge, pairs, device):
+    """Ask about every photo of a folder ahead of time; this rank's share of them. Returns a Bank with its counts.
+
+    Resumes where it stopped; a photo that cannot be read is named and skipped, as data.Photos does.
+    """
+    bank, chunk = Bank(folder, judge), 8
+    paths = data.find_images(images)[rank()::world()]
+    bar = tqdm(range(0, len(paths), chunk), desc=f"bank, process {rank() + 1} of {world()}", unit="8 photos",
+               mininterval=1.0)
+    for i in bar:
+        photos = []
+        for path in paths[i:i + chunk]:
+            try:
+                photos.append(data.as_bytes(data.read_rgb(path), judge.size))
+            except (ValueError, OSError) as error:
+                tqdm.write(f"skipped: {error}", file=sys.stderr)
+        if photos:
+            bank.fill(torch.stack(photos), pairs, device)
+    bank.pack()
+    return bank
+
+
+def arguments(argv):
+    """Parse and check the command line."""
     p = Parser(prog="judge.py", allow_abbrev=False, description="Ask the judge to compare two points of a photo.")
-    p.add_argument("image", metavar="IMAGE", help="a photo")
-    p.add_argument("--red", type=int, nargs=2, required=True, metavar=("X", "Y"),
-                   help="red point, pixels from the left and the top")
-    p.add_argument("--green", type=int, nargs=2, required=True, metavar=("X", "Y"), help="green point")
+    p.add_argument("image", metavar="IMAGE", help="a photo; with --bank a folder of photos")
+    p.add_argument("--red", type=int, nargs=2, metavar=("X", "Y"), help="red point, pixels from the left and the top")
+    p.add_argument("--green", type=int, nargs=2, metavar=("X", "Y"), help="green point")
     p.add_argument("--modality", choices=NAMES, default="depth", help="the question to ask [depth]")
     p.add_argument("--all", action="store_true", help="ask all four questions")
-    p.add_argument("--model", default="out/mini/judge", help="judge folder [out/mini/judge]")
+    p.add_argument("--model", default="out/mini/judge",
+                   help="judge: folder of ours, InternVL chat, native InternVL or Qwen-VL folder, PEFT adapter, hub id "
+                        "[out/mini/judge]")
+    p.add_argument("--text", action="store_true",
+                   help="generate the answer as text as well: slow, to check the score, or for a model without scores")
+    p.add_argument("--save", default="", help="file for the photo as the judge sees it, with its markers (.png)")
+    p.add_argument("--bank", default="", help="fill this judgement bank from the photos under IMAGE instead")
+    p.add_argument("--pairs", type=int, default=40, help="with --bank: pairs per photo [40]")
+    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="[auto]")
     args = p.parse_args(argv)
+    if not args.bank and not (args.red and args.green):
+        p.error("want --red X Y and --green X Y, two points of the photo")
+    if args.pairs < 1:
+        p.error(f"--pairs {args.pairs}: want at least 1")
+    if args.save and Path(args.save).suffix.lower() != ".png":
+        p.error(f"--save {args.save}: want a name that ends in .png")
+    return p, args
+
+
+def main(argv=None):
+    """Command line: one answer, or all four, for two points of a photo; or a bank for a folder of photos."""
+    p, args = arguments(argv)
+    device = pick_device(args.device, "judge.py")
+    if args.bank:
+        bank = fill_bank(args.bank, args.image, Closed(args.model, device), args.pairs, device)
+        print(f"bank: {bank.asked} pairs asked, {bank.known} already known; {bank.folder}")
+        return
     rgb = data.read_rgb(args.image)
     H, W = rgb.shape[-2:]
     for name in ("red", "green"):
         x, y = getattr(args, name)
         if not (0 <= x < W and 0 <= y < H):
             p.error(f"--{name} {x} {y} lies outside the {W} x {H} photo")
-    judge = load_judge(args.model)
-    small = F.interpolate(rgb[None], (judge.size, judge.size), mode="bilinear", antialias=True).clamp(0, 1)
+    judge = load_judge(args.model, device, text=args.text)
+    small = F.interpolate(rgb[None], (judge.size, judge.size), mode="bilinear", antialias=True).clamp(0, 1).to(device)
     xy = torch.tensor([args.red, args.green])                                   # (2, 2) x, y
     pts = (xy.flip(-1) * judge.size // torch.tensor([H, W])) // judge.grid * judge.grid + judge.grid // 2
-    prob = judge.ask(small, pts[None, None])[0, 0]
-    for m, share in zip(NAMES, prob.tolist(), strict=True):
-        if args.all or m == args.modality:
-            first = share >= 0.5
-            print(f"{m}: {MODALITIES[m].answers[0 if first else 1]} (p = {share if first else 1 - share:.3f})")
+    marked = draw_markers(small, pts.to(device)[None, None])[:, 0]
+    if args.save:
+        data.save_png(args.save, marked[0].cpu().numpy())
+    asked, judge.text = NAMES if args.all else (args.modality,), len(judge.answer_ids) < len(NAMES)
+    prob = judge.ask(small, pts.to(device)[None, None])[0, 0].tolist()
+    for m in asked:
+        share = prob[NAMES.index(m)]
+        first = share >= 0.5
+        print(f"{m}: {MODALITIES[m].answers[0 if first else 1]} (p = {share if first else 1 - share:.3f})")
+        if args.text:
+            print(f"{m}, generated: {judge.say(marked, m)[0]}")
 
 
 if __name__ == "__main__":

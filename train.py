@@ -137,19 +137,19 @@ def tune_judge(cfg, device):
     model.train()
     for step in run.loop("judge", cfg.stop_at):
         batch = questions.batch_of(rows, step, cfg.judge_batch, cfg.seed)
-        tokens, loss = sum(len(model.sentences[r["modality"]][not r["first"]]) for r in batch), 0.0
+        tokens, loss = sum(len(model.sentences[r["modality"]][not r["first"]]) for r in batch), []
         for k in range(runtime.rank(), parts * runtime.world(), runtime.world()):
             part = batch[k * cfg.judge_micro:(k + 1) * cfg.judge_micro]
             images = questions.marked(part, cfg.scenes, model.size).to(device)
             with torch.random.fork_rng():
                 torch.manual_seed(int(torch.randint(2**62, (1,), generator=runtime.generator(cfg.seed, step, k))))
                 with runtime.autocast(cfg.precision, device):
-                    total, _ = model.sentence_loss(images, [r["modality"] for r in part], [r["first"] for r in part])
+                    total, n = model.sentence_loss(images, [r["modality"] for r in part], [r["first"] for r in part])
                 run.backward(total * (runtime.world() / tokens))                # `update` averages over the ranks
-            loss += total.detach() / tokens
+            loss.append(total.detach() / n)
         norm = run.update(None, [list(learnt.parameters())],
                           cosine(step, steps, warmup=max(1, int(cfg.judge_warmup * steps))))
-        run.log(step, show=("loss",), **{"loss": loss * runtime.world(), "grad/norm": norm})
+        run.log(step, show=("loss",), **{"loss": mean(loss), "grad/norm": norm})
     if run.finished():
         lora.save_adapter(model.model, folder / "adapter", base=cfg.judge, task="CAUSAL_LM")
         model.eval().save_about(folder / "adapter")
@@ -177,9 +177,9 @@ def judged_photos(cfg, device):
         raise UserError(f"train.py: the judge sees {judge_model.size} px photos and --size is {cfg.size}; "
                         "use one size for both")
     bank = Bank(cfg.bank or Path(cfg.out) / "bank", judge_model)
-    if runtime.world() > 1 and runtime.rank() == 0:
-        bank.fill(photos, cfg.bank_pairs, device)
-    runtime.barrier()                                                           # the others read what rank 0 has asked
+    if runtime.world() > 1:                                                     # each rank asks about its share
+        bank.fill(photos[runtime.rank()::runtime.world()], cfg.bank_pairs, device)
+    runtime.barrier()
     pts, prob = bank.fill(photos, cfg.bank_pairs, device)
     if runtime.rank() == 0:
         print(f"grpo: {what}; judgement bank: {bank.asked} pairs asked, {bank.known} already known", flush=True)

@@ -62,7 +62,9 @@ def test_key_map_is_complete_both_ways(original):
 
 def test_what_was_opened_stays_untied_when_transformers_opens_what_was_saved(original, tmp_path):
     folder, model = original
-    load_judge(folder).save(tmp_path)
+    judge = load_judge(folder)
+    assert not judge.model.config.tie_word_embeddings and not judge.model.config.text_config.tie_word_embeddings
+    judge.save(tmp_path)
     again = chat.InternVLForConditionalGeneration.from_pretrained(tmp_path)
     assert torch.equal(again.lm_head.weight, model.lm_head.weight)
     assert torch.equal(again.get_input_embeddings().weight, model.get_input_embeddings().weight)
