@@ -2,6 +2,7 @@
 
     python eval.py --dataset wild                                       OUT/grpo against OUT/base, and the judge
     python eval.py --dataset scenes --data DIR --checkpoint X --compare BASE
+    python eval.py --dataset judge --scenes DIR --judge MODEL           a judge against ground truth
 Procedural sets use test scenes, which no stage trains or is tuned on. Numbers are unweighted means over images.
 """
 import sys
@@ -12,11 +13,13 @@ import torch
 
 import data
 import metrics
+import questions
+import reliability
 from config import Parser
 from judge import load_judge, true_relations
 from predictor import NAMES, load_predictor, sample_ode
 from relations import at_points, margin, sample_pairs
-from runtime import generator, run_command, write_json
+from runtime import generator, pick_device, run_command, write_json
 from scenes import srgb_decode
 
 PROCEDURAL = ("synthetic", "broad", "wild")
@@ -228,9 +231,17 @@ def report(name, values, base_values=None, judge_values=None):
 def arguments(argv):
     """Parse and check the command line; a user error exits with 2 before any model is loaded."""
     p = Parser(prog="eval.py", allow_abbrev=False, description=__doc__.splitlines()[0])
-    p.add_argument("--dataset", required=True, choices=(*PROCEDURAL, "scenes"),
+    p.add_argument("--dataset", required=True, choices=(*PROCEDURAL, "scenes", "judge"),
                    help="synthetic, broad, wild: procedural test scenes; scenes: a folder with ID_rgb.png, "
-                        "ID_depth.png, ID_normal.png, ID_albedo.png, ID_irradiance.png")
+                        "ID_depth.png, ID_normal.png, ID_albedo.png, ID_irradiance.png; judge: --judge against the "
+                        "ground truth of --scenes")
+    p.add_argument("--scenes", default="", help="scene folder, or .jsonl of the judge release, of --dataset judge")
+    p.add_argument("--split", choices=("all", "train", "val"), default="all",
+                   help="rooms of --scenes to ask about; val: those that training holds out [all]")
+    p.add_argument("--pairs", type=int, default=8, help="of --dataset judge: questions per scene and modality [8]")
+    p.add_argument("--swap-average", action="store_true",
+                   help="of --dataset judge: ask with both orders of the colours, take the mean")
+    p.add_argument("--text", action="store_true", help="of --dataset judge: a model that answers in text only (slow)")
     p.add_argument("--data", default="", help="folder of --dataset scenes")
     p.add_argument("--out", default="out/mini", help="run whose parts are used where no other is named [out/mini]")
     p.add_argument("--checkpoint", default="", help="predictor to evaluate [OUT/grpo]")
@@ -244,18 +255,51 @@ def arguments(argv):
     p.add_argument("--seed", type=int, default=0, help="seed of noise and pairs [0]")
     p.add_argument("--json", default="", help="file for every printed number")
     args = p.parse_args(argv)
-    for name in ("images", "denoise_steps"):
+    for name in ("images", "denoise_steps", "pairs"):
         if getattr(args, name) < 1:
             p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: want at least 1")
+    if args.dataset == "judge" and not args.scenes:
+        p.error("--dataset judge needs --scenes DIR, a folder with ground truth (README, Data)")
     if args.dataset == "scenes" and not args.data:
         p.error("--dataset scenes needs --data FOLDER with ID_rgb.png, ID_depth.png, ID_normal.png, ID_albedo.png, "
                 "ID_irradiance.png (README, Data)")
     return args
 
 
+def report_judge(args):
+    """Print the tables of --dataset judge; returns every printed number as a dict."""
+    device = pick_device("auto", "eval.py")
+    judge = load_judge(args.judge or Path(args.out) / "judge", device, text=args.text)
+    if args.scenes.endswith(".jsonl"):
+        rows = questions.read_jsonl(args.scenes)
+    else:
+        rows = questions.build(args.scenes, args.pairs, judge.size, args.seed,
+                               None if args.split == "all" else args.split, judge.grid)
+    result = reliability.report(judge, rows, args.scenes, HEURISTICS, args.swap_average)
+    n, rooms = len(rows), len({r["scene"].split(".")[0] for r in rows})
+    table(f"judge: {n} questions of {n} about {rooms} rooms of {args.scenes} ({args.split}), {judge.size} px, balanced "
+          f"answers{', both orders averaged' if args.swap_average else ''}; every question counts",
+          [(m, HEURISTICS[m][0], str(r["n"]), f"{r['accuracy']:.3f}", f"{r.get('heuristic', np.nan):.3f}",
+            f"{r['ece']:.3f}", f"{r.get('inconsistent', np.nan):.3f}", f"{r.get('always_first', np.nan):.3f}",
+            f"{r.get('always_second', np.nan):.3f}", str(r["undecided"]), f"{r['released']:.3f}")
+           for m, r in result.items()],
+          ("modality", "heuristic", "n", "judge", "heuristic", "ECE", "inconsistent", "red twice", "green twice",
+           "undecided", "decided only"))
+    table("accuracy by margin (relations.margin, lower edge: accuracy of n)",
+          [(m, "  ".join(f"{b['low']:.2f}: {b['accuracy']:.3f} of {b['n']}" for b in r["margins"]))
+           for m, r in result.items()], ("modality", "margin"))
+    table("reliability (confidence bin, lower edge: accuracy at mean confidence, n)",
+          [(m, "  ".join(f"{b['low']:.2f}: {b['accuracy']:.3f} at {b['confidence']:.3f}, {b['n']}" for b in r["bins"]))
+           for m, r in result.items()], ("modality", "confidence"))
+    return dict(dataset="judge", n=n, rooms=rooms, swap_average=args.swap_average, judge=result)
+
+
 def main(argv=None):
     """Command line: the tables of one data set."""
     args = arguments(argv)
+    if args.dataset == "judge":
+        result = report_judge(args)
+        return write_json(args.json, result) if args.json else None
     out = Path(args.out)
     policy = load_predictor(args.checkpoint or out / "grpo")
     compare_with = args.compare or ("" if args.checkpoint else out / "base")

@@ -20,7 +20,7 @@ LAYERS = {  # module: project modules it may import; a module that is not listed
     "formats": set(),
     "prepare": {"config", "data", "formats", "questions", "relations", "runtime", "scenes"},
     "questions": {"data", "relations", "runtime"},
-    "reliability": {"data", "questions", "relations"},
+    "reliability": {"questions", "relations"},
     "judge": {"relations", "scenes", "metrics", "config", "runtime", "data", "lora", "kernels", "checkpoints", "bank"},
     "predictor": {"relations", "scenes", "metrics", "config", "runtime", "data", "lora", "kernels", "marigold"},
     "marigold": {"relations", "scenes", "metrics", "config", "runtime", "data", "lora", "kernels"},
