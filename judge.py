@@ -216,7 +216,8 @@ class Judge(nn.Module):
     def _hidden(self, features, ids, position, mask):
         """Last hidden states of sequences with one image each.
 
-        ids (N, L); position (1 or 3, N, L); mask (N, L) of real tokens, or (N, 1, L, L) of who sees whom, both bool
+        ids (N, L); position (1 or 3, N, L); mask (N, L) of real tokens, (N, 1, L, L) of who sees whom, both bool, or
+        None: all are real and each sees what came before
         """
         core = self.model.model
         is_image = ids == self.model.config.image_token_id
@@ -226,7 +227,7 @@ class Judge(nn.Module):
         deep = dict(visual_pos_masks=is_image, deepstack_visual_embeds=extra) if extra else {}
         return core.language_model(
             inputs_embeds=embeds, position_ids=position[0] if len(position) == 1 else position, use_cache=False,
-            attention_mask=mask if mask.ndim == 4 else mask.long(), **deep).last_hidden_state
+            attention_mask=mask if mask is None or mask.ndim == 4 else mask.long(), **deep).last_hidden_state
 
     def _packed(self, modalities, device):
         """One sequence with the image and every question: ids (L,), positions (1 or 3, L), mask (L, L), last (M,)."""
@@ -247,16 +248,11 @@ class Judge(nn.Module):
         """Sequences head + tail, padded on the left: ids (N, L), positions (1 or 3, N, L), mask (N, L)."""
         head, start = self._head_positions(device)
         length = max(map(len, tails))
-        ids = torch.zeros(len(tails), len(self.head_ids) + length, dtype=torch.long, device=device)
-        mask = torch.zeros_like(ids, dtype=torch.bool)
-        position = torch.zeros(len(head), *ids.shape, dtype=torch.long, device=device)
-        for i, tail in enumerate(tails):
-            pad = length - len(tail)
-            ids[i, pad:] = torch.tensor([*self.head_ids, *tail], device=device)
-            mask[i, pad:] = True
-            follow = start + torch.arange(len(tail), device=device).expand(len(head), -1)
-            position[:, i, pad:] = torch.cat((head, follow), 1)
-        return ids, position, mask
+        ids = torch.tensor([[0] * (length - len(t)) + self.head_ids + t for t in tails], device=device)
+        pad = torch.tensor([[length - len(t)] for t in tails], device=device)   # (N, 1)
+        place = torch.arange(ids.shape[1], device=device) - pad
+        follow = (start + torch.arange(length, device=device)).expand(len(head), -1)
+        return ids, torch.cat((head, follow), 1)[:, place.clamp_min(0)], place >= 0
 
     # answers ----------------------------------------------------------------------------------------------------
 
@@ -271,17 +267,21 @@ class Judge(nn.Module):
         tokens = features if self.kind == "internvl" else features[0]
         ids, position, sees, last = self._packed(modalities, tokens.device)
         N = len(tokens)
+        if len(modalities) == 1:                                                # a plain causal mask is faster
+            return self.prefill(images, modalities * N, features)[:, None]
         hidden = self._hidden(features, ids.expand(N, -1), position[:, None].expand(-1, N, -1),
                               sees.expand(N, 1, -1, -1))
         return self.model.lm_head(hidden[:, last])                              # (N, M, vocab)
 
-    def prefill(self, images, modalities):
+    def prefill(self, images, modalities, features=None):
         """Logits at the deciding token of one question per image, padded on the left: (N, 3, S, S), N names -> (N, V).
 
         The plain form of `logits`: one prefill per (image, question), the head applied to the last token only.
         """
+        features = self.vision(images) if features is None else features
         ids, position, mask = self._padded([self.blocks[m] for m in modalities], images.device)
-        return self.model.lm_head(self._hidden(self.vision(images), ids, position, mask)[:, -1])
+        hidden = self._hidden(features, ids, position, None if len(set(modalities)) == 1 else mask)
+        return self.model.lm_head(hidden[:, -1])
 
     def decide(self, logits, modalities=tuple(MODALITIES)):
         """Difference of the two answer logits: (N, M, vocab) -> (N, M), positive = first answer."""

@@ -293,6 +293,19 @@ def test_logits_are_those_of_the_family_s_own_forward(judge):
             assert (judge.logits(images, (m,)) - want).abs().max() < 5 * ROUNDING
 
 
+def test_forty_pairs_cost_one_vision_pass_one_prefill_and_no_decoding(judge):
+    images, calls = images_of(judge.size, 1).expand(40, -1, -1, -1), []
+    eye = judge._eye()
+    hooks = [m.register_forward_hook(lambda m, a, kw, out, n=name: calls.append((n, kw or a)), with_kwargs=True)
+             for name, m in (("eye", eye), ("text", judge.model.model.language_model), ("head", judge.model.lm_head))]
+    judge.score(images, "depth")
+    for h in hooks:
+        h.remove()
+    assert [name for name, _ in calls] == ["eye", "text", "head"]
+    assert calls[1][1]["inputs_embeds"].shape[:2] == (40, len(judge.head_ids) + len(judge.blocks["depth"]))
+    assert calls[2][1][0].shape[:-1].numel() == 40                                  # the vocabulary at one token each
+
+
 def test_generated_text_begins_with_the_most_likely_word(judge):
     images = images_of(judge.size, 2)
     for m in ("albedo", "normal"):                                              # albedo: no words before the answer
