@@ -283,7 +283,7 @@ def report_judge(args):
             f"{r['ece']:.3f}", f"{r.get('inconsistent', np.nan):.3f}", f"{r.get('always_first', np.nan):.3f}",
             f"{r.get('always_second', np.nan):.3f}", str(r["undecided"]), f"{r['released']:.3f}")
            for m, r in result.items()],
-          ("modality", "heuristic", "n", "judge", "heuristic", "ECE", "inconsistent", "red twice", "green twice",
+          ("modality", "heuristic", "n", "judge", "heuristic", "ECE", "inconsistent", "first twice", "second twice",
            "undecided", "decided only"))
     table("accuracy by margin (relations.margin, lower edge: accuracy of n)",
           [(m, "  ".join(f"{b['low']:.2f}: {b['accuracy']:.3f} of {b['n']}" for b in r["margins"]))

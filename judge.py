@@ -194,7 +194,8 @@ class Judge(nn.Module):
         if self.kind != "internvl":
             patches, grid = patchify(pixels, self.model.config.vision_config)
             out = core.get_image_features(patches, image_grid_thw=grid)
-            extra = [torch.cat(list(x)) for x in getattr(out, "deepstack_features", None) or ()]
+            extra = [x if torch.is_tensor(x) else torch.cat(x)                  # older transformers does not split it
+                     for x in getattr(out, "deepstack_features", None) or ()]
             return torch.stack(list(out.pooler_output)), extra
         tokens = core.vision_tower(pixel_values=pixels).last_hidden_state[:, 1:]
         n = int(tokens.shape[1] ** 0.5)
