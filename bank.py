@@ -13,6 +13,7 @@ files   KEY.safetensors, one entry, written under another name and renamed: a ki
 import hashlib
 import json
 import os
+import uuid
 from pathlib import Path
 
 import torch
@@ -82,7 +83,7 @@ class Bank:
 
     def _write(self, path, **tensors):
         """Write a file under a name of its own, then rename it."""
-        part = path.with_suffix(f".{os.getpid()}.part")
+        part = path.with_suffix(f".{uuid.uuid4().hex}.part")
         save_file({k: v.contiguous() for k, v in tensors.items()}, part)
         os.replace(part, path)
 
@@ -95,7 +96,7 @@ class Bank:
             return
         keys = [p.stem for p, _ in entries]
         lengths = [len(e["prob"]) for _, e in entries]
-        name = _digest(keys, lengths, os.getpid())
+        name = _digest(keys, lengths, uuid.uuid4().hex)
         self._write(self.folder / f"pack-{name}.safetensors",
                     keys=torch.tensor([list(bytes.fromhex(k)) for k in keys], dtype=torch.uint8),
                     counts=torch.tensor(lengths), pts=torch.cat([e["pts"].to(torch.int16) for _, e in entries]),

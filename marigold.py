@@ -540,7 +540,7 @@ class Marigold(nn.Module):
     def _predict(self, rgb, steps, latents, processing_res, rng, ensemble, quirk):
         H, W = rgb.shape[2:]
         device, edge = self.text.device, self.size if processing_res is None else processing_res
-        x = (2 * rgb - 1).to(device, self._dtype)
+        x = (2 * rgb - 1).to(device)
         if edge:
             small = [n * edge // max(H, W) for n in (H, W)]
             if 0 in small:
@@ -549,7 +549,7 @@ class Marigold(nn.Module):
             x = F.interpolate(x, small, mode="bilinear", antialias=True)
         h, w = x.shape[2:]
         m = self.multiple
-        x = F.pad(x, (0, -w % m, 0, -h % m), mode="replicate")
+        x = F.pad(x, (0, -w % m, 0, -h % m), mode="replicate").to(self._dtype)
         cond = self.vae.encode(x) * LATENT_SCALE                                # (1, 4, h/8, w/8)
         want = (ensemble, *self.shape(x))
         if latents is None:
@@ -596,7 +596,8 @@ class Marigold(nn.Module):
             for key in [k for k in state if k.split(".")[-2] in old]:
                 head, name_, leaf = key.rsplit(".", 2)
                 state[f"{head}.{old[name_]}.{leaf}"] = state.pop(key)
-            load_strict(model, {k: v.to(dtype) for k, v in state.items()}, folder / name, assign=True)
+            state = {k: state.pop(k).to(dtype) for k in list(state)}            # one copy in memory, not two
+            load_strict(model, state, folder / name, assign=True)
             parts.append(model)
         schedule = Schedule(_json(folder / "scheduler" / "scheduler_config.json"))
         text = empty_prompt(folder, parts[0].config["cross_attention_dim"]).to(dtype)

@@ -341,7 +341,7 @@ def tune(cfg, device):
             norm = run.update(None, [params], cosine(step, cfg.steps, warmup=10))
         ema_update(averaged, learnt, min(cfg.ema, (step + 1) / (step + 10)))
         if cfg.eval_every and ((step + 1) % cfg.eval_every == 0 or step == 0) and runtime.rank() == 0:
-            stats |= evaluation.diagnose(average, cfg.size, cfg.eval_steps)
+            stats |= evaluation.diagnose(average, cfg.size, cfg.eval_steps, batch=cfg.micro or 64)
         run.log(step, show=("reward", "policy/kl"), **stats, **parts, **{"grad/norm": norm, "loss": loss})
     if run.finished():
         made = {k: v for k, v in runtime.about().items() if k in ("command", "commit")}
@@ -362,7 +362,7 @@ def report_wild(cfg, device):
     for name in ("wild", "synthetic", "broad"):
         maps = data.ScenePool(name, "test", cfg.eval_images, cfg.size).all()
         pairs = evaluation.eval_pairs(maps, evaluation.PAIRS, judge_model.grid, 0)
-        pred = [evaluation.predict(p, maps["rgb"], cfg.eval_steps, 0) for p in (before, after)]
+        pred = [evaluation.predict(p, maps["rgb"], cfg.eval_steps, 0, cfg.micro or 64) for p in (before, after)]
         values = [evaluation.score(p, maps, pairs) for p in pred]
         answers = evaluation.judge_scores(judge_model, maps, pairs) if name != "synthetic" else None
         results.append(evaluation.report(name, values[1], values[0], answers))
@@ -477,7 +477,9 @@ def print_plan(preset, cfg):
     rows = cfg.batch * (4 if cfg.modalities == "joint" else 1)
     print(json.dumps(dict(preset=preset, **asdict(cfg)), indent=1))
     print(f"base: {cfg.base_steps} steps x {cfg.base_batch} photos x 4 modalities\n"
-          f"judge: {cfg.judge_steps} steps x {cfg.judge_batch} marked photos x 4 questions\n"
+          + (f"judge: LoRA on {cfg.judge}, {cfg.judge_passes:g} passes over {cfg.judge_pairs} x 4 questions a scene, "
+             f"{cfg.judge_batch} a step, {cfg.judge_micro} in memory\n" if cfg.scenes else
+             f"judge: {cfg.judge_steps} steps x {cfg.judge_batch} marked photos x 4 questions\n") +
           f"bank: {cfg.photos} photos x {cfg.bank_pairs} pairs x 4 questions, asked once\n"
           f"grpo: {cfg.steps} steps x {rows} rows x {cfg.group} samples = {cfg.steps * rows * cfg.group} samples, "
           f"{cfg.pairs} pairs each; {cfg.steps * cfg.batch / cfg.photos:.1f} epochs")

@@ -225,6 +225,7 @@ def test_a_packer_keeps_the_entry_that_another_writer_has_just_extended(tmp_path
     assert silent.calls == 0
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 def test_two_writers_at_once_leave_whole_entries(tmp_path, photos):
     import threading
     banks = [Bank(tmp_path, Counting()) for _ in range(2)]
