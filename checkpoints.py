@@ -159,8 +159,12 @@ def native_config(old, where="config.json"):
 
     raises  ValueError: pixel shuffle other than v2, a language model other than Qwen2, another feature layer
     """
+    absent = [k for k in ("llm_config", "vision_config") if not isinstance(old.get(k), dict)]
+    absent += [f"vision_config.{k}" for k in ("image_size", "patch_size") if k not in old.get("vision_config", ())]
+    if absent:
+        raise ValueError(f"checkpoints.py: {where}: got no {absent[0]}; want the config.json of an InternVL chat model")
     llm, eye = old["llm_config"], old["vision_config"]
-    kind = (llm.get("architectures") or ["?"])[0]
+    kind = (llm.get("architectures") or ["Qwen2ForCausalLM" if llm.get("model_type") == "qwen2" else "?"])[0]
     checks = [("ps_version", old.get("ps_version"), "v2"), ("select_layer", old.get("select_layer", -1), -1),
               ("llm_config.architectures", kind, "Qwen2ForCausalLM")]
     for name, got, want in checks:
@@ -178,7 +182,7 @@ def native_config(old, where="config.json"):
         "eos_token_id"))
     size = old.get("force_image_size") or eye["image_size"]
     vision = InternVLVisionConfig(
-        image_size=[size] * 2, patch_size=[eye["patch_size"]] * 2, attention_bias=eye["qkv_bias"],
+        image_size=[size] * 2, patch_size=[eye["patch_size"]] * 2, attention_bias=eye.get("qkv_bias", True),
         use_qk_norm=eye.get("qk_normalization", False), layer_scale_init_value=eye.get("initializer_factor", 0.1),
         use_mean_pooling=True, hidden_dropout_prob=eye.get("dropout", 0.0), **keep(
             eye, "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act",

@@ -28,6 +28,12 @@ SHARE = 0.1                       # of the rooms that are held out
 JSONL = {"train": "intrinsic_judgement_train.jsonl", "val": "intrinsic_judgement_val.jsonl"}
 
 
+def true_relations(maps, pts):
+    """Relations of all modalities from ground truth: (B, P, M) int8; 0 where a point is invalid."""
+    nan = {m: maps[m].masked_fill(~maps["mask"], torch.nan) for m in MODALITIES}
+    return torch.stack([relation(nan[m], pts, m) for m in MODALITIES], -1)
+
+
 def split_of(scene, share=SHARE):
     """"train" or "val", by the room a scene id names: a tenth of all rooms is held out, on every machine the same."""
     room = scene.split(".")[0]

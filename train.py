@@ -2,6 +2,7 @@
 
     python train.py                                      preset mini: 2 CPU cores, no downloads
     python train.py --stage grpo --images DIR            GRPO on your own photos
+    python train.py --stage judge --scenes DIR --judge MODEL    LoRA on a published judge, from ground truth
     torchrun --nproc_per_node=8 train.py --stage grpo    a share of the photos on each process
 
 Each stage is one loop; the same command again resumes. A group stays on one rank.
@@ -24,7 +25,8 @@ import questions
 import runtime
 from bank import Bank
 from config import parse
-from judge import Closed, MiniJudge, Probe, add_lora, build_mini, judge_loss, load_judge
+from judge import Closed, add_lora, load_judge
+from mini_judge import MiniJudge, Probe, build_mini, judge_loss
 from predictor import NAMES, DiT, DiTConfig, flow_loss, load_predictor
 from relations import MODALITIES, relation, soft_relation
 from runtime import Run, UserError, cosine, ema_update, optimizers

@@ -188,6 +188,7 @@ def test_the_shapes_of_the_released_judge():
 @pytest.mark.parametrize("change, words", [
     (dict(ps_version="v1"), "got ps_version 'v1', want 'v2'"), (dict(select_layer=-2), "got select_layer -2, want -1"),
     (dict(llm_config=dict(architectures=["InternLM2ForCausalLM"])), "got llm_config.architectures 'InternLM2For"),
+    (dict(vision_config=dict(patch_size=14)), "got no vision_config.image_size"),
     (dict(model_type="qwen2", llm_config=None), "got model_type 'qwen2'"),
     (dict(model_type="llava", llm_config=None), "add a row to checkpoints.ADAPTERS")])
 def test_a_config_that_is_no_such_judge_is_named(tmp_path, change, words):

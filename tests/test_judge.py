@@ -13,7 +13,9 @@ import data
 import judge as judging
 from bank import Bank
 from checkpoints import ADAPTERS
-from judge import SPECIAL, MiniJudge, Probe, build_mini, class_weights, judge_loss, load_judge, true_relations
+from judge import load_judge
+from mini_judge import SPECIAL, MiniJudge, Probe, build_mini, class_weights, judge_loss
+from questions import true_relations
 from relations import MODALITIES, draw_markers
 
 NAMES = list(MODALITIES)

@@ -23,8 +23,8 @@ import marigold
 import predictor
 import runtime
 import train
-from judge import MiniJudge, build_mini
 from marigold import VAE, Marigold, Schedule, UNet
+from mini_judge import MiniJudge, build_mini
 from predictor import NAMES, load_predictor, sample_ode
 from scenes import srgb_encode
 

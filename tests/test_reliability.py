@@ -9,7 +9,7 @@ from test_questions import S, write_scene
 import eval as evaluation
 import questions
 import reliability
-from judge import MiniJudge, build_mini
+from mini_judge import MiniJudge, build_mini
 
 RULES = evaluation.HEURISTICS
 
