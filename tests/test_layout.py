@@ -12,7 +12,7 @@ SOURCES = sorted([*ROOT.glob("*.py"), *(ROOT / "kernels").glob("*.py")])
 NAMES = {p.stem for p in ROOT.glob("*.py")} | {"kernels"}
 LAYERS = {  # module: project modules it may import; a module that is not listed fails
     "relations": set(), "scenes": set(), "metrics": set(), "config": set(), "runtime": set(), "kernels": set(),
-    "lora": set(),
+    "lora": set(), "sd2": set(),
     "data": {"scenes", "relations"},
     "formats": set(),
     "benchmarks": {"data", "formats", "metrics", "scenes"},
@@ -26,7 +26,7 @@ LAYERS = {  # module: project modules it may import; a module that is not listed
     "judge": {"relations", "scenes", "metrics", "config", "runtime", "data", "lora", "kernels", "checkpoints", "bank"},
     "mini_judge": {"judge", "questions", "relations"},
     "predictor": {"relations", "scenes", "metrics", "config", "runtime", "data", "lora", "kernels", "marigold"},
-    "marigold": {"relations", "scenes", "metrics", "config", "runtime", "data", "lora", "kernels"},
+    "marigold": {"relations", "scenes", "metrics", "config", "runtime", "data", "lora", "kernels", "sd2"},
     "predictions": {"benchmarks", "data", "formats", "protocols", "predictor", "runtime", "scenes"},
     "eval": NAMES - {"train", "grpo"},
     "train": NAMES,

@@ -22,6 +22,7 @@ import lora
 import marigold
 import predictor
 import runtime
+import sd2
 import train
 from marigold import VAE, Marigold, Schedule, UNet
 from mini_judge import MiniJudge, build_mini
@@ -791,8 +792,8 @@ def test_checkpointing_gives_the_same_gradients(folders, extra):
 
 def test_checkpointing_really_recomputes(folders, monkeypatch):
     one, calls = load_predictor(folders["small"]), []
-    real = marigold.Resnet.forward
-    monkeypatch.setattr(marigold.Resnet, "forward", lambda *args: (calls.append(1), real(*args))[1])
+    real = sd2.Resnet.forward
+    monkeypatch.setattr(sd2.Resnet, "forward", lambda *args: (calls.append(1), real(*args))[1])
     x, t, cond = waves(1, 12, 4, 4), torch.tensor([0.5]), waves(1, 4, 4, 4, k=1)
     counts = []
     for on in (False, True):
