@@ -2,6 +2,7 @@
 
     python eval.py --dataset wild                                       OUT/grpo against OUT/base, and the judge
     python eval.py --dataset scenes --data DIR --checkpoint X --compare BASE
+    python eval.py --dataset judge --scenes DIR --judge MODEL           a judge against ground truth
     python eval.py --dataset eth3d --data DIR --checkpoint X            a public benchmark (--list-datasets)
     python eval.py --dataset nyuv2 --data DIR --pred-dir MAPS           another method's saved maps
 Procedural sets use test scenes, which no stage trains or is tuned on. Numbers are unweighted means over images.
@@ -19,11 +20,14 @@ import data
 import metrics
 import predictions
 import protocols
+import questions
+import reliability
 from config import Parser
-from judge import load_judge, true_relations
+from judge import load_judge
 from predictor import NAMES, load_predictor, sample_ode
+from questions import true_relations
 from relations import at_points, margin, sample_pairs
-from runtime import generator, run_command, write_json
+from runtime import generator, pick_device, run_command, write_json
 from scenes import srgb_decode
 
 PROCEDURAL = ("synthetic", "broad", "wild")
@@ -399,10 +403,19 @@ def list_datasets():
 def arguments(argv):
     """Parse and check the command line; a user error exits with 2 before any model is loaded."""
     p = Parser(prog="eval.py", allow_abbrev=False, description=__doc__.splitlines()[0])
-    p.add_argument("--dataset", default="", choices=(*PROCEDURAL, "scenes", *benchmarks.DATASETS), metavar="NAME",
+    p.add_argument("--dataset", default="", metavar="NAME",
+                   choices=(*PROCEDURAL, "scenes", "judge", *benchmarks.DATASETS),
                    help="synthetic, broad, wild: procedural test scenes; scenes: a folder with ID_rgb.png, "
-                        "ID_depth.png, ID_normal.png, ID_albedo.png, ID_irradiance.png; photos: depth-normal "
+                        "ID_depth.png, ID_normal.png, ID_albedo.png, ID_irradiance.png; judge: --judge against the "
+                        "ground truth of --scenes; photos: depth-normal "
                         f"consistency on any folder; benchmarks: {', '.join(benchmarks.DATASETS[:-1])}")
+    p.add_argument("--scenes", default="", help="scene folder, or .jsonl of the judge release, of --dataset judge")
+    p.add_argument("--split", choices=("all", "train", "val"), default="all",
+                   help="rooms of --scenes to ask about; val: those that training holds out [all]")
+    p.add_argument("--pairs", type=int, default=8, help="of --dataset judge: questions per scene and modality [8]")
+    p.add_argument("--swap-average", action="store_true",
+                   help="of --dataset judge: ask with both orders of the colours, take the mean")
+    p.add_argument("--text", action="store_true", help="of --dataset judge: a model that answers in text only (slow)")
     p.add_argument("--task", default="",
                    help="of a benchmark that has both: depth, normal [depth]")
     p.add_argument("--data", default="", help="folder (or uncompressed tar) of scenes, photos or a benchmark")
@@ -440,7 +453,7 @@ def arguments(argv):
         return args
     if not args.dataset:
         p.error("the following arguments are required: --dataset")
-    for name in ("images", "denoise_steps", "ensemble_size"):
+    for name in ("images", "denoise_steps", "ensemble_size", "pairs"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: want at least 1")
     for name in ("limit", "panels", "processing_res"):
@@ -454,10 +467,40 @@ def arguments(argv):
     for name in ("task", "limit", "pred_dir", "pred_space", "panels", "check_data"):
         if getattr(args, name) and not public:
             p.error(f"--{name.replace('_', '-')} belongs to a benchmark, not to --dataset {args.dataset}")
+    if args.dataset == "judge" and not args.scenes:
+        p.error("--dataset judge needs --scenes DIR, a folder with ground truth (README, Data)")
     if args.dataset == "scenes" and not args.data:
         p.error("--dataset scenes needs --data FOLDER with ID_rgb.png, ID_depth.png, ID_normal.png, ID_albedo.png, "
                 "ID_irradiance.png (README, Data)")
     return args
+
+
+def report_judge(args):
+    """Print the tables of --dataset judge; returns every printed number as a dict."""
+    device = pick_device("auto", "eval.py")
+    judge = load_judge(args.judge or Path(args.out) / "judge", device, text=args.text)
+    if args.scenes.endswith(".jsonl"):
+        rows = questions.read_jsonl(args.scenes)
+    else:
+        rows = questions.build(args.scenes, args.pairs, judge.size, args.seed,
+                               None if args.split == "all" else args.split, judge.grid)
+    result = reliability.report(judge, rows, args.scenes, HEURISTICS, args.swap_average)
+    n, rooms = len(rows), len({r["scene"].split(".")[0] for r in rows})
+    table(f"judge: {n} questions of {n} about {rooms} rooms of {args.scenes} ({args.split}), {judge.size} px, balanced "
+          f"answers{', both orders averaged' if args.swap_average else ''}; every question counts",
+          [(m, HEURISTICS[m][0], str(r["n"]), f"{r['accuracy']:.3f}", f"{r.get('heuristic', np.nan):.3f}",
+            f"{r['ece']:.3f}", f"{r.get('inconsistent', np.nan):.3f}", f"{r.get('always_first', np.nan):.3f}",
+            f"{r.get('always_second', np.nan):.3f}", str(r["undecided"]), f"{r['released']:.3f}")
+           for m, r in result.items()],
+          ("modality", "heuristic", "n", "judge", "heuristic", "ECE", "inconsistent", "first twice", "second twice",
+           "undecided", "decided only"))
+    table("accuracy by margin (relations.margin, lower edge: accuracy of n)",
+          [(m, "  ".join(f"{b['low']:.2f}: {b['accuracy']:.3f} of {b['n']}" for b in r["margins"]))
+           for m, r in result.items()], ("modality", "margin"))
+    table("reliability (confidence bin, lower edge: accuracy at mean confidence, n)",
+          [(m, "  ".join(f"{b['low']:.2f}: {b['accuracy']:.3f} at {b['confidence']:.3f}, {b['n']}" for b in r["bins"]))
+           for m, r in result.items()], ("modality", "confidence"))
+    return dict(dataset="judge", n=n, rooms=rooms, swap_average=args.swap_average, judge=result)
 
 
 def main(argv=None):
@@ -472,7 +515,7 @@ def main(argv=None):
             print(f"eval.py: {error}\n{error.page}", file=sys.stderr)
             raise SystemExit(2) from None
     else:
-        result = evaluate_procedural(args)
+        result = report_judge(args) if args.dataset == "judge" else evaluate_procedural(args)
     if args.json:
         write_json(args.json, result)
 

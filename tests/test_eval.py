@@ -11,8 +11,8 @@ from PIL import Image
 import data
 import eval as evaluation
 from eval import HEURISTICS, METRICS, compare, eval_pairs, judge_scores, score
-from judge import true_relations
 from predictor import NAMES, times
+from questions import true_relations
 from runtime import run_command
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "hypersim_scenes"

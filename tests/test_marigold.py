@@ -24,8 +24,8 @@ import predictor
 import runtime
 import sd2
 import train
-from judge import MiniJudge, build_mini
 from marigold import VAE, Marigold, Schedule, UNet
+from mini_judge import MiniJudge, build_mini
 from predictor import NAMES, load_predictor, sample_ode
 from scenes import srgb_encode
 
