@@ -33,6 +33,7 @@ LAYERS = {  # module: project modules it may import; a module that is not listed
 }
 every_source = pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def tree(path):
@@ -150,8 +151,8 @@ def test_every_imported_package_is_required():
 
 
 def readme_commands():
-    """Every command line of the README's fenced bash blocks, continuation lines joined, comments dropped."""
-    text = README.read_text() if README.is_file() else ""
+    """Every command line of the fenced bash blocks of README and docs, continuation lines joined, comments dropped."""
+    text = "\n".join(page.read_text() for page in PAGES)
     lines = []
     for block in re.findall(r"^```bash\n(.*?)^```", text, re.S | re.M):
         for line in block.replace("\\\n", " ").splitlines():
@@ -182,8 +183,9 @@ def test_every_file_a_readme_command_runs_exists():
 
 
 def test_every_local_link_of_the_readme_leads_somewhere():
-    links = re.findall(r"\]\(([^)#\s]+)", README.read_text())
-    assert [x for x in links if "://" not in x and not (ROOT / x).exists()] == []
+    for page in PAGES:
+        links = re.findall(r"\]\(([^)#\s]+)", page.read_text())
+        assert [x for x in links if "://" not in x and not (page.parent / x).exists()] == []
 
 
 def test_every_flag_of_the_readme_is_in_the_help(capsys):
