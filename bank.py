@@ -1,14 +1,19 @@
 """The judgement bank: what the judge has answered, on disk, so that no question is ever asked twice.
 
 The judge sees the photo and the points, never the prediction: an answer serves all G samples, every epoch, rank and
-run, with the judge itself not in memory. One safetensors file per photo holds pts (P, 2, 2), in pixels of the judge's
-image, and prob (P, M), the probability of the first answer per modality. The folder is named by the judge's digest
-(weights, prompt) and the marker's, the file by the digest of the photo's pixels: a changed photo, judge or marker
-finds nothing. The pairs of a photo are a fixed sequence drawn from its own digest, so asking for more extends it.
+run, with the judge itself not in memory. The folder is named by the judge's digest (weights, prompt) and the marker's,
+an entry by the digest of the photo's pixels: a changed photo, judge or marker finds nothing. The pairs of a photo are a
+fixed sequence drawn from its own digest, so asking for more extends it.
+
+entry   pts (P, 2, 2) int16, in pixels of the judge's image, and prob (P, M), the probability of the first answer
+files   KEY.safetensors, one entry, written under another name and renamed: a kill leaves whole entries only;
+        pack-NAME.safetensors, many entries behind each other. Packs are never changed: `pack` writes a new one and then
+        removes the single files it holds, so writers need no lock. 24 bytes a pair (four answers)
 """
 import hashlib
 import json
 import os
+import uuid
 from pathlib import Path
 
 import torch
@@ -19,6 +24,7 @@ from tqdm import tqdm
 import relations
 from relations import MODALITIES, sample_pairs
 
+PACK = 64                         # single entries written by one call that are worth a pack
 
 def _digest(*parts):
     h = hashlib.sha256()
@@ -52,15 +58,53 @@ class Bank:
         return torch.cat([sample_pairs(1, (self.judge.size,) * 2, block, rng, grid=self.judge.grid)[0]
                           for rng in rngs])[:n]
 
-    def _read(self, path):
+    def _load(self, path):
         try:
-            entry = load_file(path)
+            return load_file(path)
         except FileNotFoundError:
             return None
         except SafetensorError:
             print(f"bank: {path} is unreadable; asking the judge again", flush=True)
             return None
-        return entry["prob"]
+
+    def _packed(self):
+        """All entries of all packs: dict key -> (pts, prob); the longer of two for one photo."""
+        found = {}
+        for path in sorted(self.folder.glob("pack-*.safetensors")):
+            pack = self._load(path)
+            if pack is not None:
+                counts = pack["counts"].tolist()
+                for key, pts, prob in zip(pack["keys"].numpy(), pack["pts"].split(counts), pack["prob"].split(counts),
+                                          strict=True):
+                    key = key.tobytes().hex()
+                    if key not in found or len(found[key][1]) < len(prob):
+                        found[key] = (pts, prob)
+        return found
+
+    def _write(self, path, **tensors):
+        """Write a file under a name of its own, then rename it."""
+        part = path.with_suffix(f".{uuid.uuid4().hex}.part")
+        save_file({k: v.contiguous() for k, v in tensors.items()}, part)
+        os.replace(part, path)
+
+    def pack(self):
+        """Put all single entries into one new pack. Safe beside other writers and other packers, and under a kill."""
+        single = [p for p in sorted(self.folder.glob("*.safetensors")) if not p.name.startswith("pack-")]
+        loaded = [(p, self._load(p)) for p in single]
+        entries = [(p, e) for p, e in loaded if e is not None]
+        if not entries:
+            return
+        keys = [p.stem for p, _ in entries]
+        lengths = [len(e["prob"]) for _, e in entries]
+        name = _digest(keys, lengths, uuid.uuid4().hex)
+        self._write(self.folder / f"pack-{name}.safetensors",
+                    keys=torch.tensor([list(bytes.fromhex(k)) for k in keys], dtype=torch.uint8),
+                    counts=torch.tensor(lengths), pts=torch.cat([e["pts"].to(torch.int16) for _, e in entries]),
+                    prob=torch.cat([e["prob"] for _, e in entries]))
+        for (path, entry), n in zip(entries, lengths, strict=True):
+            again = self._load(path)
+            if again is not None and len(again["prob"]) == n and torch.equal(again["prob"], entry["prob"]):
+                path.unlink(missing_ok=True)                                    # not if another writer has extended it
 
     def fill(self, photos, n, device="cpu"):
         """Judgements of n pairs per photo; only unanswered ones are asked.
@@ -70,20 +114,27 @@ class Bank:
         """
         all_pts = torch.empty(len(photos), n, 2, 2, dtype=torch.int64)
         all_prob = torch.empty(len(photos), n, len(MODALITIES))
+        packed, written = self._packed(), 0
         bar = tqdm(range(len(photos)), desc="bank", unit="photo", disable=None if len(photos) > 8 else True,
                    mininterval=1.0)
         for i in bar:
             key = _digest(photos[i].contiguous().numpy().tobytes(), list(photos[i].shape))
-            pts, path = self._pairs(key, n), self.folder / f"{key}.safetensors"
-            prob = self._read(path)
+            path, (pts, prob) = self.folder / f"{key}.safetensors", packed.get(key, (None, None))
             have = 0 if prob is None else len(prob)
+            if have < n:                                                        # perhaps a single entry knows more
+                entry = self._load(path)
+                if entry is not None and len(entry["prob"]) > have:
+                    pts, prob = entry["pts"], entry["prob"]
+                    have = len(prob)
             if have < n:
+                pts = self._pairs(key, n)
                 rgb = photos[i:i + 1].to(device).float() / 255
                 fresh = self.judge.ask(rgb, pts[None, have:].to(device))[0].float().cpu()
                 prob = fresh if prob is None else torch.cat((prob, fresh))
-                part = path.with_suffix(f".{os.getpid()}.part")
-                save_file(dict(prob=prob.contiguous(), pts=pts.contiguous()), part)
-                os.replace(part, path)
+                self._write(path, prob=prob, pts=pts.to(torch.int16))
+                written += 1
             self.known, self.asked = self.known + min(have, n), self.asked + max(0, n - have)
-            all_pts[i], all_prob[i] = pts, prob[:n]
+            all_pts[i], all_prob[i] = pts[:n], prob[:n]
+        if written >= PACK:
+            self.pack()
         return all_pts, all_prob

@@ -26,7 +26,8 @@ class Config:
     size: int = 512                  # px, side of the square training photos (judge: 512)
     images: str = ""                 # folder of unlabeled photos for GRPO; empty: procedural `wild` ones (paper: COCO)
     policy: str = ""                 # predictor to fine-tune by GRPO; empty: OUT/base (paper: PRISM, Marigold)
-    judge: str = ""                  # judge folder; empty: OUT/judge (paper: InternVL2.5-4B, tuned)
+    judge: str = ""                  # judge folder or hub id; empty: OUT/judge. Or the model to tune
+    scenes: str = ""                 # scene folder (or .jsonl) with ground truth on which a given judge is tuned
     bank: str = ""                   # folder of the judgement bank; empty: OUT/bank
     eval_images: int = 128           # held-out scenes per domain in tables
 
@@ -55,6 +56,13 @@ class Config:
     judge_text_layers: int = 24      # its language model
     judge_heads: int = 16            # its attention heads
     judge_patch: int = 16            # px, side of its vision token
+    judge_pairs: int = 2             # tuning: questions per scene and modality, one of each answer (judge release: 1)
+    judge_passes: float = 5.0        # tuning: passes over the questions; steps follow (judge release: 5)
+    judge_micro: int = 4             # tuning: questions in memory at once; gradients are gathered (judge release: 4)
+    judge_rank: int = 16             # tuning: LoRA rank (judge release: 16)
+    judge_alpha: float = 32.0        # tuning: LoRA alpha (judge release: 32)
+    judge_dropout: float = 0.05      # tuning: LoRA dropout (judge release: 0.05)
+    judge_warmup: float = 0.03       # tuning: share of the steps with a rising learning rate (judge release: 0.03)
 
     photos: int = 10000              # photos used by GRPO (paper: 10000 of COCO train)
     pairs: int = 40                  # N, point pairs drawn per photo and step (paper: 40)
@@ -117,7 +125,8 @@ CHOICES = {
 }
 
 
-MAY_BE_ZERO = ("seed", "threads", "stop_at", "base_muon", "judge_muon", "judge_warm", "judge_decay", "window",
+MAY_BE_ZERO = ("seed", "threads", "stop_at", "base_muon", "judge_muon", "judge_warm", "judge_decay", "judge_dropout",
+               "judge_warmup", "window",
                "balance", "lora", "checkpointing", "micro", "kl_weight", "replay", "ema", "base_ema", "eval_every")
 
 
@@ -153,7 +162,13 @@ def parse(argv=None):
 
 def problem(cfg, preset="mini"):
     """First thing wrong with the settings, found before any model is built; None when they add up."""
-    if preset == "paper" and cfg.stage != "grpo" or preset == "paper" and not (cfg.policy and cfg.judge and cfg.images):
+    if cfg.stage == "judge" and (bool(cfg.judge) != bool(cfg.scenes) or preset == "paper" and not cfg.scenes):
+        return ("--stage judge tunes a judge with both --judge MODEL (OpenGVLab/InternVL2_5-4B) and --scenes DIR "
+                "(HyperSim, InteriorVerse: see prepare.py), or trains a small one with neither (--preset mini)")
+    if cfg.scenes and cfg.stage != "judge":
+        return f"--scenes {cfg.scenes} with --stage {cfg.stage}: only --stage judge reads scenes"
+    if preset == "paper" and cfg.stage != "judge" and not (
+            cfg.stage == "grpo" and cfg.policy and cfg.judge and cfg.images):
         return ("--preset paper fine-tunes published weights: want --stage grpo, "
                 "--policy FOLDER (prs-eth/marigold-iid-lighting-v1-1), "
                 "--judge FOLDER (adirik/InternVL2_5-4B-Intrinsic-Judge) and "
@@ -165,11 +180,13 @@ def problem(cfg, preset="mini"):
             return f"--{f.name.replace('_', '-')} {value}: want more than 0"
         if f.type in (int, float) and value < 0:
             return f"--{f.name.replace('_', '-')} {value}: want at least 0"
+    if cfg.scenes and cfg.judge_batch % cfg.judge_micro:
+        return f"--judge-batch {cfg.judge_batch} is not a multiple of --judge-micro {cfg.judge_micro}"
     if cfg.group < 2:
         return f"--group {cfg.group}: a group of one has no advantage; want at least 2"
     if cfg.sample_steps < 2:
         return f"--sample-steps {cfg.sample_steps}: the last step is deterministic; want at least 2"
-    if cfg.size % cfg.patch or cfg.size % cfg.judge_patch:
+    if not cfg.scenes and (cfg.size % cfg.patch or cfg.size % cfg.judge_patch):
         return f"--size {cfg.size} is not a multiple of --patch {cfg.patch} and --judge-patch {cfg.judge_patch}"
     if cfg.width % (4 * cfg.heads) or cfg.judge_width % (4 * cfg.judge_heads):
         return f"--width {cfg.width} / --judge-width {cfg.judge_width}: want a multiple of 4 x heads"

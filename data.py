@@ -136,9 +136,9 @@ def _square(x):
     return x[:, (H - side) // 2:(H - side) // 2 + side, (W - side) // 2:(W - side) // 2 + side]
 
 
-def fit(rgb, size):
-    """(3, H, W) in [0, 1] -> (3, size, size): centred square crop, antialiased resize."""
-    return _resize(_square(rgb), size, size)
+def fit(x, size, mode="antialias"):
+    """(C, H, W) -> (C, size, size): centred square crop; colours in [0, 1] antialiased, measured values "nearest"."""
+    return _resize(_square(x), size, size, mode)
 
 
 def resize_long(rgb, long_edge, multiple=1):
@@ -146,6 +146,11 @@ def resize_long(rgb, long_edge, multiple=1):
     scale = long_edge / max(rgb.shape[1:])
     height, width = (max(1, int(n * scale / multiple + 0.5)) * multiple for n in rgb.shape[1:])
     return _resize(rgb, height, width)
+
+
+def as_bytes(rgb, size):
+    """(3, H, W) in [0, 1] -> (3, size, size) uint8: `fit`, rounded. What judges and policies see of a photo."""
+    return (fit(rgb, size) * 255).round().to(torch.uint8)
 
 
 class Photos:
@@ -169,7 +174,7 @@ class Photos:
                 self.skipped.append((path, str(error)))
                 tqdm.write(f"skipped: {error}", file=sys.stderr)
                 continue
-            self.images[len(self.names)] = (fit(rgb, size) * 255).round().to(torch.uint8)
+            self.images[len(self.names)] = as_bytes(rgb, size)
             self.names.append(str(path.relative_to(root)))
         if not self.names:
             raise ValueError(f"data.py: none of {len(paths)} images in {str(folder)!r} could be read "

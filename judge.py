@@ -8,190 +8,208 @@ of the two words that can follow are compared (relations.MODALITIES):
 so no answer is unparsable and each comes with a confidence. The questions of all modalities are packed behind one
 image: one vision pass, one image prefix, the questions blind to each other (position ids restart after the image).
 
-The network is transformers' InternVLForConditionalGeneration. `MiniJudge` sizes build it from a tiny config, to be
-trained from scratch at mini scale; `load_judge` opens any native InternVL folder with the same chat format.
-Images are sRGB-encoded [0, 1], normalised by ImageNet mean and std, always one tile.
+The network is one of transformers' own (checkpoints.ADAPTERS), opened by `load_judge`; mini_judge.py builds a tiny one.
+Images are sRGB-encoded [0, 1], always one square tile, normalised and cut into patches by hand: no processor.
 Source: ReasonX (arXiv 2512.04222) and its released judge (questions, answers, prompt format).
 """
 import hashlib
 import json
+import math
 import re
-from dataclasses import dataclass
+import sys
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers import (
-    InternVLConfig,
-    InternVLForConditionalGeneration,
-    InternVLVisionConfig,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-)
+from tqdm import tqdm
 from transformers.utils import logging
 
+import checkpoints
 import data
+import lora
+from bank import Bank
+from checkpoints import ADAPTERS, SYSTEM, convert_internvl  # noqa: F401
 from config import Parser
 from kernels.draw_markers import mark_photos
-from relations import LUMA, MODALITIES, draw_markers, relation, relative_depth, sample_pairs
-from runtime import run_command
+from relations import MODALITIES, draw_markers
+from runtime import pick_device, rank, run_command, world
 
 logging.disable_progress_bar()       # of loading and saving weights: errors stay one line
 NAMES = tuple(MODALITIES)
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-IMG, IMG_START, IMG_END = "<IMG_CONTEXT>", "<img>", "</img>"
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # of the language model
+TOKENS = 2**16                        # of the language model at a time in `ask`
 TURN, END = "<|im_start|>", "<|im_end|>"
-EMPHASIS = (1.2, 2.0, 0.4, 0.4)      # of the probe's pair loss, in order of NAMES: shape is learnt slower than colour
-DENSE_EMPHASIS = (3.0, 1.0, 1.0, 3.0, 0.5, 0.5, 0.5, 1.0)     # depth, normal x y z, albedo r g b, irradiance luma
-SPECIAL = (TURN, END, IMG_START, IMG_END, IMG)
-SYSTEM = ("你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的"
-          "多模态大语言模型。")
 
 
-@dataclass
-class MiniJudge:
-    """Sizes of the judge that is trained from scratch."""
+def add_lora(judge, r, alpha, dropout, rng, checkpointing=False):
+    """Freeze a judge and give the linear layers of its language model adapters; returns their paths in it.
 
-    size: int = 32           # px, side of the square photo
-    patch: int = 4           # px, side of a vision token
-    width: int = 128
-    vision_layers: int = 5
-    text_layers: int = 2
-    heads: int = 4
-
-
-def mini_tokenizer():
-    """Tokenizer over the official questions (one token each) and answers (one a word); a 4B judge brings its own."""
-    questions = "|".join(re.escape(m.question) for m in MODALITIES.values())
-    split = pre_tokenizers.Split(Regex(rf"{questions}|\w+|[^\w\s]"), "removed", invert=True)
-    texts = [text for m in MODALITIES.values() for text in (m.question, *m.answers)]
-    tokens = sorted({w for text in [*texts, "system user assistant"] for w, _ in split.pre_tokenize_str(text)})
-    vocab = {w: i for i, w in enumerate([*SPECIAL, "<unk>", *tokens])}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = split
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>",
-                                   additional_special_tokens=list(SPECIAL))
+    checkpointing  True: recompute activations in the backward pass (while training)
+    """
+    judge.model.requires_grad_(False)
+    judge.origin = ""                                                           # the weights are no longer the files'
+    if checkpointing:
+        text = judge.model.model.language_model
+        getattr(text, "activation_checkpointing_enable", text.gradient_checkpointing_enable)(dict(use_reentrant=False))
+    return lora.inject(judge.model.model.language_model, LORA_TARGETS, r, alpha, dropout, rng)
 
 
-def position_table(n, width):
-    """2-D sine-cosine positions of an n x n grid: (n*n, width)."""
-    freq = torch.exp(-torch.arange(width // 4) / (width // 4) * 4.0)            # 1 .. e^-4 rad per token
-    angle = torch.arange(n)[:, None] * freq                                     # (n, width/4)
-    one = torch.cat((angle.sin(), angle.cos()), 1)                              # (n, width/2)
-    return torch.cat((one[:, None].expand(n, n, -1), one[None].expand(n, n, -1)), -1).flatten(0, 1)
+def prompt_ids(tokenizer, system, family, image_tokens, text=False):
+    """Token ids of the prompt: head (system, image), question and shared words per modality, the two deciding words.
 
-
-def build_mini(cfg, rng):
-    """A randomly initialised Judge of the sizes in `cfg`; the same rng seed gives the same weights."""
-    tokenizer = mini_tokenizer()
-    n = cfg.size // cfg.patch
-    vision = InternVLVisionConfig(
-        hidden_size=cfg.width, num_hidden_layers=cfg.vision_layers, num_attention_heads=cfg.heads, attention_bias=True,
-        intermediate_size=4 * cfg.width, image_size=[cfg.size] * 2, patch_size=[cfg.patch] * 2,
-        layer_scale_init_value=1.0)
-    text = Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=cfg.width, intermediate_size=2 * cfg.width,
-        num_hidden_layers=cfg.text_layers, num_attention_heads=cfg.heads, num_key_value_heads=cfg.heads,
-        tie_word_embeddings=False, use_cache=False)
-    config = InternVLConfig(
-        vision_config=vision.to_dict(), text_config=text.to_dict(), image_seq_length=n * n, downsample_ratio=1.0,
-        image_token_id=tokenizer.convert_tokens_to_ids(IMG), tie_word_embeddings=False)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(torch.randint(2**31, (1,), generator=rng)))
-        model = InternVLForConditionalGeneration(config)
-        with torch.no_grad():
-            model.model.vision_tower.embeddings.position_embeddings[0, 1:] = 0.5 * position_table(n, cfg.width)
-            for name, m in model.named_modules():                               # std 0.02 is far too small at width 128
-                if isinstance(m, nn.Linear) and name != "lm_head":
-                    nn.init.trunc_normal_(m.weight, std=m.in_features**-0.5)
-            nn.init.normal_(model.get_input_embeddings().weight)
-    return Judge(model, tokenizer, system="", grid=cfg.patch)
+    returns  head list, blocks dict modality -> list, answers dict modality -> [first, second], sentences dict
+             modality -> the two lists that follow a block's "assistant" turn in training
+    raises   ValueError when the tokenizer has no image token, or splits a deciding word (unless text: answers {})
+    """
+    ids = lambda text: tokenizer(text, add_special_tokens=False).input_ids      # noqa: E731
+    turn = f"{TURN}system\n{system}{END}\n" if system else ""
+    head = ids(f"{turn}{TURN}user\n{family.opening}{family.image * image_tokens}{family.closing}")
+    if head.count(tokenizer.convert_tokens_to_ids(family.image)) != image_tokens:
+        raise ValueError(f"judge: the tokenizer does not know {family.image!r} as one token; want that of a "
+                         "vision-language model")
+    blocks, answers, sentences = {}, {}, {}
+    for name, m in MODALITIES.items():
+        asked = f"{m.question}{END}\n{TURN}assistant\n"
+        blocks[name] = ids(asked + m.prefix)
+        full = [ids(f"{asked}{sentence}{END}") for sentence in m.answers]
+        cut = len(blocks[name])
+        words = [ids(asked + m.prefix + (" " if m.prefix else "") + word) for word in m.words]
+        if any(word[:-1] != blocks[name] or text[:cut + 1] != word for word, text in zip(words, full, strict=True)):
+            if text:
+                continue
+            raise ValueError(f"judge: the answers {m.words} are not one token each for {name!r}; "
+                             "want a tokenizer that keeps them whole; ask that model for text (--text)")
+        answers[name] = [word[-1] for word in words]
+        sentences[name] = [text[len(ids(asked)):] for text in full]
+    return head, blocks, answers, sentences
 
 
 class Judge(nn.Module):
     """A vision-language model that compares two marked points.
 
-    model      InternVLForConditionalGeneration;  tokenizer  its tokenizer;  system  text of the system turn ("": none)
+    model      one of checkpoints.ADAPTERS;  tokenizer  its tokenizer;  system  text of the system turn ("": none)
     grid       px, points it was trained on are centres of grid x grid cells (1: any pixel)
+    origin     folder or hub id that its weights were read from; "": they live in memory
+    text       True: answers are generated and read as text, for a network whose words cannot be scored
     """
 
-    def __init__(self, model, tokenizer, system=SYSTEM, grid=1):
+    def __init__(self, model, tokenizer, system=SYSTEM, grid=1, origin="", text=False):
         super().__init__()
-        self.model, self.tokenizer, self.system, self.grid = model, tokenizer, system, grid
-        height, width = model.config.vision_config.image_size
-        if height != width:
-            raise ValueError(f"judge.Judge: got image size {height} x {width}; want a square tile")
-        self.size = height
-        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
-        self.head_ids, self.blocks, self.answer_ids = self._prompt()
+        self.text = text
+        self.model, self.tokenizer, self.system, self.grid, self.origin = model, tokenizer, system, grid, origin
+        self.kind = model.config.model_type
+        self.size, image_tokens = tile(model.config)
+        mean, std = ADAPTERS[self.kind].pixels
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        self.head_ids, self.blocks, self.answer_ids, self.sentences = prompt_ids(
+            tokenizer, system, ADAPTERS[self.kind], image_tokens, text)
 
-    def _ids(self, text):
-        return self.tokenizer(text, add_special_tokens=False).input_ids
+    # pixels -> features -> hidden states ------------------------------------------------------------------------
 
-    def _prompt(self):
-        """Token ids of the shared prefix, of each question, and of the two words that decide it."""
-        system = f"{TURN}system\n{self.system}{END}\n" if self.system else ""
-        image = IMG_START + IMG * self.model.config.image_seq_length + IMG_END
-        head = self._ids(f"{system}{TURN}user\n{image}\n")
-        blocks, answers = {}, {}
-        for name, m in MODALITIES.items():
-            stem = f"{m.question}{END}\n{TURN}assistant\n{m.prefix}"
-            blocks[name] = self._ids(stem)
-            glue = " " if m.prefix else ""
-            full = [self._ids(stem + glue + word) for word in m.words]
-            if any(ids[:-1] != blocks[name] for ids in full):
-                raise ValueError(f"judge: the answers {m.words} are not one token each for {name!r}; "
-                                 "want a tokenizer that keeps them whole")
-            answers[name] = [ids[-1] for ids in full]
-        return head, blocks, answers
+    def vision(self, images, normalised=False):
+        """Features of marked photos, (N, 3, S, S) sRGB in [0, 1]; normalised: by mean and std, already.
+
+        returns  InternVL: patch features before the projector (N, L_img, D); Qwen-VL: (tokens (N, L_img, D), list of
+                 (N * L_img, D) that are added in the first layers)
+        """
+        if tuple(images.shape[1:]) != (3, self.size, self.size):
+            raise ValueError(f"judge.vision: got images {tuple(images.shape)}; want (N, 3, {self.size}, {self.size})")
+        core = self.model.model
+        pixels = images if normalised else ((images - self.mean) / self.std).to(self.model.dtype)
+        if self.kind != "internvl":
+            patches, grid = patchify(pixels, self.model.config.vision_config)
+            out = core.get_image_features(patches, image_grid_thw=grid)
+            extra = [x if torch.is_tensor(x) else torch.cat(x)                  # older transformers does not split it
+                     for x in getattr(out, "deepstack_features", None) or ()]
+            return torch.stack(list(out.pooler_output)), extra
+        tokens = core.vision_tower(pixel_values=pixels).last_hidden_state[:, 1:]
+        n = int(tokens.shape[1] ** 0.5)
+        return core.pixel_shuffle(tokens.unflatten(1, (n, n)), self.model.config.downsample_ratio).flatten(1, 2)
+
+    def _head_positions(self, device):
+        """Position ids of the head, (1, L) or for Qwen-VL (3, L) of time, row, column; and the next free position."""
+        n = len(self.head_ids)
+        position = torch.arange(n, device=device)[None]
+        if self.kind == "internvl":
+            return position, n
+        is_image = torch.tensor(self.head_ids, device=device) == self.model.config.image_token_id
+        start, count = int(is_image.int().argmax()), int(is_image.sum())
+        side, place = math.isqrt(count), torch.arange(count, device=device)
+        position = position.repeat(3, 1) - (position > start) * (count - side)   # what follows starts at start + side
+        position[:, is_image] = start + torch.stack((place * 0, place // side, place % side))
+        return position, n - count + side
+
+    def _hidden(self, features, ids, position, mask):
+        """Last hidden states of sequences with one image each.
+
+        ids (N, L); position (1 or 3, N, L); mask (N, L) of real tokens, (N, 1, L, L) of who sees whom, both bool, or
+        None: all are real and each sees what came before
+        """
+        core = self.model.model
+        is_image = ids == self.model.config.image_token_id
+        tokens, extra = (core.multi_modal_projector(features), []) if self.kind == "internvl" else features
+        embeds = core.get_input_embeddings()(ids).to(tokens.dtype)
+        embeds = embeds.masked_scatter(is_image[..., None], tokens)
+        deep = dict(visual_pos_masks=is_image, deepstack_visual_embeds=extra) if extra else {}
+        return core.language_model(
+            inputs_embeds=embeds, position_ids=position[0] if len(position) == 1 else position, use_cache=False,
+            attention_mask=mask if mask is None or mask.ndim == 4 else mask.long(), **deep).last_hidden_state
 
     def _packed(self, modalities, device):
-        """One sequence with the image and every question: ids (L,), positions (L,), mask (L, L), last tokens (M,)."""
-        ids, position, block = list(self.head_ids), list(range(len(self.head_ids))), [-1] * len(self.head_ids)
-        last = []
+        """One sequence with the image and every question: ids (L,), positions (1 or 3, L), mask (L, L), last (M,)."""
+        position, start = self._head_positions(device)
+        ids, positions, block, last = list(self.head_ids), [position], [-1] * len(self.head_ids), []
         for k, name in enumerate(modalities):
             ids += self.blocks[name]
-            position += range(len(self.head_ids), len(self.head_ids) + len(self.blocks[name]))
+            here = start + torch.arange(len(self.blocks[name]), device=device)
+            positions.append(here.expand(len(position), -1))
             block += [k] * len(self.blocks[name])
             last.append(len(ids) - 1)
         block = torch.tensor(block, device=device)
         sees = (block[None] == -1) | (block[None] == block[:, None])            # image prefix and one's own question
         sees &= torch.ones(len(ids), len(ids), dtype=torch.bool, device=device).tril()
-        as_tensor = lambda x: torch.tensor(x, device=device)                    # noqa: E731
-        return as_tensor(ids), as_tensor(position), sees, as_tensor(last)
+        return torch.tensor(ids, device=device), torch.cat(positions, 1), sees, torch.tensor(last, device=device)
+
+    def _padded(self, tails, device):
+        """Sequences head + tail, padded on the left: ids (N, L), positions (1 or 3, N, L), mask (N, L)."""
+        head, start = self._head_positions(device)
+        length = max(map(len, tails))
+        ids = torch.tensor([[0] * (length - len(t)) + self.head_ids + t for t in tails], device=device)
+        pad = torch.tensor([[length - len(t)] for t in tails], device=device)   # (N, 1)
+        place = torch.arange(ids.shape[1], device=device) - pad
+        follow = (start + torch.arange(length, device=device)).expand(len(head), -1)
+        return ids, torch.cat((head, follow), 1)[:, place.clamp_min(0)], place >= 0
+
+    # answers ----------------------------------------------------------------------------------------------------
 
     def logits(self, images, modalities=tuple(MODALITIES), features=None):
-        """Logits of the whole vocabulary at the deciding token of every question.
+        """Logits of the whole vocabulary at the deciding token of every question, the image seen once.
 
         images    (N, 3, S, S) marked sRGB [0, 1], S = self.size
         features  output of `vision` if it was already computed
         returns   (N, M, vocab)
         """
-        core = self.model.model
-        if features is None:
-            features = self.vision(images)
-        ids, position, sees, last = self._packed(modalities, features.device)
-        image_tokens = core.multi_modal_projector(features)                     # (N, L_img, D)
-        embeds = core.get_input_embeddings()(ids).to(image_tokens.dtype).expand(len(features), -1, -1).clone()
-        embeds[:, ids == self.model.config.image_token_id] = image_tokens
-        hidden = core.language_model(
-            inputs_embeds=embeds, position_ids=position[None].expand(len(embeds), -1), use_cache=False,
-            attention_mask=sees.expand(len(embeds), 1, -1, -1)).last_hidden_state
+        features = self.vision(images) if features is None else features
+        tokens = features if self.kind == "internvl" else features[0]
+        ids, position, sees, last = self._packed(modalities, tokens.device)
+        N = len(tokens)
+        if len(modalities) == 1:                                                # a plain causal mask is faster
+            return self.prefill(images, modalities * N, features)[:, None]
+        hidden = self._hidden(features, ids.expand(N, -1), position[:, None].expand(-1, N, -1),
+                              sees.expand(N, 1, -1, -1))
         return self.model.lm_head(hidden[:, last])                              # (N, M, vocab)
 
-    def vision(self, images, normalised=False):
-        """Patch features before the projector: (N, 3, S, S) -> (N, L_img, D). normalised: by mean and std, already."""
-        if tuple(images.shape[1:]) != (3, self.size, self.size):
-            raise ValueError(f"judge.vision: got images {tuple(images.shape)}; want (N, 3, {self.size}, {self.size})")
-        pixels = images if normalised else ((images - self.mean) / self.std).to(self.model.dtype)
-        tokens = self.model.model.vision_tower(pixel_values=pixels).last_hidden_state[:, 1:]
-        n = int(tokens.shape[1] ** 0.5)
-        tokens = tokens.unflatten(1, (n, n))
-        return self.model.model.pixel_shuffle(tokens, self.model.config.downsample_ratio).flatten(1, 2)
+    def prefill(self, images, modalities, features=None):
+        """Logits at the deciding token of one question per image, padded on the left: (N, 3, S, S), N names -> (N, V).
+
+        The plain form of `logits`: one prefill per (image, question), the head applied to the last token only.
+        """
+        features = self.vision(images) if features is None else features
+        ids, position, mask = self._padded([self.blocks[m] for m in modalities], images.device)
+        hidden = self._hidden(features, ids, position, None if len(set(modalities)) == 1 else mask)
+        return self.model.lm_head(hidden[:, -1])
 
     def decide(self, logits, modalities=tuple(MODALITIES)):
         """Difference of the two answer logits: (N, M, vocab) -> (N, M), positive = first answer."""
@@ -204,29 +222,92 @@ class Judge(nn.Module):
         """Probability of "red" (albedo: of "yes") for marked photos: (N, 3, S, S) -> (N,) float32."""
         if modality not in MODALITIES:
             raise ValueError(f"judge.score: got modality {modality!r}; want one of {', '.join(MODALITIES)}")
+        if self.text:
+            return torch.tensor([understood(x, modality) for x in self.say(images, modality)], device=images.device)
         return self.decide(self.logits(images, (modality,)), (modality,))[:, 0].sigmoid()
 
+    def _answers(self, rgb, pts, photo):
+        """Probability of the first answer to every question: pairs (N, 2, 2) of the photos numbered (N,) -> (N, M)."""
+        if self.text:
+            images = draw_markers(rgb[photo], pts[:, None])[:, 0]
+            said = [[understood(x, m) for x in self.say(images, m)] for m in MODALITIES]
+            return torch.tensor(said, device=images.device).T
+        pixels = mark_photos(rgb, pts, photo, self.mean, self.std, self.model.dtype)
+        return self.decide(self.logits(None, features=self.vision(pixels, normalised=True))).sigmoid()
+
     @torch.no_grad()
-    def ask(self, rgb, pts, batch=256):
+    def ask(self, rgb, pts, batch=0):
         """Ask all questions about every pair.
 
         rgb      (B, 3, S, S) unmarked sRGB [0, 1];  pts (B, P, 2, 2) in pixels of rgb
+        batch    marked photos at a time; 0: as many as make TOKENS tokens
         returns  (B, P, M) probability of the first answer, modalities in the order of MODALITIES
         """
         B, P = pts.shape[:2]
-        flat, out = pts.reshape(B * P, 2, 2), []
+        flat = pts.reshape(B * P, 2, 2)
+        length = len(self.head_ids) + sum(map(len, self.blocks.values()))
+        batch = batch or max(1, TOKENS // length)
+        out = []
         for part in torch.arange(B * P, device=rgb.device).split(batch) if B * P else ():
-            pixels = mark_photos(rgb, flat[part], part // P, self.mean, self.std, self.model.dtype)
-            features = self.vision(pixels, normalised=True)
-            out.append(self.decide(self.logits(None, features=features)).sigmoid())
+            out.append(self._answers(rgb, flat[part], part // P).float())
         return torch.cat(out).view(B, P, -1) if out else rgb.new_zeros(B, P, len(MODALITIES))
+
+    @torch.no_grad()
+    def say(self, images, modality, tokens=40):
+        """The answer as generated text, greedily: (N, 3, S, S) -> list of N strings. Slow; only to check `score`."""
+        asked = f"{MODALITIES[modality].question}{END}\n{TURN}assistant\n"
+        ids = torch.tensor([self.head_ids + self.tokenizer(asked, add_special_tokens=False).input_ids],
+                           device=images.device).expand(len(images), -1)
+        pixels = ((images - self.mean) / self.std).to(self.model.dtype)
+        given = dict(pixel_values=pixels)
+        if self.kind != "internvl":
+            patches, grid = patchify(pixels, self.model.config.vision_config)
+            given = dict(pixel_values=patches, image_grid_thw=grid,
+                         mm_token_type_ids=(ids == self.model.config.image_token_id).int())
+        end = self.tokenizer.convert_tokens_to_ids(END)
+        out = self.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens,
+                                  do_sample=False, use_cache=True, eos_token_id=end, pad_token_id=end, **given)
+        return [self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in out[:, ids.shape[1]:]]
+
+    # training ---------------------------------------------------------------------------------------------------
+
+    def sentence_loss(self, images, modalities, first):
+        """Next-token cross-entropy on the whole answer sentence and its end mark, as in the judge release.
+
+        images (N, 3, S, S) marked; modalities N names; first N bools, True: the first answer is right
+        returns  sum over answer tokens (scalar), number of answer tokens
+        """
+        answers = [self.sentences[m][0 if f else 1] for m, f in zip(modalities, first, strict=True)]
+        tails = [[*self.blocks[m], *a[len(self.blocks[m]) - self._asked(m):]]
+                 for m, a in zip(modalities, answers, strict=True)]
+        ids, position, mask = self._padded(tails, images.device)
+        with torch.set_grad_enabled(any(p.requires_grad for p in self._eye().parameters())):
+            features = self.vision(images)
+        hidden = self._hidden(features, ids, position, mask)[:, :-1]
+        taught = torch.zeros_like(mask)
+        for i, a in enumerate(answers):
+            taught[i, -len(a):] = True
+        logits = self.model.lm_head(hidden[taught[:, 1:]])                      # (answer tokens, vocab)
+        return F.cross_entropy(logits.float(), ids[taught], reduction="sum"), int(taught.sum())
+
+    def _asked(self, modality):
+        """Number of tokens of a block before the answer begins."""
+        asked = f"{MODALITIES[modality].question}{END}\n{TURN}assistant\n"
+        return len(self.tokenizer(asked, add_special_tokens=False).input_ids)
+
+    def _eye(self):
+        return self.model.model.vision_tower if self.kind == "internvl" else self.model.model.visual
+
+    # files ------------------------------------------------------------------------------------------------------
 
     def digest(self):
         """Hex digest of weights, tokenizer and prompt: what the judgement bank keys its answers by."""
-        h = hashlib.sha256(json.dumps([self.head_ids, self.blocks, self.answer_ids]).encode())
+        start = prompt_key(self.head_ids, self.blocks, self.answer_ids)
+        if self.origin:
+            return checkpoints.files_digest(self.origin, start)
+        h = hashlib.sha256(start)
         for name, p in sorted(self.model.state_dict().items()):
-            h.update(name.encode())
-            h.update(p.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            checkpoints.update(h, name, p)
         return h.hexdigest()
 
     def save(self, folder):
@@ -235,181 +316,172 @@ class Judge(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-        (folder / "judge.json").write_text(json.dumps(dict(system=self.system, grid=self.grid)))
+        self.save_about(folder)
+
+    def save_about(self, folder):
+        """Write judge.json: what config.json does not say."""
+        Path(folder, "judge.json").write_text(json.dumps(dict(system=self.system, grid=self.grid, size=self.size)))
 
 
-def load_judge(folder):
-    """Open a judge in native transformers InternVL layout, without remote code.
+def understood(text, modality):
+    """What a generated sentence says: 1.0 first answer, 0.0 second, 0.5 neither. Only the official wording counts."""
+    plain = lambda x: re.sub(r"\W+", " ", x).strip().lower()                    # noqa: E731
+    m = MODALITIES[modality]
+    for value, word in zip((1.0, 0.0), m.words, strict=True):
+        if f"{plain(text)} ".startswith(plain(f"{m.prefix} {word}") + " "):
+            return value
+    return 0.5
 
-    raises  FileNotFoundError when config.json, tokenizer.json or the weights are missing;
-            ValueError for another architecture
+
+def prompt_key(head, blocks, answers):
+    """The prompt as bytes, for digests."""
+    return json.dumps([head, blocks, answers]).encode()
+
+
+def tile(config):
+    """Side of the square tile (px) and number of image tokens of a network's config. raises ValueError: not square."""
+    vision, family = config.vision_config, ADAPTERS[config.model_type]
+    if config.model_type != "internvl":
+        side = family.size // vision.patch_size // vision.spatial_merge_size
+        return side * vision.patch_size * vision.spatial_merge_size, side**2
+    height, width = vision.image_size
+    if height != width:
+        raise ValueError(f"judge.Judge: got image size {height} x {width}; want a square tile")
+    return height, config.image_seq_length
+
+
+def patchify(pixels, vision):
+    """Normalised pixels (N, 3, S, S) -> Qwen-VL's patches (N * n^2, 3 * T * p * p), merged cells side by side, and
+    grid (N, 3) of time, rows, columns."""
+    p, merge, T = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
+    N, C, S, _ = pixels.shape
+    n = S // p
+    x = pixels.reshape(N, C, n // merge, merge, p, n // merge, merge, p).permute(0, 2, 5, 3, 6, 1, 4, 7)
+    x = x[..., None, :, :].expand(*x.shape[:6], T, p, p)                        # (N, gh, gw, mh, mw, C, T, p, p)
+    return x.reshape(N * n * n, C * T * p * p), torch.tensor([[1, n, n]] * N, device=pixels.device)
+
+
+def load_judge(folder, device="cpu", dtype=None, size=0, text=False):
+    """Open a judge: mini folder, InternVL chat folder (merged or unmerged LoRA), native folder, PEFT folder, hub id.
+
+    dtype   of the weights; None: fp32 on a CPU, as stored (bf16 for the published ones) on a GPU
+    size    px of the tile, if not the checkpoint's own (InternVL only)
+    raises  FileNotFoundError, ValueError: one line that names the file or key
     """
-    folder = Path(folder)
-    weights = ("model.safetensors" if not (folder / "model.safetensors.index.json").is_file()
-               else "model.safetensors.index.json")
-    for name in ("config.json", "tokenizer.json", weights):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"judge.load_judge: got no {name} in {folder}; want a judge folder written by "
-                                    "`python train.py --stage judge` or a native InternVL folder")
-    kind = json.loads((folder / "config.json").read_text()).get("model_type")
-    if kind != "internvl":
-        raise ValueError(f"judge.load_judge: got model_type {kind!r} in {folder}; want 'internvl'")
-    try:
-        model, found = InternVLForConditionalGeneration.from_pretrained(
-            folder, local_files_only=True, output_loading_info=True, use_safetensors=True)
-    except (SafetensorError, RuntimeError, OSError) as error:
-        raise ValueError(f"judge.load_judge: the weights in {folder} cannot be read ({error}); want model.safetensors "
-                         "that fits config.json") from None
-    wrong = [str(k) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for k in found.get(kind, ())]
-    if wrong:
-        raise ValueError(f"judge.load_judge: {len(wrong)} weights in {folder} do not fit config.json "
-                         f"(first: {wrong[0]}); want a complete checkpoint of that architecture")
-    extra = folder / "judge.json"
-    about = json.loads(extra.read_text()) if extra.is_file() else dict(system=SYSTEM, grid=1)
-    return Judge(model, PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json")), **about).eval()
+    model, tokenizer, about = checkpoints.open_network(folder, size)
+    dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else None)
+    model = model.to(device, dtype) if dtype else model.to(device)
+    return Judge(model, tokenizer, **about, origin="" if size else str(folder), text=text).to(device).eval()
 
 
-class Probe(nn.Module):
-    """Training-only heads on the vision tokens; thrown away when the judge is saved.
+class Closed:
+    """A judge on disk: size, grid and digest from its files; its weights are opened at the first question.
 
-    A judge of a million weights that sees only answers stays at chance. Three denser tasks carry it: `dense` regresses
-    the maps under every token, `pairs` compares many random pairs of tokens of one photo, and `marker_head` says which
-    token holds the red and which the green marker, so that the language model can find them.
-    differs: the paper fine-tunes a pre-trained MLLM and needs none of them.
+    A bank that knows every answer never opens it, so GRPO runs with no judge in memory.
     """
 
-    def __init__(self, sizes, rng, channels=8):
-        super().__init__()
-        self.patch = sizes.patch
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(torch.randint(2**31, (1,), generator=rng)))
-            self.norm = nn.LayerNorm(sizes.width)
-            self.dense = nn.Linear(sizes.width, channels * sizes.patch**2)
-            self.pairs = nn.Sequential(nn.Linear(2 * sizes.width, sizes.width), nn.GELU(),
-                                       nn.Linear(sizes.width, len(MODALITIES)))
-            self.marker_head = nn.Linear(sizes.width, 3)
-        self.side = sizes.size // sizes.patch
+    def __init__(self, folder, device="cpu"):
+        self.folder, self.device, self.opened = str(folder), device, None
+        where, adapter = checkpoints.locate(folder)
+        config = checkpoints.read_config(where)
+        kind, tokenizer = checkpoints.family_of(where, config), checkpoints.load_tokenizer(where)
+        about, outline = checkpoints.describe(adapter or where, config), checkpoints.outline(where, config)
+        if kind == "internvl":
+            checkpoints.set_tile(outline, about.pop("size"))
+        self.size, tokens = tile(outline)
+        self.grid = about["grid"]
+        head, blocks, answers, _ = prompt_ids(tokenizer, about["system"], ADAPTERS[kind], tokens)
+        self.prompt = prompt_key(head, blocks, answers)
 
-    def index(self, pts):
-        """Number of the token that holds a point: (..., 2) px -> (...)."""
-        return (pts // self.patch * torch.tensor([self.side, 1], device=pts.device)).sum(-1)
+    def digest(self):
+        """As Judge.digest of the opened judge."""
+        return checkpoints.files_digest(self.folder, self.prompt)
 
-    def forward(self, tokens, pts):
-        """tokens (B, L, D), pts (B, P, 2, 2) px -> dense (B, L, K), pair logits (B, P, M), marker logits (B, L, 3)."""
-        tokens = self.norm(tokens)
-        B, P = pts.shape[:2]
-        index = self.index(pts).flatten(1)[..., None].expand(-1, -1, tokens.shape[-1])          # (B, 2P, D)
-        return self.dense(tokens), self.pairs(tokens.gather(1, index).view(B, P, -1)), self.marker_head(tokens)
-
-
-def true_relations(maps, pts):
-    """Relations of all modalities from ground truth: (B, P, M) int8; 0 where a point is invalid."""
-    nan = {m: maps[m].masked_fill(~maps["mask"], torch.nan) for m in MODALITIES}
-    return torch.stack([relation(nan[m], pts, m) for m in MODALITIES], -1)
+    def ask(self, rgb, pts, batch=0):
+        """As Judge.ask; opens the judge if that has not happened yet."""
+        if self.opened is None:
+            self.opened = load_judge(self.folder, self.device)
+        return self.opened.ask(rgb, pts, batch)
 
 
-def class_weights(rel):
-    """Weights (..., M) that make both answers of a modality count the same, pairs without an answer 0; mean 1."""
-    yes, no = (rel > 0).float(), (rel < 0).float()
-    axes = tuple(range(rel.ndim - 1))
-    weight = yes / yes.sum(axes).clamp_min(1) + no / no.sum(axes).clamp_min(1)
-    return weight * rel.shape[:-1].numel() / 2
+def fill_bank(folder, images, judge, pairs, device):
+    """Ask about every photo of a folder ahead of time; this rank's share of them. Returns a Bank with its counts.
 
-
-def dense_targets(maps, patch):
-    """Normalised depth, normal, albedo and irradiance luma under every token: (B, L, 8 p^2) and their mask."""
-    mask = maps["mask"]
-    depth = relative_depth(maps["depth"], mask)
-    luma = torch.einsum("bchw,c->bhw", maps["irradiance"], maps["irradiance"].new_tensor(LUMA))[:, None]
-    maps = torch.cat((2 * depth - 1, maps["normal"], 2 * maps["albedo"] - 1, 2 * luma - 1), 1)      # (B, 8, H, W)
-    maps = torch.where(mask, maps, 0.0)
-    tokens = lambda x: F.pixel_unshuffle(x, patch).flatten(2).transpose(1, 2)   # noqa: E731
-    return tokens(maps), tokens(mask.float().expand(-1, 8, -1, -1))
-
-
-def marker_loss(logits, index, shown):
-    """Cross-entropy of "no marker, red, green" per token, the three classes weighing the same.
-
-    logits (B, L, 3); index (B, 2) tokens of red and green; shown (B,) bool, False: the photo has no markers
+    Resumes where it stopped; a photo that cannot be read is named and skipped, as data.Photos does.
     """
-    target = torch.zeros(logits.shape[:2], dtype=torch.long, device=logits.device)
-    target.scatter_(1, index, torch.tensor([1, 2], device=logits.device) * shown[:, None])
-    weight = logits.new_tensor([1.0, logits.shape[1] / 2, logits.shape[1] / 2])
-    return F.cross_entropy(logits.float().flatten(0, 1), target.flatten(), weight=weight.float())
+    bank, chunk = Bank(folder, judge), 8
+    paths = data.find_images(images)[rank()::world()]
+    bar = tqdm(range(0, len(paths), chunk), desc=f"bank, process {rank() + 1} of {world()}", unit="8 photos",
+               mininterval=1.0)
+    for i in bar:
+        photos = []
+        for path in paths[i:i + chunk]:
+            try:
+                photos.append(data.as_bytes(data.read_rgb(path), judge.size))
+            except (ValueError, OSError) as error:
+                tqdm.write(f"skipped: {error}", file=sys.stderr)
+        if photos:
+            bank.fill(torch.stack(photos), pairs, device)
+    bank.pack()
+    return bank
 
 
-def judge_loss(judge, probe, maps, answers, rng, pairs=128):
-    """Loss of one step of training a judge from scratch.
-
-    maps     dict of scenes with rgb, depth, normal, albedo, irradiance, mask
-    answers  False: the vision tower alone (dense, pairs, markers);
-             True: also the answer to four questions on one marked pair
-    returns  scalar, dict of its 0-dim parts
-    Pairs without an answer (dead zone, sky) are taught as 50/50, so that the judge is unsure there. Other answers are
-    taught half by the truth, half by the probe's probability for the same pair: a smoother target to start from.
-    differs: only the deciding word is supervised; the released recipe supervises the whole sentence.
-    """
-    rgb = maps["rgb"]
-    B, _, H, W = rgb.shape
-    pts = sample_pairs(B, (H, W), pairs, rng, grid=judge.grid).to(rgb.device)         # (B, P, 2, 2)
-    rel = true_relations(maps, pts)                                             # (B, P, M)
-    # one pair per photo is marked; "same" albedo is rare, so every other photo marks such a pair if it has one
-    order = torch.rand(B, pairs, generator=rng).to(rgb.device)
-    order[::2] += (rel[::2, :, NAMES.index("albedo")] > 0).float()
-    pick = order.argmax(1)[:, None]                                             # (B, 1)
-    marked_pts = pts.gather(1, pick[..., None, None].expand(-1, -1, 2, 2))
-    marked_rel = rel.gather(1, pick[..., None].expand(-1, -1, len(NAMES)))[:, 0]  # (B, M)
-    images = draw_markers(rgb, marked_pts)[:, 0]
-    shown = (torch.rand(B, generator=rng) < (1.0 if answers else 0.5)).to(rgb.device)   # the others stay unmarked
-    images = torch.where(shown.view(-1, 1, 1, 1), images, rgb)
-    tokens = judge.vision(images)
-    dense, pair_logits, marker_logits = probe(tokens, pts)
-    target, ok = dense_targets(maps, probe.patch)
-    ok = ok * ok.new_tensor(DENSE_EMPHASIS).repeat_interleave(probe.patch**2)
-    emphasis = dense.new_tensor(EMPHASIS).float()
-    loss_dense = ((dense - target).square() * ok).sum() / ok.sum().clamp_min(1)
-    loss_pairs = (F.binary_cross_entropy_with_logits(pair_logits.float(), (rel > 0).float(), reduction="none")
-                  * class_weights(rel) * emphasis).mean()
-    loss_marker = marker_loss(marker_logits, probe.index(marked_pts)[:, 0], shown)
-    stats = {"loss/dense": loss_dense.detach(), "loss/pairs": loss_pairs.detach(), "loss/marker": loss_marker.detach()}
-    loss = loss_dense + loss_pairs + loss_marker
-    if answers:
-        logp = judge.logits(images, features=tokens).float().log_softmax(-1)    # (B, M, vocab)
-        two = logp.gather(-1, torch.tensor([judge.answer_ids[m] for m in NAMES], device=rgb.device).expand(B, -1, -1))
-        taught = pair_logits.detach().float().gather(1, pick[..., None].expand(-1, -1, len(NAMES)))[:, 0].sigmoid()
-        first = torch.where(marked_rel == 0, 0.5, (0.5 + 0.5 * marked_rel + taught) / 2)  # (B, M) share of answer one
-        loss_answers = -(torch.stack((first, 1 - first), -1) * two).sum(-1).mean()
-        stats["loss/answers"] = loss_answers.detach()
-        loss = loss + loss_answers
-    return loss, stats
+def arguments(argv):
+    """Parse and check the command line."""
+    p = Parser(prog="judge.py", allow_abbrev=False, description="Ask the judge to compare two points of a photo.")
+    p.add_argument("image", metavar="IMAGE", help="a photo; with --bank a folder of photos")
+    p.add_argument("--red", type=int, nargs=2, metavar=("X", "Y"), help="red point, pixels from the left and the top")
+    p.add_argument("--green", type=int, nargs=2, metavar=("X", "Y"), help="green point")
+    p.add_argument("--modality", choices=NAMES, default="depth", help="the question to ask [depth]")
+    p.add_argument("--all", action="store_true", help="ask all four questions")
+    p.add_argument("--model", default="out/mini/judge",
+                   help="judge: folder of ours, InternVL chat, native InternVL or Qwen-VL folder, PEFT adapter, hub id "
+                        "[out/mini/judge]")
+    p.add_argument("--text", action="store_true",
+                   help="generate the answer as text as well: slow, to check the score, or for a model without scores")
+    p.add_argument("--save", default="", help="file for the photo as the judge sees it, with its markers (.png)")
+    p.add_argument("--bank", default="", help="fill this judgement bank from the photos under IMAGE instead")
+    p.add_argument("--pairs", type=int, default=40, help="with --bank: pairs per photo [40]")
+    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="[auto]")
+    args = p.parse_args(argv)
+    if not args.bank and not (args.red and args.green):
+        p.error("want --red X Y and --green X Y, two points of the photo")
+    if args.pairs < 1:
+        p.error(f"--pairs {args.pairs}: want at least 1")
+    if args.save and Path(args.save).suffix.lower() != ".png":
+        p.error(f"--save {args.save}: want a name that ends in .png")
+    return p, args
 
 
 def main(argv=None):
-    """Command line: one answer, or all four, for two points of a photo."""
-    p = Parser(prog="judge.py", allow_abbrev=False, description="Ask the judge to compare two points of a photo.")
-    p.add_argument("image", metavar="IMAGE", help="a photo")
-    p.add_argument("--red", type=int, nargs=2, required=True, metavar=("X", "Y"),
-                   help="red point, pixels from the left and the top")
-    p.add_argument("--green", type=int, nargs=2, required=True, metavar=("X", "Y"), help="green point")
-    p.add_argument("--modality", choices=NAMES, default="depth", help="the question to ask [depth]")
-    p.add_argument("--all", action="store_true", help="ask all four questions")
-    p.add_argument("--model", default="out/mini/judge", help="judge folder [out/mini/judge]")
-    args = p.parse_args(argv)
+    """Command line: one answer, or all four, for two points of a photo; or a bank for a folder of photos."""
+    p, args = arguments(argv)
+    device = pick_device(args.device, "judge.py")
+    if args.bank:
+        bank = fill_bank(args.bank, args.image, Closed(args.model, device), args.pairs, device)
+        print(f"bank: {bank.asked} pairs asked, {bank.known} already known; {bank.folder}")
+        return
     rgb = data.read_rgb(args.image)
     H, W = rgb.shape[-2:]
     for name in ("red", "green"):
         x, y = getattr(args, name)
         if not (0 <= x < W and 0 <= y < H):
             p.error(f"--{name} {x} {y} lies outside the {W} x {H} photo")
-    judge = load_judge(args.model)
-    small = F.interpolate(rgb[None], (judge.size, judge.size), mode="bilinear", antialias=True).clamp(0, 1)
+    judge = load_judge(args.model, device, text=args.text)
+    small = F.interpolate(rgb[None], (judge.size, judge.size), mode="bilinear", antialias=True).clamp(0, 1).to(device)
     xy = torch.tensor([args.red, args.green])                                   # (2, 2) x, y
     pts = (xy.flip(-1) * judge.size // torch.tensor([H, W])) // judge.grid * judge.grid + judge.grid // 2
-    prob = judge.ask(small, pts[None, None])[0, 0]
-    for m, share in zip(NAMES, prob.tolist(), strict=True):
-        if args.all or m == args.modality:
-            first = share >= 0.5
-            print(f"{m}: {MODALITIES[m].answers[0 if first else 1]} (p = {share if first else 1 - share:.3f})")
+    marked = draw_markers(small, pts.to(device)[None, None])[:, 0]
+    if args.save:
+        data.save_png(args.save, marked[0].cpu().numpy())
+    asked, judge.text = NAMES if args.all else (args.modality,), len(judge.answer_ids) < len(NAMES)
+    prob = judge.ask(small, pts.to(device)[None, None])[0, 0].tolist()
+    for m in asked:
+        share = prob[NAMES.index(m)]
+        first = share >= 0.5
+        print(f"{m}: {MODALITIES[m].answers[0 if first else 1]} (p = {share if first else 1 - share:.3f})")
+        if args.text:
+            print(f"{m}, generated: {judge.say(marked, m)[0]}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Marigold in plain torch: the SD2 U-Net, VAE and scheduler of the public weights, behind the predictor interface.
+"""Marigold in plain torch: pipeline, scheduler and files of the public weights, behind the predictor interface.
 
 state      latents of all targets side by side, (B, 4 n, h/8, w/8); condition: the photo's latent (B, 4, h/8, w/8)
 native     x_vp = alpha x0 + sigma eps, alpha^2 = abar;  network output v_vp = alpha eps - sigma x0
@@ -9,7 +9,7 @@ spaces     native maps are what diffusers returns: IID targets in the space mode
            appearance albedo: sRGB), depth [0, 1] 0 near, normals [-1, 1] x right, y up, z toward the viewer.
            `decode` gives the encodings of relations.MODALITIES: albedo and irradiance sRGB-encoded; an up-to-scale
            shading is encoded as it is, not divided by its maximum: one pixel must not move all others
-Module names follow the checkpoints' keys. Source: Marigold (Ke et al. 2024; arXiv 2505.09358 for IID), Stable Diffusion
+Networks: sd2.py. Source: Marigold (Ke et al. 2024; arXiv 2505.09358 for IID), Stable Diffusion
 2 (Rombach et al. 2022), zero-terminal SNR (Lin et al. 2023). Weights: OpenRAIL++-M.
 """
 import json
@@ -23,13 +23,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch.utils.checkpoint import checkpoint
 
 import lora
 from runtime import hub_folder, load_strict
 from scenes import srgb_encode
+from sd2 import LATENT_SCALE, VAE, UNet, check_config
 
-LATENT_SCALE = 0.18215
 MODALITY = {"albedo": "albedo", "shading": "irradiance", "irradiance": "irradiance", "depth": "depth",
             "normals": "normal"}                                                # target name: modality
 PIPELINES = {"MarigoldIntrinsicsPipeline": None, "MarigoldDepthPipeline": ["depth"],
@@ -37,334 +36,19 @@ PIPELINES = {"MarigoldIntrinsicsPipeline": None, "MarigoldDepthPipeline": ["dept
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 WEIGHTS = "diffusion_pytorch_model"
 
-# what config files may say besides the sizes that the constructors read; anything else is refused by name
-UNET = dict(
-    act_fn="silu", center_input_sample=False, downsample_padding=1, dropout=0.0, dual_cross_attention=False,
-    flip_sin_to_cos=True, freq_shift=0, mid_block_scale_factor=1, mid_block_type="UNetMidBlock2DCrossAttn",
-    only_cross_attention=False, resnet_time_scale_shift="default", resnet_out_scale_factor=1.0,
-    time_embedding_type="positional", transformer_layers_per_block=1, use_linear_projection=True, conv_in_kernel=3,
-    conv_out_kernel=3, norm_eps=1e-5, attention_type="default", addition_embed_type_num_heads=64,
-    upcast_attention=None, sample_size=None, in_channels=None, out_channels=None, down_block_types=None,
-    up_block_types=None, block_out_channels=None, layers_per_block=None, cross_attention_dim=None,
-    attention_head_dim=None, norm_num_groups=None)                              # None: any value
-VAE_ = dict(
-    act_fn="silu", in_channels=3, out_channels=3, scaling_factor=LATENT_SCALE, use_quant_conv=True,
-    use_post_quant_conv=True, mid_block_add_attention=True, force_upcast=None, sample_size=None,
-    down_block_types=None, up_block_types=None, block_out_channels=None, layers_per_block=None, latent_channels=4,
-    norm_num_groups=None)
-SCHEDULER = dict(
+# what the file may say besides; anything else is refused by name
+SCHEDULER_CONFIG = dict(
     prediction_type="v_prediction", clip_sample=False, thresholding=False, num_train_timesteps=None, beta_start=None,
     beta_end=None, beta_schedule="scaled_linear", rescale_betas_zero_snr=None, timestep_spacing=None,
     set_alpha_to_one=None, steps_offset=None, clip_sample_range=None, dynamic_thresholding_ratio=None,
     sample_max_value=None, skip_prk_steps=None)
 
 
-def check_config(config, known, what):
-    """Refuse by name what this file does not implement. raises ValueError."""
-    for key, value in config.items():
-        if key.startswith("_") or not value and key not in known:               # new options that are off
-            continue
-        if key not in known or (known[key] is not None and value != known[key]):
-            want = repr(known[key]) if key in known else "no such option"
-            raise ValueError(f"marigold: {what} has {key} = {value!r}, which is not implemented; want {want}")
-
-
-class Resnet(nn.Module):
-    """Two 3 x 3 convolutions with a residual; `emb` (B, E) is added between them when the block was built for it."""
-
-    def __init__(self, cin, cout, groups, eps, emb=0):
-        super().__init__()
-        self.norm1, self.norm2 = nn.GroupNorm(groups, cin, eps), nn.GroupNorm(groups, cout, eps)
-        self.conv1, self.conv2 = nn.Conv2d(cin, cout, 3, padding=1), nn.Conv2d(cout, cout, 3, padding=1)
-        if emb:
-            self.time_emb_proj = nn.Linear(emb, cout)
-        self.conv_shortcut = nn.Conv2d(cin, cout, 1) if cin != cout else None
-
-    def forward(self, x, emb=None):                                             # (B, cin, h, w) -> (B, cout, h, w)
-        h = self.conv1(F.silu(self.norm1(x)))
-        if emb is not None:
-            h = h + self.time_emb_proj(F.silu(emb))[:, :, None, None]
-        return self.conv2(F.silu(self.norm2(h))) + (x if self.conv_shortcut is None else self.conv_shortcut(x))
-
-
-class Attention(nn.Module):
-    """Multi-head attention of tokens (B, L, D) to context (B, S, C)."""
-
-    def __init__(self, width, heads, context=None, bias=False):
-        super().__init__()
-        self.heads = heads
-        self.to_q = nn.Linear(width, width, bias=bias)
-        self.to_k, self.to_v = (nn.Linear(context or width, width, bias=bias) for _ in range(2))
-        self.to_out = nn.ModuleList([nn.Linear(width, width)])
-
-    def forward(self, x, context=None):
-        context = x if context is None else context
-        split = lambda z: z.unflatten(-1, (self.heads, -1)).transpose(1, 2)     # noqa: E731  (B, heads, L, d)
-        out = F.scaled_dot_product_attention(split(self.to_q(x)), split(self.to_k(context)), split(self.to_v(context)))
-        return self.to_out[0](out.transpose(1, 2).flatten(2))
-
-
-class GEGLU(nn.Module):
-    """x GELU(gate), the exact GELU (erf)."""
-
-    def __init__(self, width, inner):
-        super().__init__()
-        self.proj = nn.Linear(width, 2 * inner)
-
-    def forward(self, x):
-        x, gate = self.proj(x).chunk(2, -1)
-        return x * F.gelu(gate)
-
-
-class TransformerBlock(nn.Module):
-    """Self-attention, attention to the text, GEGLU."""
-
-    def __init__(self, width, heads, context):
-        super().__init__()
-        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
-        self.attn1, self.attn2 = Attention(width, heads), Attention(width, heads, context)
-        self.ff = nn.ModuleDict({"net": nn.ModuleList([GEGLU(width, 4 * width), nn.Identity(),
-                                                       nn.Linear(4 * width, width)])})
-
-    def forward(self, x, context):                                              # (B, L, D), (B, S, C)
-        x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), context)
-        h = self.norm3(x)
-        for layer in self.ff["net"]:
-            h = layer(h)
-        return x + h
-
-
-class SpatialTransformer(nn.Module):
-    """A TransformerBlock over the pixels of a feature map, with a residual."""
-
-    def __init__(self, width, heads, context, groups):
-        super().__init__()
-        self.norm = nn.GroupNorm(groups, width, 1e-6)
-        self.proj_in, self.proj_out = nn.Linear(width, width), nn.Linear(width, width)
-        self.transformer_blocks = nn.ModuleList([TransformerBlock(width, heads, context)])
-
-    def forward(self, x, context):                                              # (B, D, h, w)
-        h = self.proj_in(self.norm(x).flatten(2).transpose(1, 2))               # (B, h*w, D)
-        h = self.proj_out(self.transformer_blocks[0](h, context))
-        return x + h.transpose(1, 2).unflatten(2, x.shape[2:])
-
-
-class Resample(nn.Module):
-    """Halve (stride 2) or double (nearest, to `size`) a feature map, then a 3 x 3 convolution."""
-
-    def __init__(self, width, down, asymmetric=False):
-        super().__init__()
-        self.down, self.asymmetric = down, asymmetric                           # the VAE pads right and bottom only
-        self.conv = nn.Conv2d(width, width, 3, 2 if down else 1, 0 if asymmetric else 1)
-
-    def forward(self, x, size=None):
-        if self.asymmetric:
-            x = F.pad(x, (0, 1, 0, 1))
-        elif not self.down:
-            x = F.interpolate(x, size or [2 * n for n in x.shape[2:]], mode="nearest")
-        return self.conv(x)
-
-
-class Stage(nn.Module):
-    """One resolution of the U-Net or VAE: resnets, an attention after each when `make_attention` is given, a resample.
-
-    resample  name and module ("downsamplers" or "upsamplers", as in the checkpoints), or None
-    """
-
-    def __init__(self, widths, groups, eps, emb=0, make_attention=None, resample=None):
-        super().__init__()
-        self.resnets = nn.ModuleList(Resnet(cin, cout, groups, eps, emb) for cin, cout in widths)
-        if make_attention:
-            self.attentions = nn.ModuleList(make_attention() for _ in widths)
-        if resample:
-            setattr(self, resample[0], nn.ModuleList([resample[1]]))
-
-    def layers(self):
-        """Pairs (resnet, attention or None), in order."""
-        return zip(self.resnets, getattr(self, "attentions", [None] * len(self.resnets)), strict=True)
-
-
-class UNet(nn.Module):
-    """The conditional U-Net of Stable Diffusion 2; `checkpointing` recomputes activations in the backward pass."""
-
-    def __init__(self, config):
-        super().__init__()
-        check_config(config, UNET, "unet/config.json")
-        self.config, self.checkpointing = config, False
-        widths, groups, eps = config["block_out_channels"], config["norm_num_groups"], config.get("norm_eps", 1e-5)
-        heads = config["attention_head_dim"]                                    # the number of heads, despite its name
-        heads = [heads] * len(widths) if isinstance(heads, int) else heads
-        context, depth, emb = config["cross_attention_dim"], config["layers_per_block"], 4 * widths[0]
-        cross = lambda kind, known: {known[0]: True, known[1]: False}.get(kind)  # noqa: E731
-        down = [cross(k, ("CrossAttnDownBlock2D", "DownBlock2D")) for k in config["down_block_types"]]
-        up = [cross(k, ("CrossAttnUpBlock2D", "UpBlock2D")) for k in config["up_block_types"]]
-        if None in (*down, *up) or len(down) != len(widths) or len(up) != len(widths):
-            raise ValueError(f"marigold: unet/config.json has blocks {config['down_block_types']}, "
-                             f"{config['up_block_types']}; want (CrossAttn)DownBlock2D and (CrossAttn)UpBlock2D, "
-                             f"{len(widths)} each")
-        attention = lambda i: lambda: SpatialTransformer(widths[i], heads[i], context, groups)  # noqa: E731
-
-        self.conv_in = nn.Conv2d(config["in_channels"], widths[0], 3, padding=1)
-        self.time_embedding = nn.ModuleDict({"linear_1": nn.Linear(widths[0], emb), "linear_2": nn.Linear(emb, emb)})
-        self.down_blocks, last, skips = nn.ModuleList(), widths[0], [widths[0]]
-        for i, width in enumerate(widths):
-            ends = i == len(widths) - 1
-            self.down_blocks.append(Stage(
-                [(last if j == 0 else width, width) for j in range(depth)], groups, eps, emb,
-                attention(i) if down[i] else None, None if ends else ("downsamplers", Resample(width, True))))
-            skips += [width] * (depth if ends else depth + 1)
-            last = width
-        self.mid_block = Stage([(last, last)] * 2, groups, eps, emb)
-        self.mid_block.attentions = nn.ModuleList([attention(-1)()])
-        self.up_blocks = nn.ModuleList()
-        for i in range(len(widths)):
-            k = len(widths) - 1 - i
-            self.up_blocks.append(Stage(
-                [((last if j == 0 else widths[k]) + skips.pop(), widths[k]) for j in range(depth + 1)], groups, eps,
-                emb, attention(k) if up[i] else None, ("upsamplers", Resample(widths[k], False)) if k else None))
-            last = widths[k]
-        self.conv_norm_out = nn.GroupNorm(groups, widths[0], eps)
-        self.conv_out = nn.Conv2d(widths[0], config["out_channels"], 3, padding=1)
-
-    def _layer(self, resnet, attention, x, emb, context):
-        def run(x, emb, context):
-            x = resnet(x, emb)
-            return x if attention is None else attention(x, context)
-        if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(run, x, emb, context, use_reentrant=False)
-        return run(x, emb, context)
-
-    def forward(self, x, t, context):
-        """v prediction: x (B, c, h, w); t timestep, a number or (B,); context (B or 1, S, C) -> (B, c', h, w)."""
-        half = self.conv_in.out_channels // 2
-        freq = torch.exp(-math.log(1e4) / half * torch.arange(half, dtype=torch.float32, device=x.device))
-        angle = torch.as_tensor(t, device=x.device).float().expand(len(x))[:, None] * freq
-        wave = torch.cat((angle.cos(), angle.sin()), 1).to(x.dtype)
-        emb = self.time_embedding["linear_2"](F.silu(self.time_embedding["linear_1"](wave)))    # (B, 4 * width)
-        context = context.to(x.dtype).expand(len(x), -1, -1)
-        x = self.conv_in(x)
-        skips = [x]
-        for stage in self.down_blocks:
-            for resnet, attention in stage.layers():
-                x = self._layer(resnet, attention, x, emb, context)
-                skips.append(x)
-            if hasattr(stage, "downsamplers"):
-                x = stage.downsamplers[0](x)
-                skips.append(x)
-        mid = self.mid_block
-        x = self._layer(mid.resnets[0], mid.attentions[0], x, emb, context)
-        x = self._layer(mid.resnets[1], None, x, emb, context)
-        for stage in self.up_blocks:
-            for resnet, attention in stage.layers():
-                x = self._layer(resnet, attention, torch.cat((x, skips.pop()), 1), emb, context)
-            if hasattr(stage, "upsamplers"):
-                x = stage.upsamplers[0](x, skips[-1].shape[2:])                 # odd sizes: the next skip's
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
-
-
-class PixelAttention(Attention):
-    """The VAE's single-head attention over the pixels of a feature map (B, D, h, w), with a residual."""
-
-    def __init__(self, width, groups):
-        super().__init__(width, 1, bias=True)
-        self.group_norm = nn.GroupNorm(groups, width, 1e-6)
-
-    def forward(self, x):
-        h = super().forward(self.group_norm(x).flatten(2).transpose(1, 2))      # (B, h*w, D)
-        return x + h.transpose(1, 2).unflatten(2, x.shape[2:])
-
-
-class Coder(nn.Module):
-    """Encoder (down=True) or decoder half of the VAE."""
-
-    def __init__(self, config, down):
-        super().__init__()
-        widths, groups, depth = config["block_out_channels"], config["norm_num_groups"], config["layers_per_block"]
-        z, self.down = config["latent_channels"], down
-        order = list(range(len(widths))) if down else list(range(len(widths)))[::-1]
-        first, last = widths[order[0]], widths[order[-1]]
-        self.conv_in = nn.Conv2d(3 if down else z, first, 3, padding=1)
-        stages, width = nn.ModuleList(), first
-        for i in order:
-            resample = None if i == order[-1] else (
-                ("downsamplers", Resample(widths[i], True, asymmetric=True)) if down else
-                ("upsamplers", Resample(widths[i], False)))
-            n = depth if down else depth + 1
-            stages.append(Stage([(width if j == 0 else widths[i], widths[i]) for j in range(n)], groups, 1e-6,
-                                resample=resample))
-            width = widths[i]
-        setattr(self, "down_blocks" if down else "up_blocks", stages)
-        deep = widths[-1]
-        self.mid_block = Stage([(deep, deep)] * 2, groups, 1e-6)
-        self.mid_block.attentions = nn.ModuleList([PixelAttention(deep, groups)])
-        self.conv_norm_out = nn.GroupNorm(groups, last, 1e-6)
-        self.conv_out = nn.Conv2d(last, 2 * z if down else 3, 3, padding=1)
-
-    def _mid(self, x):
-        one, two = self.mid_block.resnets
-        return two(self.mid_block.attentions[0](one(x)))
-
-    def forward(self, x):
-        x = self.conv_in(x)
-        if not self.down:
-            x = self._mid(x)
-        for stage in self.down_blocks if self.down else self.up_blocks:
-            for resnet in stage.resnets:
-                x = resnet(x)
-            for resample in (*getattr(stage, "downsamplers", ()), *getattr(stage, "upsamplers", ())):
-                x = resample(x)
-        return self.conv_out(F.silu(self.conv_norm_out(self._mid(x) if self.down else x)))
-
-
-class VAE(nn.Module):
-    """The autoencoder of Stable Diffusion, 8 x smaller sides; latents here are unscaled."""
-
-    def __init__(self, config):
-        super().__init__()
-        check_config(config, VAE_, "vae/config.json")
-        self.config, z = config, config["latent_channels"]
-        self.encoder, self.decoder = Coder(config, True), Coder(config, False)
-        self.quant_conv, self.post_quant_conv = nn.Conv2d(2 * z, 2 * z, 1), nn.Conv2d(z, z, 1)
-
-    def encode(self, image):
-        """Mean of the latent: (B, 3, H, W) in [-1, 1] -> (B, 4, H/8, W/8)."""
-        return self.quant_conv(self.encoder(image)).chunk(2, 1)[0]
-
-    def decode(self, z, tile=0):
-        """(B, 4, h, w) -> (B, 3, 8h, 8w), one sample at a time.
-
-        tile  side in latent pixels of overlapping tiles, blended linearly, for small GPUs; 0: whole. Tiles see their
-              own normalisation statistics, so a tiled map differs slightly
-        """
-        whole = lambda z: self.decoder(self.post_quant_conv(z))                 # noqa: E731
-        if not tile or max(z.shape[2:]) <= tile:
-            return torch.cat([whole(one) for one in z.split(1)])
-        stride, scale = max(1, tile * 3 // 4), self.scale
-        out, total = 0, 0
-        size = [n * scale for n in z.shape[2:]]
-        corners = [[*range(0, max(n - tile, 0), stride), max(n - tile, 0)] for n in z.shape[2:]]
-        for top in corners[0]:
-            for left in corners[1]:
-                part = torch.cat([whole(one) for one in z[..., top:top + tile, left:left + tile].split(1)])
-                ramp = [torch.minimum(torch.arange(1, n + 1), torch.arange(n, 0, -1)).to(z) for n in part.shape[2:]]
-                weight = ramp[0][:, None] * ramp[1]                             # highest in the middle of a tile
-                pad = (left * scale, size[1] - left * scale - part.shape[3],
-                       top * scale, size[0] - top * scale - part.shape[2])
-                out, total = out + F.pad(part * weight, pad), total + F.pad(weight, pad)
-        return out / total
-
-    @property
-    def scale(self):
-        """Pixels per latent pixel."""
-        return 2 ** (len(self.config["block_out_channels"]) - 1)
-
-
 class Schedule:
     """Noise levels of the 1000 training timesteps and the timesteps a sampler visits (scheduler_config.json)."""
 
     def __init__(self, config):
-        check_config(config, SCHEDULER, "scheduler/scheduler_config.json")
+        check_config(config, SCHEDULER_CONFIG, "scheduler/scheduler_config.json")
         self.config = config
         n, self.spacing = config.get("num_train_timesteps", 1000), config.get("timestep_spacing", "leading")
         if self.spacing not in ("trailing", "leading"):
@@ -381,11 +65,11 @@ class Schedule:
 
     def timesteps(self, T):
         """The T timesteps a sampler visits, descending. raises ValueError when T is not in 1 .. 1000."""
-        n = len(self.abar)
-        if not 1 <= T <= n:
-            raise ValueError(f"marigold: got {T} denoising steps; want 1 .. {n}")
+        n, offset = len(self.abar), self.config.get("steps_offset", 0) if self.spacing == "leading" else 0
+        if not 1 <= T <= n - offset:
+            raise ValueError(f"marigold: got {T} denoising steps; want 1 .. {n - offset}")
         if self.spacing == "leading":
-            return [i * (n // T) + self.config.get("steps_offset", 0) for i in range(T)][::-1]
+            return [i * (n // T) + offset for i in range(T)][::-1]
         return [int(i) - 1 for i in np.round(np.arange(n, 0, -n / T))]
 
     def steps(self, T, quirk=False):
@@ -540,7 +224,7 @@ class Marigold(nn.Module):
     def _predict(self, rgb, steps, latents, processing_res, rng, ensemble, quirk):
         H, W = rgb.shape[2:]
         device, edge = self.text.device, self.size if processing_res is None else processing_res
-        x = (2 * rgb - 1).to(device, self._dtype)
+        x = (2 * rgb - 1).to(device)
         if edge:
             small = [n * edge // max(H, W) for n in (H, W)]
             if 0 in small:
@@ -549,7 +233,7 @@ class Marigold(nn.Module):
             x = F.interpolate(x, small, mode="bilinear", antialias=True)
         h, w = x.shape[2:]
         m = self.multiple
-        x = F.pad(x, (0, -w % m, 0, -h % m), mode="replicate")
+        x = F.pad(x, (0, -w % m, 0, -h % m), mode="replicate").to(self._dtype)
         cond = self.vae.encode(x) * LATENT_SCALE                                # (1, 4, h/8, w/8)
         want = (ensemble, *self.shape(x))
         if latents is None:

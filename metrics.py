@@ -19,6 +19,9 @@ SRGB_TO_XYZ = np.array([[0.4124564, 0.3575761, 0.1804375],  # linear sRGB -> CIE
                         [0.0193339, 0.1191920, 0.9503041]])
 MIN_DEPTH = 1e-6           # floor of a prediction before logarithms and ratios (Marigold)
 MIN_LIGHTNESS = 1e-10      # floor of a reflectance before ratios (IIW)
+BLOCK = 1 << 17            # elements that depth metrics read at a time: float64 copies of them stay in the cache
+RANK = 1e-10               # spread relative to size below which a predicted depth is constant
+AXES = tuple((x, y, z) for x in (1, -1) for y in (1, -1) for z in (1, -1))   # sign choices of a normal frame
 
 
 def _refuse(what, got, want, do):
@@ -57,6 +60,26 @@ def _valid(what, pred, gt, mask):
     return pred, gt
 
 
+def _rows(what, pred, gt, mask):
+    """Blocks of whole rows, valid elements only, float64: a large map is read once, in the cache, and never copied."""
+    pred, gt, mask = np.asarray(pred), np.asarray(gt), np.asarray(mask)
+    if pred.shape != gt.shape or pred.shape != mask.shape:                      # a refusal, or shapes of si_mse
+        yield _valid(what, pred, gt, mask)
+        return
+    height, found = max(1, BLOCK // max(1, pred[0].size)), False
+    for i in range(0, len(pred), height):
+        p, g, ok = pred[i:i + height], gt[i:i + height], mask[i:i + height].astype(bool)
+        if not np.isfinite(p).all():
+            _finite(what, pred)                                                 # refuses with the count
+        if ok.any():
+            p, g, found = p[ok].astype(np.float64), g[ok].astype(np.float64), True
+            if not np.isfinite(g).all():
+                _refuse(what, "non-finite ground truth in the mask", "finite numbers", "mask those pixels out")
+            yield p, g
+    if not found:
+        _refuse(what, "an empty mask", "at least one valid pixel", "leave this image out and count it")
+
+
 def align_depth(pred, gt, mask, max_res=None):
     """Least-squares scale and shift from predicted to true depth (Marigold, util/alignment).
 
@@ -73,11 +96,18 @@ def align_depth(pred, gt, mask, max_res=None):
     if max_res is not None and max(pred.shape) > max_res and pred.shape == gt.shape == mask.shape:
         factor, width = max_res / max(pred.shape), pred.shape[1]
         cols = (np.arange(int(width * factor)) * np.float32(1 / factor)).astype(int).clip(0, width - 1)
-        _finite("align_depth", pred)
+        if not np.isfinite(pred).all():
+            _finite("align_depth", pred)                                        # refuses with the count
         pred, gt, mask = pred[:, cols], gt[:, cols], mask[:, cols]
-    p, g = _valid("align_depth", pred, gt, mask)
-    scale, shift = np.linalg.lstsq(np.stack([p, np.ones_like(p)], 1), g, rcond=None)[0]
-    return float(scale), float(shift)
+    n, mp, mg, pp, pg = 0, 0.0, 0.0, 0.0, 0.0                                   # centred sums, merged block by block
+    for p, g in _rows("align_depth", pred, gt, mask):
+        k, bp, bg = len(p), p.mean(), g.mean()
+        p, g, dp, dg = p - bp, g - bg, bp - mp, bg - mg
+        pp, pg = pp + p @ p + dp * dp * n * k / (n + k), pg + p @ g + dp * dg * n * k / (n + k)
+        n, mp, mg = n + k, mp + dp * k / (n + k), mg + dg * k / (n + k)
+    if pp <= n * (RANK * (mp * mp + 1)) ** 2:                                   # constant: minimum norm
+        return float(mp * mg / (mp * mp + 1)), float(mg / (mp * mp + 1))
+    return float(pg / pp), float(mg - pg / pp * mp)
 
 
 def depth_metrics(pred, gt, mask):
@@ -86,16 +116,20 @@ def depth_metrics(pred, gt, mask):
     pred, gt   (H, W) in one unit, gt > 0 where the mask is True; pred is floored at 1e-6 here
     returns    dict of floats: abs_rel, delta1..3 (shares, strict <), rmse (unit of gt), log10, silog (x100)
     """
-    p, g = _valid("depth_metrics", pred, gt, mask)
-    if (g <= 0).any():
-        _refuse("depth_metrics", f"true depth {g.min():g} in the mask", "depth > 0", "mask it out")
-    p = np.maximum(p, MIN_DEPTH)
-    ratio, log = np.maximum(p / g, g / p), np.log(p) - np.log(g)
-    out = {"abs_rel": (np.abs(p - g) / g).mean()}
-    out.update({f"delta{k}": (ratio < 1.25 ** k).mean() for k in (1, 2, 3)})
-    out.update(rmse=np.sqrt(np.square(p - g).mean()), log10=np.abs(log).mean() / np.log(10),
-               silog=100 * np.sqrt(max(0.0, np.square(log).mean() - log.mean() ** 2)))
-    return {k: float(v) for k, v in out.items()}
+    n, total = 0, np.zeros(8)                     # abs_rel, delta1..3, squared error, |log|, log, log^2
+    for p, g in _rows("depth_metrics", pred, gt, mask):
+        if (g <= 0).any():
+            _refuse("depth_metrics", f"true depth {g.min():g} in the mask", "depth > 0", "mask it out")
+        p = np.maximum(p, MIN_DEPTH)
+        error, ratio = p - g, p / g
+        log = np.log(ratio)
+        ratio = np.maximum(ratio, g / p)
+        total += [(np.abs(error) / g).sum(), *((ratio < 1.25 ** k).sum() for k in (1, 2, 3)),
+                  error @ error, np.abs(log).sum(), log.sum(), log @ log]
+        n += len(p)
+    abs_rel, delta1, delta2, delta3, square, log_abs, log, log_square = (float(x) for x in total / n)
+    return dict(abs_rel=abs_rel, delta1=delta1, delta2=delta2, delta3=delta3, rmse=square ** 0.5,
+                log10=log_abs / float(np.log(10)), silog=100 * max(0.0, log_square - log * log) ** 0.5)
 
 
 def _unit(n):
@@ -120,6 +154,22 @@ def normal_error(pred, gt):
         _refuse("normal_error", "no valid true normal", "at least one", "leave this image out and count it")
     cos = (_unit(pred) * _unit(gt)).sum(0).clip(-1, 1)
     return np.where(valid, np.degrees(np.arccos(cos)), np.nan)
+
+
+def axis_errors(pred, gt, limit=20000):
+    """Mean angle for each of the 8 sign choices of the predicted axes: the guard against a wrong frame.
+
+    pred, gt   (3, H, W), zero = invalid in either; limit: about as many pixels take part (every k-th row and column)
+    returns    dict (sx, sy, sz) -> degrees; (1, 1, 1) is the prediction as it is. None without a pixel valid in both
+    """
+    pred, gt = _same_shape("axis_errors", pred, gt)
+    step = max(1, int((pred[0].size / limit) ** 0.5))
+    pred, gt = pred[:, ::step, ::step], gt[:, ::step, ::step]
+    valid = pred.any(0) & gt.any(0)
+    if not valid.any():
+        return None
+    part = (_unit(pred) * _unit(gt))[:, valid]                                  # (3, n)
+    return {a: float(np.degrees(np.arccos((np.array(a) @ part).clip(-1, 1))).mean()) for a in AXES}
 
 
 def _darker(l1, l2, delta):
@@ -419,6 +469,7 @@ def bootstrap_interval(values_a, values_b=None, n=2000, seed=0, level=0.95, rela
         return first if values_b is None else second / first - 1 if relative else second - first
 
     rng = np.random.default_rng(seed)
-    draws = [change(rng.integers(0, len(a), len(a))) for _ in range(n)]
-    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    with np.errstate(divide="ignore", invalid="ignore"):                        # a resample whose mean of a is 0
+        draws = [change(rng.integers(0, len(a), len(a))) for _ in range(n)]
+        low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
     return float(change(slice(None))), float(low), float(high)

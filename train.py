@@ -2,12 +2,14 @@
 
     python train.py                                      preset mini: 2 CPU cores, no downloads
     python train.py --stage grpo --images DIR            GRPO on your own photos
+    python train.py --stage judge --scenes DIR --judge MODEL    LoRA on a published judge, from ground truth
     torchrun --nproc_per_node=8 train.py --stage grpo    a share of the photos on each process
 
 Each stage is one loop; the same command again resumes. A group stays on one rank.
 """
 import copy
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,11 +21,13 @@ import grpo
 import kernels
 import lora
 import metrics
+import questions
 import runtime
 from bank import Bank
 from config import parse
-from judge import MiniJudge, Probe, build_mini, judge_loss, load_judge
+from judge import Closed, add_lora, load_judge
 from kernels.pair_reward import pair_reward
+from mini_judge import MiniJudge, Probe, build_mini, judge_loss
 from predictor import NAMES, DiT, DiTConfig, flow_loss, load_predictor
 from relations import MODALITIES
 from runtime import Run, UserError, cosine, ema_update, optimizers
@@ -74,6 +78,8 @@ def base(cfg, device):
 
 def judge(cfg, device):
     """Train the judge on broad scenes with ground truth; writes OUT/judge (a native transformers folder)."""
+    if cfg.scenes:
+        return tune_judge(cfg, device)
     sizes = MiniJudge(cfg.size, cfg.judge_patch, cfg.judge_width, cfg.judge_vision_layers, cfg.judge_text_layers,
                       cfg.judge_heads)
     model = build_mini(sizes, runtime.generator(cfg.seed, SEEDS["judge"])).to(device)
@@ -97,6 +103,65 @@ def judge(cfg, device):
         model.save(run.folder)
 
 
+def judge_questions(cfg, grid):
+    """Training questions of --scenes, drawn once by rank 0 and kept in OUT/judge; as they are in a .jsonl file."""
+    if cfg.scenes.endswith(".jsonl"):
+        return questions.read_jsonl(cfg.scenes)
+    draw = lambda: questions.cached(Path(cfg.out) / "judge" / "questions.json", cfg.scenes, cfg.judge_pairs,  # noqa: E731
+                                    cfg.size, cfg.seed, "train", runtime.rank() == 0, grid)
+    if runtime.rank() == 0:
+        draw()
+    runtime.barrier()
+    return draw()
+
+
+def tune_judge(cfg, device):
+    """LoRA on --judge from the true answers of --scenes; writes OUT/judge/adapter (PEFT) and OUT/judge (merged).
+
+    Next-token cross-entropy on the whole answer sentence, mean over the answer tokens of the batch. A micro-batch draws
+    its dropout from its own place in the run, so any number of processes takes the same steps.
+    """
+    model = load_judge(cfg.judge, device, size=cfg.size)
+    add_lora(model, cfg.judge_rank, cfg.judge_alpha, cfg.judge_dropout, runtime.generator(cfg.seed, SEEDS["lora"]),
+             checkpointing=True)
+    rows, folder = judge_questions(cfg, model.grid), Path(cfg.out) / "judge"
+    if not rows:
+        raise UserError(f"train.py: {cfg.scenes} gives no training question; want more scenes (a tenth is held out)")
+    parts, steps = shares(cfg.judge_batch // cfg.judge_micro, "judge-batch / --judge-micro"), math.ceil(
+        cfg.judge_passes * len(rows) / cfg.judge_batch)
+    learnt = runtime.trained(model.model)
+    opts = optimizers([learnt], cfg.judge_lr, 0, cfg.judge_decay, betas=(0.9, 0.999))
+    frozen = dict(questions=len(rows), judge_weights=runtime.weights_digest(cfg.judge))
+    run = Run(folder, settings(cfg, "size", "scenes", "judge", prefix="judge_") | frozen, cfg.seed, steps,
+              dict(adapters=learnt), opts, cfg.save_every)
+    if runtime.rank() == 0:
+        print(f"judge: {len(rows)} questions, {steps} steps of {cfg.judge_batch}; "
+              f"{sum(p.numel() for p in learnt.parameters())} weights train", flush=True)
+    model.train()
+    for step in run.loop("judge", cfg.stop_at):
+        batch = questions.batch_of(rows, step, cfg.judge_batch, cfg.seed)
+        tokens, loss = sum(len(model.sentences[r["modality"]][not r["first"]]) for r in batch), []
+        for k in range(runtime.rank(), parts * runtime.world(), runtime.world()):
+            part = batch[k * cfg.judge_micro:(k + 1) * cfg.judge_micro]
+            images = questions.marked(part, cfg.scenes, model.size).to(device)
+            with torch.random.fork_rng():
+                torch.manual_seed(int(torch.randint(2**62, (1,), generator=runtime.generator(cfg.seed, step, k))))
+                with runtime.autocast(cfg.precision, device):
+                    total, n = model.sentence_loss(images, [r["modality"] for r in part], [r["first"] for r in part])
+                run.backward(total * (runtime.world() / tokens))                # `update` averages over the ranks
+            loss.append(total.detach() / n)
+        norm = run.update(None, [list(learnt.parameters())],
+                          cosine(step, steps, warmup=max(1, int(cfg.judge_warmup * steps))))
+        run.log(step, show=("loss",), **{"loss": mean(loss), "grad/norm": norm})
+    if run.finished():
+        lora.save_adapter(model.model, folder / "adapter", base=cfg.judge, task="CAUSAL_LM")
+        model.eval().save_about(folder / "adapter")
+        lora.merge(model.model)
+        model.save(folder)
+        print(f"judge: written to {folder}; python eval.py --dataset judge --scenes {cfg.scenes} --judge {folder}",
+              flush=True)
+
+
 def judged_photos(cfg, device):
     """Unlabeled training photos and what the judge says of them.
 
@@ -110,14 +175,14 @@ def judged_photos(cfg, device):
         photos = (data.ScenePool("wild", "train", cfg.photos, cfg.size, keys=("rgb",)).maps["rgb"].float()
                   * 255).round().byte()
         names, what = [f"wild {i}" for i in range(len(photos))], f"{len(photos)} procedural wild photos"
-    judge_model = load_judge(cfg.judge or Path(cfg.out) / "judge").to(device)
+    judge_model = Closed(cfg.judge or Path(cfg.out) / "judge", device)          # in memory only if the bank asks it
     if judge_model.size != cfg.size:
         raise UserError(f"train.py: the judge sees {judge_model.size} px photos and --size is {cfg.size}; "
                         "use one size for both")
     bank = Bank(cfg.bank or Path(cfg.out) / "bank", judge_model)
-    if runtime.world() > 1 and runtime.rank() == 0:
-        bank.fill(photos, cfg.bank_pairs, device)
-    runtime.barrier()                                                           # the others read what rank 0 has asked
+    if runtime.world() > 1:                                                     # each rank asks about its share
+        bank.fill(photos[runtime.rank()::runtime.world()], cfg.bank_pairs, device)
+    runtime.barrier()
     pts, prob = bank.fill(photos, cfg.bank_pairs, device)
     if runtime.rank() == 0:
         print(f"grpo: {what}; judgement bank: {bank.asked} pairs asked, {bank.known} already known", flush=True)
@@ -276,7 +341,7 @@ def tune(cfg, device):
             norm = run.update(None, [params], cosine(step, cfg.steps, warmup=10))
         ema_update(averaged, learnt, min(cfg.ema, (step + 1) / (step + 10)))
         if cfg.eval_every and ((step + 1) % cfg.eval_every == 0 or step == 0) and runtime.rank() == 0:
-            stats |= evaluation.diagnose(average, cfg.size, cfg.eval_steps)
+            stats |= evaluation.diagnose(average, cfg.size, cfg.eval_steps, batch=cfg.micro or 64)
         run.log(step, show=("reward", "policy/kl"), **stats, **parts, **{"grad/norm": norm, "loss": loss})
     if run.finished():
         made = {k: v for k, v in runtime.about().items() if k in ("command", "commit")}
@@ -297,7 +362,7 @@ def report_wild(cfg, device):
     for name in ("wild", "synthetic", "broad"):
         maps = data.ScenePool(name, "test", cfg.eval_images, cfg.size).all()
         pairs = evaluation.eval_pairs(maps, evaluation.PAIRS, judge_model.grid, 0)
-        pred = [evaluation.predict(p, maps["rgb"], cfg.eval_steps, 0) for p in (before, after)]
+        pred = [evaluation.predict(p, maps["rgb"], cfg.eval_steps, 0, cfg.micro or 64) for p in (before, after)]
         values = [evaluation.score(p, maps, pairs) for p in pred]
         answers = evaluation.judge_scores(judge_model, maps, pairs) if name != "synthetic" else None
         results.append(evaluation.report(name, values[1], values[0], answers))
@@ -402,7 +467,9 @@ def check_inputs(cfg):
         if cfg.policy:
             load_predictor(cfg.policy)
         if cfg.judge:
-            load_judge(cfg.judge)
+            Closed(cfg.judge).digest()
+    if cfg.scenes and not cfg.scenes.endswith(".jsonl"):
+        data.list_scenes(cfg.scenes)
 
 
 def print_plan(preset, cfg):
@@ -410,7 +477,9 @@ def print_plan(preset, cfg):
     rows = cfg.batch * (4 if cfg.modalities == "joint" else 1)
     print(json.dumps(dict(preset=preset, **asdict(cfg)), indent=1))
     print(f"base: {cfg.base_steps} steps x {cfg.base_batch} photos x 4 modalities\n"
-          f"judge: {cfg.judge_steps} steps x {cfg.judge_batch} marked photos x 4 questions\n"
+          + (f"judge: LoRA on {cfg.judge}, {cfg.judge_passes:g} passes over {cfg.judge_pairs} x 4 questions a scene, "
+             f"{cfg.judge_batch} a step, {cfg.judge_micro} in memory\n" if cfg.scenes else
+             f"judge: {cfg.judge_steps} steps x {cfg.judge_batch} marked photos x 4 questions\n") +
           f"bank: {cfg.photos} photos x {cfg.bank_pairs} pairs x 4 questions, asked once\n"
           f"grpo: {cfg.steps} steps x {rows} rows x {cfg.group} samples = {cfg.steps * rows * cfg.group} samples, "
           f"{cfg.pairs} pairs each; {cfg.steps * cfg.batch / cfg.photos:.1f} epochs")

@@ -164,3 +164,102 @@ def test_photos_get_different_pairs_of_their_own(tmp_path, photos):
     pts, _ = Bank(tmp_path, Counting()).fill(photos[:2], 32)
     other, _ = Bank(tmp_path / "elsewhere", Counting("b")).fill(photos[:2], 32)
     assert not torch.equal(pts[0], pts[1]) and torch.equal(pts, other)
+
+
+# packs ------------------------------------------------------------------------------------------------------------
+
+def test_packed_entries_are_found_extended_and_replace_their_files(tmp_path, photos):
+    judge = Counting()
+    bank = Bank(tmp_path, judge)
+    want = bank.fill(photos, 20)
+    bank.pack()
+    assert [p.name.startswith("pack-") for p in files(tmp_path)] == [True]
+    silent = Counting()
+    got = Bank(tmp_path, silent).fill(photos, 20)
+    assert silent.calls == 0 and all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
+    longer = Bank(tmp_path, silent).fill(photos[:2], 33)
+    assert silent.pairs == 2 * 13 and torch.equal(longer[1][:, :20], want[1][:2])
+    bank.pack()
+    assert len(files(tmp_path)) == 2
+    again = Bank(tmp_path, silent).fill(photos, 20)
+    assert silent.pairs == 2 * 13 and torch.equal(again[1], want[1])
+
+
+def test_many_new_entries_are_packed_by_themselves(tmp_path):
+    many = torch.randint(0, 256, (70, 3, 32, 32), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    Bank(tmp_path, Counting()).fill(many, 4)
+    assert len(files(tmp_path)) == 1
+
+
+def test_a_kill_between_pack_and_removal_loses_and_repeats_nothing(tmp_path, photos, monkeypatch):
+    from pathlib import Path
+    bank = Bank(tmp_path, Counting())
+    want = bank.fill(photos, 16)
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(Path, "unlink", killed)
+    with pytest.raises(KeyboardInterrupt):
+        bank.pack()
+    monkeypatch.undo()
+    assert len(files(tmp_path)) == 6
+    silent = Counting()
+    assert torch.equal(Bank(tmp_path, silent).fill(photos, 16)[1], want[1]) and silent.calls == 0
+
+
+def test_a_packer_keeps_the_entry_that_another_writer_has_just_extended(tmp_path, photos, monkeypatch):
+    bank, other = Bank(tmp_path, Counting()), Bank(tmp_path, Counting())
+    bank.fill(photos[:2], 16)
+    real = Bank._write
+
+    def write_then_extend(self, path, **tensors):
+        real(self, path, **tensors)
+        if path.name.startswith("pack-"):
+            monkeypatch.setattr(Bank, "_write", real)
+            other.fill(photos[:1], 40)
+    monkeypatch.setattr(Bank, "_write", write_then_extend)
+    bank.pack()
+    assert sorted(p.name.startswith("pack-") for p in files(tmp_path)) == [False, True]
+    silent = Counting()
+    Bank(tmp_path, silent).fill(photos[:1], 40)
+    assert silent.calls == 0
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_two_writers_at_once_leave_whole_entries(tmp_path, photos):
+    import threading
+    banks = [Bank(tmp_path, Counting()) for _ in range(2)]
+    threads = [threading.Thread(target=lambda b=b: [b.fill(photos, n) or b.pack() for n in (4, 16, 24)]) for b in banks]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    silent = Counting()
+    got = Bank(tmp_path, silent).fill(photos, 24)
+    want = Bank(tmp_path / "alone", Counting()).fill(photos, 24)
+    assert torch.equal(got[1], want[1]) and torch.equal(got[0], want[0])
+
+
+def test_a_damaged_pack_is_named_and_asked_again(tmp_path, photos, capsys):
+    judge = Counting()
+    bank = Bank(tmp_path, judge)
+    bank.fill(photos, 16)
+    bank.pack()
+    victim, = files(tmp_path)
+    victim.write_bytes(victim.read_bytes()[:50])
+    Bank(tmp_path, judge).fill(photos, 16)
+    assert str(victim) in capsys.readouterr().out and judge.pairs == 2 * 5 * 16
+
+
+def test_400_000_answers_are_under_20_mb_and_read_in_under_a_second(tmp_path):
+    """2500 photos x 40 pairs x 4 questions; keys made up, since reading photos is not the bank's share."""
+    import time
+    bank, n = Bank(tmp_path, Counting()), 2500
+    rng = torch.Generator().manual_seed(0)
+    bank._write(bank.folder / "pack-x.safetensors", counts=torch.full((n,), 40),
+                keys=torch.randint(0, 256, (n, 12), generator=rng, dtype=torch.uint8),
+                pts=torch.zeros(40 * n, 2, 2, dtype=torch.int16), prob=torch.rand(40 * n, 4, generator=rng))
+    size = sum(p.stat().st_size for p in files(tmp_path))
+    began = time.perf_counter()
+    found = bank._packed()
+    assert time.perf_counter() - began < 1 and len(found) == n and size < 20e6 / 4

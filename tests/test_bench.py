@@ -41,8 +41,8 @@ def test_each_state_adds_the_same_bytes_to_the_bf16_copies_of_the_weights():
     assert 0.5 * copies < one - (two - one) < copies                            # those of the text and time inputs go
 
 
-def test_the_readme_holds_the_computed_table():
-    text = (Path(bench.__file__).parent / "README.md").read_text()
+def test_the_documentation_holds_the_computed_table():
+    text = (Path(bench.__file__).parent / "docs" / "marigold.md").read_text()
     for r in bench.memory():
         assert (f"| {r['px']} | {r['training']} | {'yes' if r['checkpointing'] else 'no'} | {r['state_gb']:.1f} | "
                 f"{r['activations_gb']:.1f} | {r['total_gb']:.1f} | {r['card_gb']} | {r['with_judge_gb']:.1f} | "

@@ -11,8 +11,8 @@ from PIL import Image
 import data
 import eval as evaluation
 from eval import HEURISTICS, METRICS, compare, eval_pairs, judge_scores, score
-from judge import true_relations
 from predictor import NAMES, times
+from questions import true_relations
 from runtime import run_command
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "hypersim_scenes"
@@ -275,6 +275,13 @@ def test_comparing_a_checkpoint_with_itself_changes_nothing(run, tmp_path):
     assert "judge" not in got
 
 
+def test_compare_takes_the_base_alone_or_the_base_and_the_new_one(run, tmp_path):
+    one = numbers(tmp_path, "--dataset", "wild", "--checkpoint", run / "grpo", "--compare", run / "base",
+                  "--judge", "none", *QUICK)
+    two = numbers(tmp_path, "--dataset", "wild", "--compare", run / "base", run / "grpo", "--judge", "none", *QUICK)
+    assert one == two
+
+
 def test_the_same_command_prints_the_same_numbers_and_another_seed_others(run, tmp_path):
     command = ["--dataset", "wild", "--checkpoint", run / "grpo", "--judge", "none", *QUICK]
     one, two, other = (numbers(tmp_path, *command, "--seed", s) for s in (0, 0, 1))
@@ -349,6 +356,15 @@ def test_a_judge_of_another_image_size_is_refused(run, capsys):
                                              "--denoise-steps", "1"]), "eval.py")
     line = capsys.readouterr().err.splitlines()[-1]
     assert stop.value.code == 2 and line.startswith("eval.py: ") and "16" in line and "24" in line
+
+
+def test_scenes_refuse_a_predictor_without_all_modalities(run, capsys, monkeypatch):
+    monkeypatch.setattr(evaluation.load_predictor(run / "base").__class__, "modalities", ("albedo",))
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run_command(lambda: evaluation.main(["--dataset", "wild", "--out", str(run), *QUICK]), "eval.py")
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and "a predictor of albedo; want one that has depth, normal, irradiance" in line
 
 
 def test_diagnostics_are_finite_and_see_added_noise(run):

@@ -11,7 +11,11 @@ from safetensors.torch import load_file, save_file
 
 import data
 import judge as judging
-from judge import SPECIAL, MiniJudge, Probe, build_mini, class_weights, judge_loss, load_judge, true_relations
+from bank import Bank
+from checkpoints import ADAPTERS
+from judge import load_judge
+from mini_judge import SPECIAL, MiniJudge, Probe, build_mini, class_weights, judge_loss
+from questions import true_relations
 from relations import MODALITIES, draw_markers
 
 NAMES = list(MODALITIES)
@@ -88,10 +92,18 @@ def test_special_tokens_are_single_tokens_of_their_own(judge):
 
 
 def test_a_tokenizer_that_splits_the_answers_is_refused(judge):
-    broken = copy.deepcopy(judge)
-    broken._ids = lambda text: list(text.encode())                              # bytes: "red" is three tokens
+    class Bytes:                                                                # "red" is three tokens
+        def __call__(self, text, add_special_tokens):
+            return type("Ids", (), {"input_ids": list(text.encode())})
+
+        def convert_tokens_to_ids(self, token):
+            return 1000
+
     with pytest.raises(ValueError, match="one token each"):
-        broken._prompt()
+        judging.prompt_ids(Bytes(), "", ADAPTERS["internvl"], 0)
+    assert judging.prompt_ids(Bytes(), "", ADAPTERS["internvl"], 0, text=True)[2] == {}
+    with pytest.raises(ValueError, match="IMG_CONTEXT.*one token"):
+        judging.prompt_ids(Bytes(), "", ADAPTERS["internvl"], 16)
 
 
 # packing ----------------------------------------------------------------------------------------------------------
@@ -417,3 +429,46 @@ def test_a_point_outside_the_photo_is_refused(folder, photo, capsys, red):
         judging.main([photo, "--red", *red, "--green", "1", "1", "--model", str(folder)])
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.count("\n") == 1 and "30 x 20" in err
+
+
+def test_the_command_saves_what_the_judge_sees_and_says_it_in_words(folder, photo, tmp_path, capsys):
+    judging.main([photo, "--red", "3", "4", "--green", "25", "15", "--model", str(folder), "--text",
+                  "--save", str(tmp_path / "seen.png")])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("depth, generated: ")
+    seen = np.asarray(Image.open(tmp_path / "seen.png"))
+    assert seen.shape == (16, 16, 3) and (seen == [255, 0, 0]).all(-1).any() and (seen == [0, 255, 0]).all(-1).any()
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--red", "1", "1"], "--green X Y"), (["--red", "1", "1", "--green", "2", "2", "--save", "x.jpg"], "ends in .png"),
+    (["--bank", "B", "--pairs", "0"], "--pairs 0")])
+def test_flags_that_do_not_add_up_are_refused(photo, capsys, argv, words):
+    with pytest.raises(SystemExit) as stop:
+        judging.main([photo, *argv])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and words in err and err.count("\n") == 1
+
+
+def test_a_bank_is_filled_ahead_of_time_resumed_and_then_read_without_a_judge(folder, tmp_path, capsys, monkeypatch):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(11):
+        Image.fromarray(rng.integers(0, 255, (20, 30, 3), dtype=np.uint8)).save(photos / f"{i:02}.png")
+    (photos / "broken.png").write_bytes(b"no image")
+    command = [str(photos), "--bank", str(tmp_path / "bank"), "--pairs", "6", "--model", str(folder)]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    judging.main(command)                                                       # the first process's share
+    said = capsys.readouterr()
+    assert "36 pairs asked, 0 already known" in said.out and "broken.png" not in said.out
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.delenv("RANK")
+    judging.main(command)
+    said = capsys.readouterr()
+    assert "30 pairs asked, 36 already known" in said.out and "broken.png" in said.err
+    monkeypatch.setattr(judging, "load_judge", lambda *_: pytest.fail("opened the judge"))
+    closed = judging.Closed(folder)
+    pts, prob = Bank(tmp_path / "bank", closed).fill(data.Photos(photos, closed.size).images, 6)
+    assert closed.opened is None and prob.shape == (11, 6, 4) and ((prob > 0) & (prob < 1)).all()

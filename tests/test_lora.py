@@ -1,5 +1,4 @@
 """lora.py: a fresh adapter is nothing, the product and its gradients, merging, PEFT's files both ways, refusals."""
-import copy
 import json
 
 import pytest
@@ -85,6 +84,10 @@ def test_only_the_adapters_have_gradients(x):
     assert {k for k, p in net.named_parameters() if p.grad is not None} == {
         f"{path}.{k}" for path in lora.adapters(net) for k in ("lora_A", "lora_B")}
     assert all(p.grad is None or p.grad.any() for p in net.parameters())
+
+
+def test_an_adapted_layer_is_frozen_by_itself():
+    assert not any(p.requires_grad for p in lora.Adapted(nn.Linear(8, 6), 3, 6).base.parameters())
 
 
 def test_a_fresh_adapter_gets_a_gradient_in_b_and_none_in_a(x):
@@ -373,4 +376,3 @@ def test_a_frozen_copy_with_adapters_off_shares_the_base_and_is_it(x):
     for path, layer in lora.adapters(net).items():
         copied = ref.get_submodule(path)
         assert copied.base.weight is layer.base.weight and copied.lora_A is not layer.lora_A
-    assert copy.deepcopy(net) is not net

@@ -14,16 +14,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import config
 import grpo
 import lora
 import marigold
+import predictor
 import runtime
+import sd2
 import train
-from judge import MiniJudge, build_mini
 from marigold import VAE, Marigold, Schedule, UNet
+from mini_judge import MiniJudge, build_mini
 from predictor import NAMES, load_predictor, sample_ode
 from scenes import srgb_encode
 
@@ -35,6 +37,10 @@ SPACES = {"lighting": dict(albedo=("linear", False), shading=("linear", True), r
 TARGETS = {k: list(v) for k, v in SPACES.items()} | {
     "depth": ["depth"], "depth-v1-0": ["depth"], "normals": ["normals"]}
 KINDS = list(TARGETS)
+SMALL = dict(                      # for tests that train
+    block_out_channels=[16, 24], attention_head_dim=[2, 3], layers_per_block=1,
+    down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"], up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"])
+BLOCKS = 4                         # its transformer blocks: down, middle, twice up; 2 attentions of 4 matrices each
 VAE_CONFIG = dict(
     _class_name="AutoencoderKL", in_channels=3, out_channels=3, down_block_types=["DownEncoderBlock2D"] * 4,
     up_block_types=["UpDecoderBlock2D"] * 4, block_out_channels=[4, 8, 12, 12], layers_per_block=2, latent_channels=4,
@@ -113,7 +119,8 @@ def text_parts(folder):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """One tiny Marigold folder of each kind, in diffusers layout, written without diffusers."""
+    """One tiny Marigold folder of each kind, in diffusers layout, written without diffusers; `small` is the lighting
+    kind with fewer layers."""
     root = tmp_path_factory.mktemp("marigold")
     text_parts(root / "text")
     text = marigold.empty_prompt(root / "text", 12)
@@ -121,13 +128,15 @@ def folders(tmp_path_factory):
         parts = fill(UNet(unet_config(len(TARGETS[kind])))), fill(VAE(VAE_CONFIG))
         schedule = Schedule(V1_0 if kind == "depth-v1-0" else ZERO_SNR)
         Marigold(*parts, schedule, text, index_of(kind), root / "text").save(root / kind)
-    return {kind: root / kind for kind in KINDS}
+    small = fill(UNet(unet_config(3) | SMALL)), fill(VAE(VAE_CONFIG | dict(layers_per_block=1)))
+    Marigold(*small, Schedule(ZERO_SNR), text, index_of("lighting"), root / "text").save(root / "small")
+    return {kind: root / kind for kind in [*KINDS, "small"]}
 
 
 @pytest.fixture(scope="module")
 def models(folders):
     """The folders, opened; tests that train open their own."""
-    return {kind: Marigold.load(folder) for kind, folder in folders.items()}
+    return {kind: Marigold.load(folders[kind]) for kind in KINDS}
 
 
 @pytest.fixture(scope="module")
@@ -135,8 +144,8 @@ def pipes(folders):
     """The folders, opened by diffusers."""
     diffusers = pytest.importorskip("diffusers")
     diffusers.utils.logging.set_verbosity_error()
-    opened = {kind: getattr(diffusers, index_of(kind)["_class_name"]).from_pretrained(folder)
-              for kind, folder in folders.items()}
+    opened = {kind: getattr(diffusers, index_of(kind)["_class_name"]).from_pretrained(folders[kind])
+              for kind in KINDS}
     for pipe in opened.values():
         pipe.set_progress_bar_config(disable=True)
     return opened
@@ -308,6 +317,16 @@ def test_diffusers_gives_the_golden_numbers(pipes):
                                 lambda z: vae.decode(z).sample, predict))
 
 
+def test_normalisation_constants_are_the_checkpoints(models):
+    """Too small a change for the golden numbers: 1e-6 in transformers and the whole VAE, 1e-5 elsewhere."""
+    eps = lambda module: {name: m.eps for name, m in module.named_modules()     # noqa: E731
+                          if isinstance(m, (torch.nn.GroupNorm, torch.nn.LayerNorm))}
+    found = eps(models["lighting"].unet)
+    assert {e for name, e in found.items() if ".attentions." in name and "blocks.0.norm" not in name} == {1e-6}
+    assert {e for name, e in found.items() if ".attentions." not in name or "blocks.0.norm" in name} == {1e-5}
+    assert set(eps(models["lighting"].vae).values()) == {1e-6} and len(found) == 2 * 22 + 16 * 4 + 1
+
+
 # the schedule -----------------------------------------------------------------------------------------------------
 
 def test_zero_terminal_snr_ends_at_exactly_no_signal_and_keeps_the_first_level():
@@ -353,6 +372,12 @@ def test_quirk_and_visited_timesteps_agree_exactly_when_the_steps_divide_1000(sp
 def test_a_number_of_steps_outside_1_to_1000_is_refused(T):
     with pytest.raises(ValueError, match=rf"{T} denoising steps; want 1 .. 1000"):
         Schedule(ZERO_SNR).steps(T)
+
+
+def test_leading_spacing_with_an_offset_leaves_its_last_timestep_unused():
+    assert Schedule(V1_0).steps(999)[0][0] == 999
+    with pytest.raises(ValueError, match="1000 denoising steps; want 1 .. 999"):
+        Schedule(V1_0).steps(1000)
 
 
 # the flow view ----------------------------------------------------------------------------------------------------
@@ -540,6 +565,20 @@ def test_depth_is_the_mean_of_the_channels_and_normals_have_unit_length(models):
     torch.testing.assert_close(depth, (colours.mean(1, keepdim=True).clamp(-1, 1) + 1) / 2)
 
 
+def test_a_vanishing_normal_is_finite(models, monkeypatch):
+    monkeypatch.setattr(models["normals"].vae, "decode", lambda z, tile=0: torch.zeros(1, 3, 8, 8))
+    assert (models["normals"].decode(torch.zeros(1, 4, 1, 1), "normal") == 0).all()
+
+
+def test_maps_are_decoded_one_at_a_time(models, monkeypatch):
+    """A decoder pass at 768 px holds gigabytes: a group must not pass at once."""
+    one, seen = models["depth"], []
+    real = one.vae.decoder.forward
+    monkeypatch.setattr(one.vae.decoder, "forward", lambda z: (seen.append(len(z)), real(z))[1])
+    one.decode(torch.randn(3, 4, 2, 2, generator=seeded()), "depth")
+    assert seen == [1, 1, 1]
+
+
 def test_a_batch_of_states_is_every_state_alone(models):
     one, rgb = models["lighting"], torch.rand(3, 3, 32, 32, generator=seeded())
     x, t, cond = torch.randn(3, 12, 4, 4, generator=seeded(1)), torch.tensor([1.0, 0.6, 0.2]), one.encode(rgb)
@@ -718,6 +757,11 @@ def learn(one, taken, advantage):
     return stats, {k: p.grad for k, p in one.policy.named_parameters() if p.grad is not None}
 
 
+def test_exploration_is_ddims_own_noise_unless_told_otherwise(folders):
+    assert training(folders["small"]).step is grpo.flow_eta_step
+    assert training(folders["small"], "--exploration", "flow").step is grpo.flow_sde_step
+
+
 @pytest.mark.parametrize("flags", [
     "--batch 1 --rollout full --exploration ddim", "--batch 1 --rollout branch --exploration flow --lora 2",
     "--batch 4 --rollout full --exploration flow --micro 3", "--batch 4 --rollout branch --micro 3 --checkpointing 1",
@@ -725,7 +769,7 @@ def learn(one, taken, advantage):
     "--batch 8 --rollout full --micro 3 --lora 2", "--batch 4 --rollout branch --lora 2 --micro 3 --modalities joint",
     "--batch 4 --rollout full --modalities joint --checkpointing 1 --credit pair"])
 def test_the_ratio_is_exactly_one_at_the_first_update(folders, flags):
-    one = training(folders["lighting"], *flags.split())
+    one = training(folders["small"], *flags.split())
     taken, advantage, _ = train.explore(one.policy, one.rows, one.cfg, one.step, seeded(5))
     assert len(taken) == (1 if "branch" in flags else 2)
     stats, gradients = learn(one, taken, torch.ones_like(advantage))
@@ -734,10 +778,11 @@ def test_the_ratio_is_exactly_one_at_the_first_update(folders, flags):
     assert all(("lora_" in k) == ("--lora" in flags) and k.startswith("unet.") for k in gradients)
 
 
-def test_the_kl_is_exactly_zero_at_the_first_update_and_then_not(folders):
-    one = training(folders["lighting"], "--lora", 2)
+def test_the_kl_is_rounding_at_the_first_update_and_then_not(folders):
+    """Not exactly zero: matrix products may differ in the last bit where the reference's copies lie in memory."""
+    one = training(folders["small"], "--lora", 2)
     taken, advantage, _ = train.explore(one.policy, one.rows, one.cfg, one.step, seeded(5))
-    assert learn(one, taken, advantage)[0]["policy/kl"] == 0
+    assert learn(one, taken, advantage)[0]["policy/kl"] < 1e-10
     for layer in lora.adapters(one.policy.unet).values():
         torch.nn.init.normal_(layer.lora_B, std=0.1, generator=seeded(6))
     assert learn(one, taken, advantage)[0]["policy/kl"] > 1e-6
@@ -752,31 +797,32 @@ def scored(folder, *flags):
 
 @pytest.mark.parametrize("extra", [(), ("--lora", 2)])
 def test_checkpointing_gives_the_same_gradients(folders, extra):
-    one, taken, advantage = scored(folders["lighting"], *extra)
+    one, taken, advantage = scored(folders["small"], *extra)
     plain = learn(one, taken, advantage)[1]
     one.policy.checkpointing(True)
     recomputed = learn(one, taken, advantage)[1]
-    assert plain.keys() == recomputed.keys() and len(plain) == (96 if extra else 686)
+    assert plain.keys() == recomputed.keys()
+    assert len(plain) == (BLOCKS * 16 if extra else len(list(one.policy.unet.parameters())))
     assert all(torch.equal(plain[k], recomputed[k]) for k in plain)
 
 
 def test_checkpointing_really_recomputes(folders, monkeypatch):
-    one, calls = load_predictor(folders["depth"]), []
-    real = marigold.Resnet.forward
-    monkeypatch.setattr(marigold.Resnet, "forward", lambda *args: (calls.append(1), real(*args))[1])
-    x, t, cond = waves(1, 4, 4, 4), torch.tensor([0.5]), waves(1, 4, 4, 4, k=1)
+    one, calls = load_predictor(folders["small"]), []
+    real = sd2.Resnet.forward
+    monkeypatch.setattr(sd2.Resnet, "forward", lambda *args: (calls.append(1), real(*args))[1])
+    x, t, cond = waves(1, 12, 4, 4), torch.tensor([0.5]), waves(1, 4, 4, 4, k=1)
     counts = []
     for on in (False, True):
         one.checkpointing(on)
         calls.clear()
         one.velocity(x, t, cond).sum().backward()
         counts.append(len(calls))
-    assert counts == [22, 44]
+    assert counts == [8, 16]
 
 
 @pytest.mark.parametrize("rollout", ["full", "branch"])
 def test_portions_give_the_gradients_of_the_whole_batch(folders, rollout):
-    one, taken, advantage = scored(folders["lighting"], "--rollout", rollout)
+    one, taken, advantage = scored(folders["small"], "--rollout", rollout)
     whole = learn(one, taken, advantage)[1]
     one.rows.micro = 3 if rollout == "full" else 1                              # 8 states, or 2 shared ones
     portions = learn(one, taken, advantage)[1]
@@ -787,7 +833,7 @@ def test_portions_give_the_gradients_of_the_whole_batch(folders, rollout):
 
 
 def test_only_the_drawn_modality_is_decoded(folders, monkeypatch):
-    one, seen = training(folders["lighting"], "--batch", 3), []
+    one, seen = training(folders["small"], "--batch", 3), []
     real = one.policy.vae.decode
     monkeypatch.setattr(one.policy.vae, "decode", lambda z, *tile: (seen.append(tuple(z.shape)), real(z, *tile))[1])
     _, advantage, stats = train.explore(one.policy, one.rows, one.cfg, one.step, seeded(5))
@@ -796,7 +842,7 @@ def test_only_the_drawn_modality_is_decoded(folders, monkeypatch):
 
 
 def test_joint_modalities_decode_each_once(folders, monkeypatch):
-    one, seen = training(folders["lighting"], "--batch", 3, "--modalities", "joint"), []
+    one, seen = training(folders["small"], "--batch", 3, "--modalities", "joint"), []
     real = one.policy.vae.decode
     monkeypatch.setattr(one.policy.vae, "decode", lambda z, *tile: (seen.append(tuple(z.shape)), real(z, *tile))[1])
     train.explore(one.policy, one.rows, one.cfg, one.step, seeded(5))
@@ -804,59 +850,93 @@ def test_joint_modalities_decode_each_once(folders, monkeypatch):
 
 
 @pytest.mark.parametrize("extra", [(), ("--lora", 2)])
-def test_the_lora_reference_is_the_base_bit_for_bit(folders, extra):
-    """With adapters the reference shares the frozen base; without it is a copy."""
-    one, base = training(folders["lighting"], *extra), load_predictor(folders["lighting"])
-    base.requires_grad_(False)
+def test_the_reference_stays_the_base(folders, extra):
+    """With adapters the reference shares the frozen base; without it is a copy. Its copies lie elsewhere in memory,
+    where products may round otherwise: the weights are equal, the velocities equal to rounding."""
+    one, base = training(folders["small"], *extra), load_predictor(folders["small"])
     with torch.no_grad():
         for p in (p for p in one.policy.parameters() if p.requires_grad):
             p += 0.1
-    x, t, cond = waves(2, 12, 4, 4), torch.tensor([0.5, 0.2]), waves(2, 4, 4, 4, k=1)
-    with torch.no_grad():
-        assert torch.equal(one.ref.velocity(x, t, cond), base.velocity(x, t, cond))
+        kept = {k.replace(".base.", "."): v for k, v in one.ref.state_dict().items() if "lora_" not in k}
+        want = base.state_dict()
+        assert kept.keys() == want.keys() and all(torch.equal(kept[k], want[k]) for k in want)
+        x, t, cond = waves(2, 12, 4, 4), torch.tensor([0.5, 0.2]), waves(2, 4, 4, 4, k=1)
+        torch.testing.assert_close(one.ref.velocity(x, t, cond), base.velocity(x, t, cond), rtol=0, atol=2e-5)
         assert (one.policy.velocity(x, t, cond) - base.velocity(x, t, cond)).abs().max() > 0.01
+    assert not any(p.requires_grad for p in one.ref.parameters())
     assert one.ref.vae.quant_conv.weight is one.policy.vae.quant_conv.weight
     assert (one.ref.unet.conv_in.weight is one.policy.unet.conv_in.weight) == bool(extra)
 
 
+def test_adapters_off_is_the_base_bit_for_bit(folders):
+    """The base frozen too, as with adapters: torch folds a product otherwise when its weight trains."""
+    one = load_predictor(folders["small"]).requires_grad_(False)
+    x, t, cond = waves(2, 12, 4, 4), torch.tensor([0.5, 0.2]), waves(2, 4, 4, 4, k=1)
+    with torch.no_grad():
+        before = one.velocity(x, t, cond)
+        paths = lora.inject(one.network, one.lora_targets, 2, 2, rng=seeded())
+        fresh = one.velocity(x, t, cond)
+        for layer in lora.adapters(one.network).values():
+            layer.lora_B += 0.1
+        moved = one.velocity(x, t, cond)
+        lora.disable(one.network)
+        assert torch.equal(fresh, before) and torch.equal(one.velocity(x, t, cond), before)
+    assert (moved - before).abs().max() > 0.01 and len(paths) == BLOCKS * 8
+
+
+@pytest.mark.parametrize("extra", [(), ("--lora", 2), ("--checkpointing", 1)])
+def test_a_velocity_has_the_same_bits_with_and_without_gradient(folders, extra):
+    """The ratio is 1 because rollout (without) and update (with) compute the same, not because a mean rounds to it."""
+    one, x = training(folders["small"], *extra).policy, waves(3, 12, 5, 4)
+    t, cond = torch.tensor([1.0, 0.5, 0.1]), waves(3, 4, 5, 4, k=1)
+    with torch.no_grad():
+        want = one.velocity(x, t, cond)
+    assert torch.equal(one.velocity(x, t, cond), want)
+
+
 @pytest.mark.parametrize("rollout", ["full", "branch"])
 def test_an_update_makes_samples_with_positive_advantage_likelier(folders, rollout):
-    one, taken, _ = scored(folders["lighting"], "--rollout", rollout, "--kl-weight", 0)
-    advantage = torch.tensor([[1.0, -1.0, 1.0, -1.0]] * 2)
-    learn(one, taken, advantage)
+    """A small step down the loss raises the advantage-weighted log-probability, by step size x gradient norm^2."""
+    one, taken, advantage = scored(folders["small"], "--rollout", rollout, "--kl-weight", 0)
+    gradients, rate = learn(one, taken, advantage)[1], 1e-3
     with torch.no_grad():
-        for p in one.policy.parameters():
-            if p.grad is not None:
-                p -= 0.1 * p.grad
-        cond, change = one.rows.encode(one.policy), 0.0
+        for k, p in one.policy.named_parameters():
+            p -= rate * gradients.get(k, 0)
+        cond, gain = one.rows.encode(one.policy), 0.0
         for step in taken:
             mean = one.step(step.x, one.rows.all_velocities(one.policy, cond, step.x, step.t), step.t, step.s,
                             one.cfg.noise, torch.zeros_like(step.x))[1]
-            gain = torch.stack([grpo.log_prob(step.x_next[:, k], mean, step.std)
-                                - grpo.log_prob(step.x_next[:, k], step.mean, step.std)
-                                for k in range(step.x_next.shape[1])], 1)
-            change = change + gain.reshape(advantage.shape)
-    assert (change * advantage).sum() > 0
-    assert change[advantage > 0].mean() > 0 > change[advantage < 0].mean()
+            many = [(step.x_next[:, k].double(), m.double()) for k in range(step.x_next.shape[1])
+                    for m in (mean, step.mean)]
+            change = [grpo.log_prob(*new, step.std) - grpo.log_prob(*old, step.std)
+                      for new, old in zip(many[::2], many[1::2], strict=True)]
+            gain += float((torch.stack(change, 1).reshape(advantage.shape) * advantage).mean()) / len(taken)
+    expected = rate * float(sum(g.square().sum() for g in gradients.values()))
+    assert gain == pytest.approx(expected, rel=0.1) and gain > 0                # first order in the step
 
 
-def test_a_few_steps_with_a_reward_for_bright_maps_brighten_the_maps(folders, monkeypatch):
-    """Pins the sign from the reward to the map: rollout, credit, loss, update, sampling."""
-    one = training(folders["appearance"], "--batch", 3, "--group", 6, "--kl-weight", 0, "--clip", 0.2)
+@pytest.mark.parametrize("rollout", ["full", "branch"])
+def test_a_few_steps_with_a_reward_for_bright_maps_brighten_the_maps(folders, monkeypatch, rollout):
+    """Pins the sign from the reward to the map: rollout, credit, loss, update, sampling. A plain decoder: the random
+    VAE's brightness hardly depends on the latent. Other seeds gained 0.08 to 0.1."""
+    one = training(folders["small"], "--batch", 3, "--group", 6, "--kl-weight", 0, "--clip", 0.2,
+                   "--rollout", rollout)
 
     def bright(pred, pts, prob, modality, cfg):
         agree = pred.mean((2, 3, 4))[..., None].expand(-1, -1, prob.shape[1])
         return agree, torch.full_like(prob, 1 / prob.shape[1])
     monkeypatch.setattr(train, "agreement_of", bright)
-    noise = torch.randn(8, 8, 4, 4, generator=seeded(8))
+    monkeypatch.setattr(one.policy.vae, "decode", lambda z, tile=0: torch.nn.functional.interpolate(
+        0.05 * z[:, :3], scale_factor=8.0))
+    noise, (m,) = torch.randn(8, 12, 4, 4, generator=seeded(8)), one.rows.names
     rgb = one.rows.rgb[:1].expand(8, -1, -1, -1)
-    before = sample_ode(one.policy, rgb, "albedo", 3, noise=noise).mean()
-    optimizer, rng = torch.optim.AdamW(one.policy.unet.parameters(), lr=2e-3), seeded(9)
-    for _ in range(8):
+    before = sample_ode(one.policy, rgb, m, 3, noise=noise).mean()
+    optimizer, rng = torch.optim.AdamW(one.policy.unet.parameters(), lr=3e-3), seeded(9)
+    for _ in range(5):
         taken, advantage, _ = train.explore(one.policy, one.rows, one.cfg, one.step, rng)
         learn(one, taken, advantage)
         optimizer.step()
-    assert sample_ode(one.policy, rgb, "albedo", 3, noise=noise).mean() > before + 0.01
+    assert sample_ode(one.policy, rgb, m, 3, noise=noise).mean() > before + 0.03
 
 
 # a whole run ------------------------------------------------------------------------------------------------------
@@ -874,7 +954,7 @@ def inputs(tmp_path_factory):
 
 def go(folders, inputs, out, *extra):
     """Run train.py in this process: `--preset paper` on a tiny Marigold, a tiny judge and three photos."""
-    train.main([*PAPER, "--policy", str(folders["lighting"]), "--judge", str(inputs / "judge"),
+    train.main([*PAPER, "--policy", str(folders["small"]), "--judge", str(inputs / "judge"),
                 "--images", str(inputs / "photos"), "--bank", str(inputs / "bank"), "--out", str(out),
                 "--steps", "2", "--save-every", "1", "--eval-every", "0", "--eval-images", "2", "--eval-steps", "2",
                 "--lr", "1e-3", *map(str, extra)])
@@ -924,24 +1004,24 @@ def test_a_run_writes_a_diffusers_folder_that_opens_here(runs, name):
 
 
 def test_a_run_trains_the_unet_and_never_the_vae(runs, folders):
-    assert len(changed(runs["all"] / "unet", folders["lighting"] / "unet")) > 600                 # a bias before a norm can stay
-    assert not changed(runs["all"] / "vae", folders["lighting"] / "vae")
+    assert len(changed(runs["all"] / "unet", folders["small"] / "unet")) > 110
+    assert not changed(runs["all"] / "vae", folders["small"] / "vae")
 
 
 def test_a_lora_run_changes_the_attention_matrices_and_nothing_else(runs, folders):
-    moved = changed(runs["lora"] / "unet", folders["lighting"] / "unet")
-    want = {k for k in weights(folders["lighting"] / "unet")
+    moved = changed(runs["lora"] / "unet", folders["small"] / "unet")
+    want = {k for k in weights(folders["small"] / "unet")
             if k.endswith((".to_q.weight", ".to_k.weight", ".to_v.weight", ".to_out.0.weight"))}
     # attention to two text tokens has hardly any gradient in some layers; what moves is inside, and most of it does
-    assert moved <= want and len(want) == 128 and len(moved) > 100
-    assert not changed(runs["lora"] / "vae", folders["lighting"] / "vae")
+    assert moved <= want and len(want) == BLOCKS * 8 and len(moved) > BLOCKS * 6
+    assert not changed(runs["lora"] / "vae", folders["small"] / "vae")
 
 
 def test_a_lora_run_writes_the_adapters_alone_too(runs, folders):
     """The base with the adapters in OUT/lora is the merged model."""
     cfg = json.loads((runs["lora"] / "lora" / "adapter_config.json").read_text())
-    assert (cfg["r"], cfg["lora_alpha"], cfg["base_model_name_or_path"]) == (2, 2, str(folders["lighting"]))
-    base = Marigold.load(folders["lighting"])
+    assert (cfg["r"], cfg["lora_alpha"], cfg["base_model_name_or_path"]) == (2, 2, str(folders["small"]))
+    base = Marigold.load(folders["small"])
     lora.load_adapter(base.unet, runs["lora"] / "lora")
     merged = lora.merged_state(base.unet)
     assert all(torch.equal(v, merged[k]) for k, v in weights(runs["lora"] / "unet").items())
@@ -958,7 +1038,7 @@ def test_stopping_and_resuming_is_bitwise_the_whole_run(runs, folders, inputs, t
 
 def test_the_checkpoint_of_a_lora_run_holds_adapters_only(runs):
     keys = [k for k in load_file(runs["lora"] / "checkpoint.safetensors") if not k.startswith("opt")]
-    assert keys and all("lora_" in k for k in keys) and len(keys) == 2 * 256
+    assert keys and all("lora_" in k for k in keys) and len(keys) == 2 * BLOCKS * 16
 
 
 def test_diffusers_opens_what_a_run_wrote_and_predicts_the_same(runs):
@@ -967,7 +1047,8 @@ def test_diffusers_opens_what_a_run_wrote_and_predicts_the_same(runs):
         pipe = diffusers.MarigoldIntrinsicsPipeline.from_pretrained(folder)
         pipe.set_progress_bar_config(disable=True)
         latents = torch.randn(1, 12, 6, 5, generator=seeded())
-        assert worst(theirs(pipe, photo(), 2, latents), Marigold.load(folder).predict(photo(), 2, latents=latents)) < PARITY
+        got = Marigold.load(folder).predict(photo(), 2, latents=latents)
+        assert worst(theirs(pipe, photo(), 2, latents), got) < PARITY
 
 
 def test_replay_is_refused_by_the_command(folders, inputs, tmp_path, capsys):
@@ -980,3 +1061,319 @@ def test_replay_is_refused_by_the_command(folders, inputs, tmp_path, capsys):
 def test_diagnostics_run_on_a_predictor_without_depth(folders, inputs, tmp_path):
     go(folders, inputs, tmp_path, "--eval-every", 1, "--stop-at", 1)
     assert any(k.startswith("wild/albedo") for k in log(tmp_path / "photos")[0])
+
+
+# files ------------------------------------------------------------------------------------------------------------
+
+def half(folder):
+    """Turn a folder's weights into fp16 variants, as the hub has them, with no cached embedding."""
+    for path in [*folder.glob("*/diffusion_pytorch_model.safetensors"), folder / "text_encoder" / "model.safetensors"]:
+        state = {k: v.half() if v.is_floating_point() else v for k, v in load_file(path).items()}
+        path.unlink()
+        save_file(state, path.with_suffix(".fp16.safetensors"), metadata={"format": "pt"})
+    (folder / "empty_text_embedding.safetensors").unlink()
+    return folder
+
+
+def test_saving_and_opening_keeps_every_bit(models, tmp_path):
+    models["lighting"].save(tmp_path)
+    again = Marigold.load(tmp_path)
+    latents = torch.randn(1, 12, 6, 5, generator=seeded())
+    want, got = (one.predict(photo(), 1, latents=latents) for one in (models["lighting"], again))
+    assert worst(want, got) < PARITY                                            # equal weights, elsewhere in memory
+    want, got = models["lighting"].state_dict(), again.state_dict()
+    assert want.keys() == got.keys() and all(torch.equal(want[k], got[k]) for k in want)
+    assert (again.about, again.schedule.config) == (models["lighting"].about, models["lighting"].schedule.config)
+
+
+def test_the_empty_prompt_is_computed_where_it_is_not_cached(copied):
+    """The text encoder's last hidden state of the two tokens that begin and end a text."""
+    from transformers import CLIPTextModel
+    cached = load_file(copied / "empty_text_embedding.safetensors")["empty_text_embedding"]
+    (copied / "empty_text_embedding.safetensors").unlink()
+    with torch.no_grad():
+        want = CLIPTextModel.from_pretrained(copied / "text_encoder")(torch.tensor([[0, 1]])).last_hidden_state
+    got = marigold.empty_prompt(copied, 12)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
+    torch.testing.assert_close(cached, want, rtol=0, atol=1e-6)
+    assert got.shape == (1, 2, 12)
+
+
+def test_a_cached_embedding_needs_no_text_encoder(copied):
+    for name in ("text_encoder", "tokenizer"):
+        shutil.rmtree(copied / name)
+    Marigold.load(copied)
+
+
+def test_fp16_files_open_as_fp32_weights(copied):
+    want = {k: v.half().float() for k, v in weights(copied / "unet").items()}
+    got = Marigold.load(half(copied)).unet.state_dict()
+    assert all(v.dtype == torch.float32 and torch.equal(v, want[k]) for k, v in got.items())
+
+
+@pytest.mark.parametrize("variant", ["fp32", "fp16"])
+def test_diffusers_opens_what_was_saved_and_predicts_the_same(copied, tmp_path, variant):
+    """Adapters merged; of fp16 sources plain file names come out, which open without a variant."""
+    diffusers = pytest.importorskip("diffusers")
+    one = Marigold.load(half(copied) if variant == "fp16" else copied)
+    lora.inject(one.unet, one.lora_targets, 2, 4, rng=seeded())
+    for layer in lora.adapters(one.unet).values():
+        torch.nn.init.normal_(layer.lora_B, std=0.2, generator=seeded(1))
+    one.save(tmp_path / "saved")
+    assert not list((tmp_path / "saved").rglob("*.fp16.*"))
+    pipe = diffusers.MarigoldIntrinsicsPipeline.from_pretrained(tmp_path / "saved")
+    pipe.set_progress_bar_config(disable=True)
+    latents = torch.randn(1, 12, 6, 5, generator=seeded())
+    want, got = theirs(pipe, photo(), 2, latents), one.predict(photo(), 2, latents=latents)
+    # diffusers embeds the empty prompt by the fp16 text encoder where the source was fp16; ours is fp32
+    assert worst(want, got) < (PARITY if variant == "fp32" else 2e-3)
+    assert worst(Marigold.load(copied).predict(photo(), 2, latents=latents), got) > 0.01
+
+
+def test_a_model_card_says_what_one_needs_to_know(models, tmp_path):
+    models["lighting"].save(tmp_path, base="prs-eth/some-base", command="train.py --stage grpo", commit="abc123")
+    card = (tmp_path / "README.md").read_text()
+    for words in ("license: openrail++", "base_model: prs-eth/some-base", "MarigoldIntrinsicsPipeline",
+                  "albedo, shading, residual", "albedo: linear", "48 px", "denoising steps: 4", "OpenRAIL++-M",
+                  "command: train.py --stage grpo", "commit: abc123"):
+        assert words in card, words
+    head = card.split("---")
+    assert head[0] == "" and "library_name: diffusers" in head[1]
+
+
+def test_a_model_card_without_facts_claims_none(models, tmp_path):
+    models["appearance"].save(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "base_model" not in card and "commit" not in card and "albedo: srgb, material: linear" in card
+
+
+def test_a_run_keeps_its_command_and_commit_in_the_card(runs, folders):
+    card = (runs["all"] / "README.md").read_text()
+    assert "- command: " in card and "- commit: " in card and f"base_model: {folders['small']}" in card
+
+
+def rewrite(path, change):
+    """Change the tensors of a file: dict in, dict out."""
+    state = change(load_file(path))
+    save_file({k: v.contiguous() for k, v in state.items()}, path, metadata={"format": "pt"})
+
+
+def test_old_attention_names_of_the_vae_are_accepted(copied):
+    names = {"to_q": "query", "to_k": "key", "to_v": "value"}
+
+    def old(state):
+        out = {}
+        for k, v in state.items():
+            head, _, leaf = k.rpartition(".")
+            head = head.replace("to_out.0", "proj_attn") if "attentions" in k else head
+            parent, _, last = head.rpartition(".")
+            out[f"{parent}.{names.get(last, last)}.{leaf}" if "attentions" in k else k] = v
+        return out
+    want = Marigold.load(copied).vae.state_dict()
+    rewrite(copied / "vae" / "diffusion_pytorch_model.safetensors", old)
+    assert sum(".query." in k or "proj_attn" in k for k in weights(copied / "vae")) == 8
+    got = Marigold.load(copied).vae.state_dict()
+    assert all(torch.equal(got[k], want[k]) for k in want)
+
+
+def test_weights_are_kept_in_the_dtype_asked_for(folders):
+    one = Marigold.load(folders["depth"], torch.bfloat16)
+    assert {p.dtype for p in one.parameters()} == {torch.bfloat16} and one.text.dtype == torch.bfloat16
+
+
+# refusals ---------------------------------------------------------------------------------------------------------
+
+def refused(kind, call, *words):
+    """The call raises one line that holds the words."""
+    with pytest.raises(kind) as caught:
+        call()
+    text = str(caught.value)
+    assert "\n" not in text and all(w in text for w in words), text
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_another_pipeline_is_refused_before_any_weights_are_read(copied):
+    edit(copied / "model_index.json", _class_name="StableDiffusionAOVMatEstPipeline")
+    shutil.rmtree(copied / "unet")
+    refused(ValueError, lambda: load_predictor(copied), "'StableDiffusionAOVMatEstPipeline'", "MarigoldDepthPipeline")
+
+
+@pytest.mark.parametrize("part, key, value", [
+    ("unet", "act_fn", "gelu"), ("unet", "class_embed_type", "timestep"), ("unet", "use_linear_projection", False),
+    ("unet", "transformer_layers_per_block", 2), ("unet", "flip_sin_to_cos", False), ("unet", "freq_shift", 1),
+    ("unet", "mid_block_type", "UNetMidBlock2D"), ("unet", "resnet_time_scale_shift", "scale_shift"),
+    ("unet", "num_attention_heads", 8), ("vae", "scaling_factor", 0.13025), ("vae", "latent_channels", 16),
+    ("vae", "use_quant_conv", False), ("vae", "shift_factor", 0.1),
+    ("scheduler", "prediction_type", "epsilon"), ("scheduler", "timestep_spacing", "linspace"),
+    ("scheduler", "beta_schedule", "linear"), ("scheduler", "clip_sample", True), ("scheduler", "thresholding", True)])
+def test_an_option_that_is_not_implemented_is_refused_by_name(copied, part, key, value):
+    edit(copied / part / ("scheduler_config.json" if part == "scheduler" else "config.json"), **{key: value})
+    refused(ValueError, lambda: load_predictor(copied), key, repr(value), part)
+
+
+@pytest.mark.parametrize("value", [None, False, 0, []])
+def test_a_new_option_that_is_off_is_accepted(copied, value):
+    edit(copied / "unet" / "config.json", some_new_option=value, _other="x")
+    load_predictor(copied)
+
+
+@pytest.mark.parametrize("key, value", [("down_block_types", ["AttnDownBlock2D"] * 4),
+                                        ("up_block_types", ["UpBlock2D"] * 3)])
+def test_other_blocks_are_refused_by_name(copied, key, value):
+    edit(copied / "unet" / "config.json", **{key: value})
+    refused(ValueError, lambda: load_predictor(copied), value[0])
+
+
+def test_normals_without_the_full_z_range_are_refused(folders, tmp_path):
+    folder = Path(shutil.copytree(folders["normals"], tmp_path / "copied"))
+    edit(folder / "model_index.json", use_full_z_range=False)
+    refused(ValueError, lambda: load_predictor(folder), "use_full_z_range")
+
+
+@pytest.mark.parametrize("names", [["albedo", "material"], []])
+def test_targets_that_do_not_fit_the_channels_are_refused_with_both(copied, names):
+    properties = json.loads((copied / "model_index.json").read_text())["target_properties"]
+    edit(copied / "model_index.json", target_properties=properties | dict(target_names=names))
+    refused(ValueError, lambda: load_predictor(copied), str(tuple(names)), "16 -> 12")
+
+
+@pytest.mark.parametrize("part", ["unet", "vae"])
+def test_pickled_weights_alone_are_not_read(copied, part):
+    path = copied / part / "diffusion_pytorch_model.safetensors"
+    path.rename(path.with_suffix(".bin"))
+    refused(FileNotFoundError, lambda: load_predictor(copied), "safetensors", ".bin", str(copied / part))
+
+
+@pytest.mark.parametrize("name", ["model_index.json", "unet/config.json", "scheduler/scheduler_config.json"])
+def test_a_missing_or_broken_json_is_refused_by_name(copied, name):
+    (copied / name).write_text("{")
+    refused(ValueError, lambda: Marigold.load(copied), name, "not JSON")
+    (copied / name).unlink()
+    refused(FileNotFoundError, lambda: Marigold.load(copied), Path(name).name)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae"])
+def test_weights_cut_short_are_refused_by_file(copied, part):
+    path = copied / part / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:5000])
+    refused(ValueError, lambda: load_predictor(copied), str(path), "download it again")
+
+
+@pytest.mark.parametrize("what, change", [
+    ("conv_in.bias", lambda s: {k: v for k, v in s.items() if k != "conv_in.bias"}),
+    ("extra.weight", lambda s: s | {"extra.weight": torch.zeros(1)}),
+    ("conv_in.bias", lambda s: s | {"conv_in.bias": torch.zeros(3)})])
+def test_a_missing_surplus_or_misshapen_key_is_refused_by_name(copied, what, change):
+    rewrite(copied / "unet" / "diffusion_pytorch_model.safetensors", change)
+    refused(ValueError, lambda: load_predictor(copied), what, str(copied / "unet"), "1 of 686")
+
+
+def test_a_folder_without_text_encoder_and_embedding_is_refused(copied):
+    (copied / "empty_text_embedding.safetensors").unlink()
+    shutil.rmtree(copied / "text_encoder")
+    refused(FileNotFoundError, lambda: load_predictor(copied), "text_encoder", str(copied))
+
+
+def test_an_embedding_of_another_width_is_refused(copied):
+    save_file({"empty_text_embedding": torch.zeros(1, 2, 7)}, copied / "empty_text_embedding.safetensors")
+    refused(ValueError, lambda: load_predictor(copied), "(1, 2, 7)", "12")
+
+
+def test_a_hub_id_without_a_network_is_one_line(monkeypatch, capsys):
+    def offline(*args, **kwargs):
+        raise OSError("cannot reach the hub:\nname resolution failed")
+    monkeypatch.setattr(runtime, "snapshot_download", offline)
+    refused(FileNotFoundError, lambda: load_predictor("prs-eth/marigold-none"), "prs-eth/marigold-none", "network")
+
+
+def test_a_hub_id_is_downloaded_without_pickles(folders, monkeypatch):
+    import fnmatch
+    asked = []
+
+    def download(name, allow_patterns):
+        asked.append((name, allow_patterns))
+        return str(folders["depth"])
+    monkeypatch.setattr(runtime, "snapshot_download", download)
+    assert load_predictor("prs-eth/marigold-some").modalities == ("depth",)
+    (name, patterns), = asked
+    wanted = lambda path: any(fnmatch.fnmatch(path, p) for p in patterns)       # noqa: E731
+    assert name == "prs-eth/marigold-some"
+    assert all(wanted(str(p.relative_to(folders["depth"]))) for p in folders["depth"].rglob("*")
+               if p.is_file() and p.suffix in (".json", ".safetensors", ".txt"))
+    assert wanted("unet/diffusion_pytorch_model.fp16.safetensors") and not wanted("unet/diffusion_pytorch_model.bin")
+
+
+# the command ------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def predict(folders, inputs, tmp_path):
+    """Run predictor.py in this process on photo 0; returns the folder of maps."""
+    def run(*flags, kind="lighting"):
+        out = tmp_path / f"{kind}{''.join(map(str, flags))}"
+        predictor.main([str(inputs / "photos" / "0.png"), "--checkpoint", str(folders[kind]), "--out", str(out),
+                        "--device", "cpu", *map(str, flags)])
+        return out
+    return run
+
+
+def test_the_command_writes_native_numbers_and_srgb_pictures(models, predict):
+    out = predict()
+    want = models["lighting"].predict(photo(40, 50), generator=seeded(0))
+    for name, target in (("albedo", "albedo"), ("irradiance", "shading"), ("residual", "residual")):
+        array = np.load(out / f"0_{name}.npy")
+        assert array.shape == (3, 40, 50) and np.abs(array.transpose(1, 2, 0) - want[target]).max() < PARITY
+        with Image.open(out / f"0_{name}.png") as png:
+            shown = np.asarray(png) / 255
+        encoded = srgb_encode(torch.from_numpy(want[target])).numpy()
+        assert np.abs(shown - encoded).max() < 0.003                            # half of an 8-bit level, and rounding
+    with Image.open(out / "0_panel.png") as panel:
+        assert min(panel.size) > 128
+    assert len(list(out.iterdir())) == 7
+
+
+@pytest.mark.parametrize("kind, names", [("depth", {"depth.npy", "depth.png", "depth_colour.png"}),
+                                         ("normals", {"normal.npy", "normal.png"}),
+                                         ("appearance", {"albedo.npy", "albedo.png", "material.npy", "material.png"})])
+def test_the_command_names_maps_by_modality(models, predict, kind, names):
+    out = predict("--denoise-steps", 1, kind=kind)
+    assert {p.name for p in out.iterdir()} == {f"0_{n}" for n in names} | {"0_panel.png"}
+    target = TARGETS[kind][0]
+    want = models[kind].predict(photo(40, 50), 1, generator=seeded(0))[target]
+    got = np.load(out / f"0_{marigold.MODALITY[target]}.npy").transpose(1, 2, 0)
+    assert np.abs(got - want).max() < UNIT
+
+
+@pytest.mark.parametrize("flags, more", [
+    (("--processing-res", 64), dict(processing_res=64)), (("--denoise-steps", 15), dict(steps=15)),
+    (("--ensemble-size", 3), dict(ensemble=3)), (("--seed", 5), dict(generator=5))])
+def test_the_flags_of_the_command_act(models, predict, flags, more):
+    """Steps as the schedule visits them, not as diffusers ends them: see Schedule.steps."""
+    got = np.load(predict(*flags, kind="appearance") / "0_albedo.npy").transpose(1, 2, 0)
+    rng, base = seeded(more.pop("generator", 0)), photo(40, 50)
+    want = models["appearance"].predict(base, generator=rng, quirk=False, **more)["albedo"]
+    plain = models["appearance"].predict(base, generator=seeded(0))["albedo"]
+    assert np.abs(got - want).max() < PARITY < 1e-3 < np.abs(want - plain).max()
+
+
+def test_half_precision_is_close_to_full(predict):
+    full, half_ = (np.load(predict(*flags, "--denoise-steps", 1, kind="appearance") / "0_albedo.npy")
+                   for flags in ((), ("--half",)))
+    assert 0 < np.abs(full - half_).mean() < 0.03                               # bf16 holds 8 bits
+
+
+def test_a_tile_that_covers_all_changes_nothing_and_a_small_one_little(predict):
+    whole, one, many = (np.load(predict("--denoise-steps", 1, "--vae-tile", n, kind="appearance") / "0_albedo.npy")
+                        for n in (0, 6, 5))
+    assert np.array_equal(whole, one) and not np.array_equal(whole, many) and np.abs(whole - many).mean() < 0.1
+
+
+def test_a_wrong_checkpoint_is_one_line_and_exit_code_two(inputs, copied, tmp_path, capsys):
+    edit(copied / "model_index.json", _class_name="FluxPipeline")
+    with pytest.raises(SystemExit) as stop:
+        runtime.run_command(lambda: predictor.main([str(inputs / "photos"), "--checkpoint", str(copied), "--out",
+                                                    str(tmp_path / "maps")]), "predictor.py")
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1 and "'FluxPipeline'" in err

@@ -1,0 +1,248 @@
+"""Bytes to arrays: a folder or a tar read by relative name, and the file formats the benchmarks are stored in.
+
+A tar is indexed once, read in place and never unpacked: a member that is a link, or whose name is absolute or
+climbs with "..", does not exist for us, and nothing is ever written. Every decoder takes (content, where): the
+bytes, and the name that its refusals print. Refusals are ValueErrors that say got, want, do.
+OpenEXR: scan lines, no compression, ZIPS or ZIP, half, float and uint (the layout is openexr.com's).
+"""
+import io
+import json
+import os
+import struct
+import tarfile
+import warnings
+import zlib
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from PIL import Image
+
+BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)  # Pillow's errors
+EXR_MAGIC, EXR_FLAGS = 20000630, {0x200: "tiles", 0x800: "deep data", 0x1000: "several parts"}
+EXR_LINES = {0: 1, 2: 1, 3: 16}                  # scan lines a block: none, ZIPS, ZIP
+EXR_TYPES = {0: "<u4", 1: "<f2", 2: "<f4"}       # uint, half, float
+
+
+def _refuse(where, got, want, do="fetch it again"):
+    raise ValueError(f"{where}: got {got}, want {want}; {do}")
+
+
+def _plain(name):
+    """A relative name without "./", or None for one that leaves its folder."""
+    path = PurePosixPath(name)
+    return None if path.is_absolute() or ".." in path.parts or not path.parts else str(path)
+
+
+class Files:
+    """Read-only access by relative name to a folder or to an uncompressed tar.
+
+    path     folder or tar file;  prefix: folder inside it that names are relative to
+    raises   FileNotFoundError: no such folder or file; ValueError: not a tar, or a compressed one
+    """
+
+    def __init__(self, path, prefix=""):
+        self.path, self.prefix, self.index, self.fd = Path(path), prefix, None, -1
+        if self.path.is_dir():
+            return
+        if not self.path.is_file():
+            raise FileNotFoundError(f"no {str(path)!r}; want a folder or a tar; check the path")
+        try:
+            with tarfile.open(self.path, "r:") as tar:
+                members = [m for m in tar if m.isreg() and not m.issparse() and _plain(m.name)]
+        except tarfile.TarError as error:
+            _refuse(str(self.path), f"a file that is no plain tar ({error})", "a folder or an uncompressed .tar",
+                    "decompress or unpack it")
+        self.index = {_plain(m.name): (m.offset_data, m.size) for m in members}
+        self.fd = os.open(self.path, os.O_RDONLY)
+
+    def __del__(self):
+        if self.fd >= 0:
+            os.close(self.fd)
+
+    def under(self, prefix):
+        """The same files with names relative to a folder inside."""
+        other = Files.__new__(Files)
+        other.path, other.prefix, other.index = self.path, str(PurePosixPath(self.prefix, prefix)), self.index
+        other.fd = os.dup(self.fd) if self.fd >= 0 else -1
+        return other
+
+    def _full(self, name):
+        plain = _plain(name)
+        if plain is None:
+            _refuse(f"{self.path}: {name!r}", "a name that leaves the folder", "a relative name", "correct the list")
+        return str(PurePosixPath(self.prefix, plain))
+
+    def where(self, name):
+        """What messages call a file."""
+        return f"{self.path}{':' if self.index is not None else '/'}{self._full(name)}"
+
+    def size(self, name):
+        """Bytes of a file, -1 where there is none."""
+        full = self._full(name)
+        if self.index is not None:
+            return self.index.get(full, (0, -1))[1]
+        path = self.path / full
+        return path.stat().st_size if path.is_file() else -1
+
+    def stamp(self, name):
+        """What changes when the file does: (bytes, time of change), None where there is none."""
+        path = self.path if self.index is not None else self.path / self._full(name)
+        return (self.size(name), path.stat().st_mtime_ns) if self.size(name) >= 0 else None
+
+    def read(self, name):
+        """All bytes of a file. raises FileNotFoundError; ValueError when a tar ends before the file does."""
+        full = self._full(name)
+        if self.size(name) < 0:
+            raise FileNotFoundError(f"no {self.where(name)}; want this file; fetch it")
+        if self.index is None:
+            return (self.path / full).read_bytes()
+        start, size = self.index[full]
+        parts, got = [], 0
+        while got < size and (part := os.pread(self.fd, min(size - got, 1 << 26), start + got)):
+            parts.append(part)
+            got += len(part)
+        if got != size:
+            _refuse(self.where(name), f"{got} bytes before the tar ends", f"{size}")
+        return b"".join(parts)
+
+
+def _picture(content, where):
+    """Decode with Pillow -> (image, wide): wide says that the file holds 16 bits for each of several channels."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="PIL")
+            image = Image.open(io.BytesIO(content))
+            wide = image.mode not in ("I", "I;16", "I;16B", "F") and any("16" in str(t[3]) for t in image.tile)
+            image.load()
+    except BROKEN as error:
+        _refuse(where, f"a damaged image ({' '.join(str(error).split()) or type(error).__name__})", "a whole one")
+    return image, wide
+
+
+def decode_rgb(content, where):
+    """8-bit photo or map -> (H, W, 3) uint8; gray is repeated. Refuses alpha, palettes and 16-bit colour."""
+    image, wide = _picture(content, where)
+    if wide:
+        _refuse(where, "a 16-bit RGB image, which would be cut to 8 bits", "8 bits a channel", "convert it")
+    if image.mode not in ("RGB", "L"):
+        _refuse(where, f"a {image.mode} image", "8-bit RGB or gray without alpha", "convert it")
+    return np.asarray(image.convert("RGB"))
+
+
+def decode_gray(content, where):
+    """8- or 16-bit gray image -> (H, W) uint8 or uint16 (bilevel as 0, 255)."""
+    image, _ = _picture(content, where)
+    if image.mode == "1":
+        image = image.convert("L")
+    if image.mode not in ("L", "I", "I;16", "I;16B"):
+        _refuse(where, f"a {image.mode} image", "8- or 16-bit gray", "fetch the original file")
+    pixels = np.asarray(image)
+    return pixels if pixels.dtype == np.uint8 else pixels.astype(np.uint16)
+
+
+def decode_png_linear(content, where):
+    """8- or 16-bit PNG, gray or RGB -> (H, W) or (H, W, 3) float32 in [0, 1], values as stored.
+
+    Pillow keeps one byte of a 16-bit RGB sample; decoded once for the high and once for the low byte none is lost.
+    """
+    image, wide = _picture(content, where)
+    if image.mode not in ("RGB", "L", "I", "I;16", "I;16B", "1"):
+        _refuse(where, f"a {image.mode} image", "8- or 16-bit gray or RGB", "fetch the original file")
+    if not wide:
+        pixels = np.asarray(image.convert("L") if image.mode == "1" else image)
+        return pixels.astype(np.float32) / (255 if pixels.dtype == np.uint8 else 65535)
+    low = Image.open(io.BytesIO(content))
+    low.tile = [(*tile[:3], "RGB;16L") for tile in low.tile]     # the second byte of each big-endian sample
+    return (np.asarray(image).astype(np.float32) * 256 + np.asarray(low)) / 65535
+
+
+def decode_npy(content, where):
+    """.npy of numbers -> array. Pickled objects are refused."""
+    try:
+        array = np.load(io.BytesIO(content), allow_pickle=False)
+    except (ValueError, OSError, EOFError, SyntaxError) as error:
+        _refuse(where, f"a damaged .npy ({' '.join(str(error).split())[:80]})", "a plain array of numbers")
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiub":
+        _refuse(where, f"{getattr(array, 'dtype', 'an archive')}", "a plain array of numbers")
+    return array
+
+
+def decode_floats(content, where, shape):
+    """Headerless little-endian float32, row-major (ETH3D's depth) -> float32 of this shape, writable."""
+    want = 4 * int(np.prod(shape))
+    if len(content) != want:
+        _refuse(where, f"{len(content)} bytes", f"{want} ({' x '.join(map(str, shape))} float32 without a header)")
+    return np.frombuffer(content, "<f4").reshape(shape).copy()
+
+
+def decode_json(content, where):
+    """A JSON file -> what it holds."""
+    try:
+        return json.loads(content)
+    except ValueError as error:
+        _refuse(where, f"no JSON ({error})", "the official file")
+
+
+def _text(content, at):
+    """Zero-terminated text -> (text, place after it)."""
+    end = content.index(b"\0", at)
+    return content[at:end].decode("latin1"), end + 1
+
+
+def decode_exr(content, where):
+    """OpenEXR image -> (H, W, 3) float32 by the channels R, G, B (or one channel three times)."""
+    try:
+        return _exr(content, where)
+    except (struct.error, zlib.error, IndexError, KeyError, UnicodeDecodeError) as error:
+        _refuse(where, f"a damaged EXR ({error})", "a whole one")
+
+
+def _exr(content, where):
+    magic, version = struct.unpack_from("<ii", content)
+    if magic != EXR_MAGIC:
+        _refuse(where, "a file that is no OpenEXR", "an .exr")
+    for flag, what in EXR_FLAGS.items():
+        if version & flag:
+            _refuse(where, f"an EXR with {what}", "scan lines", "convert it to .npy beside it")
+    at, header = 8, {}
+    while content[at] != 0:
+        key, at = _text(content, at)
+        _, at = _text(content, at)
+        size, = struct.unpack_from("<i", content, at)
+        header[key], at = content[at + 4:at + 4 + size], at + 4 + size
+    channels, place = [], 0                                                     # [(name, dtype)], alphabetical
+    while header["channels"][place] != 0:
+        name, place = _text(header["channels"], place)
+        channels.append((name, np.dtype(EXR_TYPES[struct.unpack_from("<i", header["channels"], place)[0]])))
+        place += 16
+    x0, y0, x1, y1 = struct.unpack("<4i", header["dataWindow"])
+    W, H, kind = x1 - x0 + 1, y1 - y0 + 1, header["compression"][0]
+    if kind not in EXR_LINES:
+        _refuse(where, f"EXR compression {kind}", "none, ZIPS or ZIP (0, 2, 3)", "convert it to .npy beside it")
+    wanted = [n for c in "RGB" for n, _ in channels if n == c or n.endswith("." + c)]
+    if len(wanted) != 3:
+        if len(channels) != 1:
+            _refuse(where, f"EXR channels {[n for n, _ in channels]}", "R, G, B or a single one")
+        wanted = 3 * [channels[0][0]]
+    lines, line = EXR_LINES[kind], sum(W * t.itemsize for _, t in channels)
+    planes = {name: np.zeros((H, W), np.float32) for name in set(wanted)}
+    offsets = struct.unpack_from(f"<{-(-H // lines)}Q", content, at + 1)
+    for offset in offsets:
+        y, size = struct.unpack_from("<ii", content, offset)
+        y, block = y - y0, content[offset + 8:offset + 8 + size]
+        rows = min(lines, H - y)
+        if size < rows * line:                                                  # larger ones are stored as they are
+            raw = np.frombuffer(zlib.decompress(block), np.uint8)
+            raw = np.cumsum(raw, dtype=np.uint8) - (128 * np.arange(len(raw))).astype(np.uint8)   # differences + 128
+            block = np.empty_like(raw)
+            block[0::2], block[1::2] = raw[:(len(raw) + 1) // 2], raw[(len(raw) + 1) // 2:]
+            block = block.tobytes()
+        if len(block) != rows * line or not 0 <= y < H:
+            _refuse(where, f"a block of {len(block)} bytes at line {y}", f"{rows * line}")
+        for k in range(rows):
+            place = k * line
+            for name, dtype in channels:
+                if name in planes:
+                    planes[name][y + k] = np.frombuffer(block, dtype, W, place)
+                place += W * dtype.itemsize
+    return np.stack([planes[name] for name in wanted], -1)

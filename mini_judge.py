@@ -1,0 +1,199 @@
+"""The judge that is trained from scratch: its sizes and tokenizer, the probe that carries it, its loss.
+
+A judge of a million weights that sees only answers stays at chance; three training-only tasks on its vision tokens
+(dense maps, pairs of tokens, where the markers are) teach it to see, and are thrown away with the probe.
+differs: the paper fine-tunes a pre-trained MLLM (judge.add_lora, train.tune_judge) and needs none of this.
+"""
+import re
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import (
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLVisionConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
+
+from judge import END, NAMES, TURN, Judge
+from questions import true_relations
+from relations import LUMA, MODALITIES, draw_markers, relative_depth, sample_pairs
+
+IMG, IMG_START, IMG_END = "<IMG_CONTEXT>", "<img>", "</img>"
+EMPHASIS = (1.2, 2.0, 0.4, 0.4)      # of the probe's pair loss, in order of NAMES: shape is learnt slower than colour
+DENSE_EMPHASIS = (3.0, 1.0, 1.0, 3.0, 0.5, 0.5, 0.5, 1.0)     # depth, normal x y z, albedo r g b, irradiance luma
+SPECIAL = (TURN, END, IMG_START, IMG_END, IMG)
+
+
+
+@dataclass
+class MiniJudge:
+    """Sizes of the judge that is trained from scratch."""
+
+    size: int = 32           # px, side of the square photo
+    patch: int = 4           # px, side of a vision token
+    width: int = 128
+    vision_layers: int = 5
+    text_layers: int = 2
+    heads: int = 4
+
+
+def mini_tokenizer():
+    """Tokenizer over the official questions (one token each) and answers (one a word); a 4B judge brings its own."""
+    questions = "|".join(re.escape(m.question) for m in MODALITIES.values())
+    split = pre_tokenizers.Split(Regex(rf"{questions}|\w+|[^\w\s]"), "removed", invert=True)
+    texts = [text for m in MODALITIES.values() for text in (m.question, *m.answers)]
+    tokens = sorted({w for text in [*texts, "system user assistant"] for w, _ in split.pre_tokenize_str(text)})
+    vocab = {w: i for i, w in enumerate([*SPECIAL, "<unk>", *tokens])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = split
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>",
+                                   additional_special_tokens=list(SPECIAL))
+
+
+def position_table(n, width):
+    """2-D sine-cosine positions of an n x n grid: (n*n, width)."""
+    freq = torch.exp(-torch.arange(width // 4) / (width // 4) * 4.0)            # 1 .. e^-4 rad per token
+    angle = torch.arange(n)[:, None] * freq                                     # (n, width/4)
+    one = torch.cat((angle.sin(), angle.cos()), 1)                              # (n, width/2)
+    return torch.cat((one[:, None].expand(n, n, -1), one[None].expand(n, n, -1)), -1).flatten(0, 1)
+
+
+def build_mini(cfg, rng):
+    """A randomly initialised Judge of the sizes in `cfg`; the same rng seed gives the same weights."""
+    tokenizer = mini_tokenizer()
+    n = cfg.size // cfg.patch
+    vision = InternVLVisionConfig(
+        hidden_size=cfg.width, num_hidden_layers=cfg.vision_layers, num_attention_heads=cfg.heads, attention_bias=True,
+        intermediate_size=4 * cfg.width, image_size=[cfg.size] * 2, patch_size=[cfg.patch] * 2,
+        layer_scale_init_value=1.0)
+    text = Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=cfg.width, intermediate_size=2 * cfg.width,
+        num_hidden_layers=cfg.text_layers, num_attention_heads=cfg.heads, num_key_value_heads=cfg.heads,
+        tie_word_embeddings=False, use_cache=False)
+    config = InternVLConfig(
+        vision_config=vision.to_dict(), text_config=text.to_dict(), image_seq_length=n * n, downsample_ratio=1.0,
+        image_token_id=tokenizer.convert_tokens_to_ids(IMG), tie_word_embeddings=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(torch.randint(2**31, (1,), generator=rng)))
+        model = InternVLForConditionalGeneration(config)
+        with torch.no_grad():
+            model.model.vision_tower.embeddings.position_embeddings[0, 1:] = 0.5 * position_table(n, cfg.width)
+            for name, m in model.named_modules():                               # std 0.02 is far too small at width 128
+                if isinstance(m, nn.Linear) and name != "lm_head":
+                    nn.init.trunc_normal_(m.weight, std=m.in_features**-0.5)
+            nn.init.normal_(model.get_input_embeddings().weight)
+    return Judge(model, tokenizer, system="", grid=cfg.patch)
+
+
+class Probe(nn.Module):
+    """Training-only heads on the vision tokens; thrown away when the judge is saved.
+
+    A judge of a million weights that sees only answers stays at chance. Three denser tasks carry it: `dense` regresses
+    the maps under every token, `pairs` compares many random pairs of tokens of one photo, and `marker_head` says which
+    token holds the red and which the green marker, so that the language model can find them.
+    differs: the paper fine-tunes a pre-trained MLLM and needs none of them.
+    """
+
+    def __init__(self, sizes, rng, channels=8):
+        super().__init__()
+        self.patch = sizes.patch
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(torch.randint(2**31, (1,), generator=rng)))
+            self.norm = nn.LayerNorm(sizes.width)
+            self.dense = nn.Linear(sizes.width, channels * sizes.patch**2)
+            self.pairs = nn.Sequential(nn.Linear(2 * sizes.width, sizes.width), nn.GELU(),
+                                       nn.Linear(sizes.width, len(MODALITIES)))
+            self.marker_head = nn.Linear(sizes.width, 3)
+        self.side = sizes.size // sizes.patch
+
+    def index(self, pts):
+        """Number of the token that holds a point: (..., 2) px -> (...)."""
+        return (pts // self.patch * torch.tensor([self.side, 1], device=pts.device)).sum(-1)
+
+    def forward(self, tokens, pts):
+        """tokens (B, L, D), pts (B, P, 2, 2) px -> dense (B, L, K), pair logits (B, P, M), marker logits (B, L, 3)."""
+        tokens = self.norm(tokens)
+        B, P = pts.shape[:2]
+        index = self.index(pts).flatten(1)[..., None].expand(-1, -1, tokens.shape[-1])          # (B, 2P, D)
+        return self.dense(tokens), self.pairs(tokens.gather(1, index).view(B, P, -1)), self.marker_head(tokens)
+
+
+def class_weights(rel):
+    """Weights (..., M) that make both answers of a modality count the same, pairs without an answer 0; mean 1."""
+    yes, no = (rel > 0).float(), (rel < 0).float()
+    axes = tuple(range(rel.ndim - 1))
+    weight = yes / yes.sum(axes).clamp_min(1) + no / no.sum(axes).clamp_min(1)
+    return weight * rel.shape[:-1].numel() / 2
+
+
+def dense_targets(maps, patch):
+    """Normalised depth, normal, albedo and irradiance luma under every token: (B, L, 8 p^2) and their mask."""
+    mask = maps["mask"]
+    depth = relative_depth(maps["depth"], mask)
+    luma = torch.einsum("bchw,c->bhw", maps["irradiance"], maps["irradiance"].new_tensor(LUMA))[:, None]
+    maps = torch.cat((2 * depth - 1, maps["normal"], 2 * maps["albedo"] - 1, 2 * luma - 1), 1)      # (B, 8, H, W)
+    maps = torch.where(mask, maps, 0.0)
+    tokens = lambda x: F.pixel_unshuffle(x, patch).flatten(2).transpose(1, 2)   # noqa: E731
+    return tokens(maps), tokens(mask.float().expand(-1, 8, -1, -1))
+
+
+def marker_loss(logits, index, shown):
+    """Cross-entropy of "no marker, red, green" per token, the three classes weighing the same.
+
+    logits (B, L, 3); index (B, 2) tokens of red and green; shown (B,) bool, False: the photo has no markers
+    """
+    target = torch.zeros(logits.shape[:2], dtype=torch.long, device=logits.device)
+    target.scatter_(1, index, torch.tensor([1, 2], device=logits.device) * shown[:, None])
+    weight = logits.new_tensor([1.0, logits.shape[1] / 2, logits.shape[1] / 2])
+    return F.cross_entropy(logits.float().flatten(0, 1), target.flatten(), weight=weight.float())
+
+
+def judge_loss(judge, probe, maps, answers, rng, pairs=128):
+    """Loss of one step of training a judge from scratch.
+
+    maps     dict of scenes with rgb, depth, normal, albedo, irradiance, mask
+    answers  False: the vision tower alone (dense, pairs, markers);
+             True: also the answer to four questions on one marked pair
+    returns  scalar, dict of its 0-dim parts
+    Pairs without an answer (dead zone, sky) are taught as 50/50, so that the judge is unsure there. Other answers are
+    taught half by the truth, half by the probe's probability for the same pair: a smoother target to start from.
+    differs: only the deciding word is supervised; the released recipe supervises the whole sentence.
+    """
+    rgb = maps["rgb"]
+    B, _, H, W = rgb.shape
+    pts = sample_pairs(B, (H, W), pairs, rng, grid=judge.grid).to(rgb.device)         # (B, P, 2, 2)
+    rel = true_relations(maps, pts)                                             # (B, P, M)
+    # one pair per photo is marked; "same" albedo is rare, so every other photo marks such a pair if it has one
+    order = torch.rand(B, pairs, generator=rng).to(rgb.device)
+    order[::2] += (rel[::2, :, NAMES.index("albedo")] > 0).float()
+    pick = order.argmax(1)[:, None]                                             # (B, 1)
+    marked_pts = pts.gather(1, pick[..., None, None].expand(-1, -1, 2, 2))
+    marked_rel = rel.gather(1, pick[..., None].expand(-1, -1, len(NAMES)))[:, 0]  # (B, M)
+    images = draw_markers(rgb, marked_pts)[:, 0]
+    shown = (torch.rand(B, generator=rng) < (1.0 if answers else 0.5)).to(rgb.device)   # the others stay unmarked
+    images = torch.where(shown.view(-1, 1, 1, 1), images, rgb)
+    tokens = judge.vision(images)
+    dense, pair_logits, marker_logits = probe(tokens, pts)
+    target, ok = dense_targets(maps, probe.patch)
+    ok = ok * ok.new_tensor(DENSE_EMPHASIS).repeat_interleave(probe.patch**2)
+    emphasis = dense.new_tensor(EMPHASIS).float()
+    loss_dense = ((dense - target).square() * ok).sum() / ok.sum().clamp_min(1)
+    loss_pairs = (F.binary_cross_entropy_with_logits(pair_logits.float(), (rel > 0).float(), reduction="none")
+                  * class_weights(rel) * emphasis).mean()
+    loss_marker = marker_loss(marker_logits, probe.index(marked_pts)[:, 0], shown)
+    stats = {"loss/dense": loss_dense.detach(), "loss/pairs": loss_pairs.detach(), "loss/marker": loss_marker.detach()}
+    loss = loss_dense + loss_pairs + loss_marker
+    if answers:
+        logp = judge.logits(images, features=tokens).float().log_softmax(-1)    # (B, M, vocab)
+        two = logp.gather(-1, torch.tensor([judge.answer_ids[m] for m in NAMES], device=rgb.device).expand(B, -1, -1))
+        taught = pair_logits.detach().float().gather(1, pick[..., None].expand(-1, -1, len(NAMES)))[:, 0].sigmoid()
+        first = torch.where(marked_rel == 0, 0.5, (0.5 + 0.5 * marked_rel + taught) / 2)  # (B, M) share of answer one
+        loss_answers = -(torch.stack((first, 1 - first), -1) * two).sum(-1).mean()
+        stats["loss/answers"] = loss_answers.detach()
+        loss = loss + loss_answers
+    return loss, stats

@@ -1,0 +1,164 @@
+"""questions.py: true answers, balanced, masked, seeded, split by room; the released JSON lines out and in."""
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import questions
+from relations import MODALITIES, draw_markers
+
+S = 64
+
+
+def png(path, array):
+    Image.fromarray(array).save(path)
+
+
+def write_scene(folder, scene, seed=0, **maps):
+    """A scene: left near and dim, right far and bright; patches of two colours; a hole at the top."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    depth = np.tile(np.linspace(0, 40000, S).astype(np.uint16), (S, 1))
+    normal = np.tile(np.linspace(-.9, .9, S)[:, None, None], (1, S, 3))
+    normal = normal / np.linalg.norm(normal, axis=-1, keepdims=True).clip(1e-6) * .8 + np.array([0, 0, .6])
+    colour = rng.integers(60, 255, (2, 3)).astype(np.uint8)
+    albedo = colour[(np.indices((S, S)).sum(0) // 16) % 2]
+    light = np.repeat(np.tile(np.linspace(20, 250, S).astype(np.uint8), (S, 1))[..., None], 3, -1)
+    normal = np.round((normal / np.linalg.norm(normal, axis=-1, keepdims=True) + 1) / 2 * 255).astype(np.uint8)
+    normal[:8], depth[:8] = 0, 0                                                # invalid: depth reads as closest
+    made = dict(rgb=albedo, depth=depth, normal=normal, albedo=albedo, irradiance=light) | maps
+    for name, value in made.items():
+        png(folder / f"{scene}_{name}.png", value)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("scenes")
+    for i in range(6):
+        write_scene(path, f"room_{i}.cam.0", i)
+    return path
+
+
+def test_answers_are_true_balanced_and_off_the_mask(folder):
+    rows = questions.build(folder, 6, S, 0)
+    for m in ("depth", "normal", "irradiance"):
+        mine = [r for r in rows if r["modality"] == m]
+        assert len(mine) == 36 and sum(r["first"] for r in mine) == 18
+    albedo = [r["first"] for r in rows if r["modality"] == "albedo"]
+    assert len(albedo) >= 24 and sum(albedo) * 2 == len(albedo)
+    for r in rows:
+        (red_row, red), (green_row, green) = r["pts"]
+        assert red_row >= 8 and green_row >= 8
+        if r["modality"] == "depth":
+            assert r["first"] == (red < green) and r["margin"] * (1 if r["first"] else -1) >= 0.02
+        if r["modality"] == "irradiance":
+            assert r["first"] == (red > green)
+
+
+def test_the_same_seed_draws_the_same_and_other_scenes_change_nothing(folder, tmp_path):
+    again = questions.build(folder, 4, S, 3)
+    assert again == questions.build(folder, 4, S, 3) != questions.build(folder, 4, S, 4)
+    write_scene(tmp_path, "room_2.cam.0", 2)
+    alone = questions.draw(tmp_path, "room_2.cam.0", 4, S, 3)
+    assert [r for r in again if r["scene"] == "room_2.cam.0"] == [r for r in alone if r in again]
+
+
+def test_a_black_albedo_is_not_asked_about_its_light(tmp_path):
+    albedo = np.full((S, S, 3), 128, np.uint8)
+    albedo[:, :48] = 5
+    write_scene(tmp_path, "dark", albedo=albedo)
+    asked = [r for r in questions.draw(tmp_path, "dark", 8, S, 0) if r["modality"] == "irradiance"]
+    assert asked and all(col >= 48 for r in asked for _, col in r["pts"])
+
+
+def test_rooms_are_on_one_side_of_the_split():
+    names = [f"ai_{i:03}.cam.{k}" for i in range(300) for k in range(3)]
+    sides = {n.split(".")[0]: {questions.split_of(m) for m in names if m.startswith(n.split(".")[0])} for n in names}
+    assert all(len(s) == 1 for s in sides.values())
+    share = sum(s == {"val"} for s in sides.values()) / len(sides)
+    assert 0.05 < share < 0.15
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(normal=np.zeros((S, S, 3), np.uint8)), "_normal.png.*all-zero normals"),
+    (dict(depth=np.full((S, S), 77, np.uint16)), "_depth.png.*one depth"),
+    (dict(albedo=np.zeros((S, S // 2, 3), np.uint8)), "32 x 64 pixels, want 64 x 64")])
+def test_a_scene_without_answers_is_named_and_nothing_is_written(tmp_path, change, words):
+    write_scene(tmp_path / "scenes", "odd", **change)
+    with pytest.raises(ValueError, match=words):
+        questions.cached(tmp_path / "out" / "q.json", tmp_path / "scenes", 2, S, 0, None, True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_map_is_named(tmp_path):
+    write_scene(tmp_path, "a")
+    (tmp_path / "a_irradiance.png").unlink()
+    with pytest.raises(FileNotFoundError, match="a_irradiance.png"):
+        questions.build(tmp_path, 2, S, 0)
+
+
+def test_json_lines_are_the_released_layout_and_read_back(folder, tmp_path):
+    rows = questions.build(folder, 2, S, 0)
+    path = questions.export(rows, folder, tmp_path, S, questions.JSONL["train"])
+    lines = [json.loads(x) for x in path.read_text().splitlines()]
+    assert path.name == "intrinsic_judgement_train.jsonl" and len(lines) == len(rows)
+    for line, row in zip(lines, rows, strict=True):
+        m = MODALITIES[row["modality"]]
+        human, gpt = line["conversations"]
+        assert human == {"from": "human", "value": f"<image>\n{m.question}"} and gpt["from"] == "gpt"
+        assert gpt["value"] == m.answers[0 if row["first"] else 1]
+        assert line["image"] == f"images/{row['id']}.png" and (line["width"], line["height"]) == (S, S)
+        assert Image.open(tmp_path / line["image"]).size == (S, S)
+        assert line["metadata"]["modality"] == row["modality"]
+        assert line["metadata"]["red_xy"] == row["pts"][0][::-1]
+    back = questions.read_jsonl(path)
+    assert [(r["modality"], r["first"]) for r in back] == [(r["modality"], r["first"]) for r in rows]
+    images = questions.marked(back[:3], tmp_path, S)
+    assert (images - questions.marked(rows[:3], folder, S)).abs().max() < 1 / 254
+
+
+def test_the_released_lines_without_sizes_are_read(tmp_path):
+    png(tmp_path / "a.png", np.zeros((S, S, 3), np.uint8))
+    m = MODALITIES["albedo"]
+    line = dict(id="x", image="a.png", conversations=[{"from": "human", "value": f"<image>\n{m.question}"},
+                                                      {"from": "gpt", "value": m.answers[1]}])
+    (tmp_path / "t.jsonl").write_text(json.dumps(line) + "\n")
+    row, = questions.read_jsonl(tmp_path / "t.jsonl")
+    assert row["modality"] == "albedo" and row["first"] is False
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(image="../a.png"), "'../a.png', want a path inside"), (dict(image="/etc/a.png"), "want a path inside"),
+    (dict(conversations=[{"value": "<image>\nWhat?"}, {"value": "No"}]), "nWhat.?., want an official"),
+    (dict(conversations=[]), "want id, image and two conversations")])
+def test_lines_that_leave_the_folder_or_ask_otherwise_are_refused(tmp_path, change, words):
+    m = MODALITIES["albedo"]
+    line = dict(id="x", image="a.png", conversations=[{"value": f"<image>\n{m.question}"}, {"value": m.answers[0]}])
+    (tmp_path / "t.jsonl").write_text(json.dumps(line | change) + "\n")
+    with pytest.raises(ValueError, match=words) as error:
+        questions.read_jsonl(tmp_path / "t.jsonl")
+    assert "line 1" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_markers_are_drawn_by_the_one_renderer(folder):
+    row = questions.build(folder, 1, S, 0)[0]
+    plain = questions.photo(row, folder, S)
+    assert torch.equal(questions.marked([row], folder, S),
+                       draw_markers(plain[None], torch.tensor(row["pts"])[None, None])[:, 0])
+
+
+def test_passes_follow_each_other_and_see_every_row_once():
+    rows = list(range(7))
+    seen = [r for step in range(7) for r in questions.batch_of(rows, step, 3, 0)]
+    assert all(sorted(seen[i:i + 7]) == rows for i in (0, 7, 14)) and seen[:7] != seen[7:14]
+
+
+def test_questions_are_drawn_once_and_again_for_another_folder(folder, tmp_path, monkeypatch):
+    path = tmp_path / "q.json"
+    first = questions.cached(path, folder, 2, S, 0, None, True)
+    monkeypatch.setattr(questions, "build", lambda *_: pytest.fail("drawn again"))
+    assert questions.cached(path, folder, 2, S, 0, None, False) == first
+    monkeypatch.undo()
+    assert questions.cached(path, folder, 2, S, 1, None, True) != first

@@ -1,0 +1,111 @@
+"""reliability.py: every question counts, confidence against accuracy, colour bias found, the command's tables."""
+import json
+
+import numpy as np
+import pytest
+import torch
+from test_questions import S, write_scene
+
+import eval as evaluation
+import questions
+import reliability
+from mini_judge import MiniJudge, build_mini
+
+RULES = evaluation.HEURISTICS
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("scenes")
+    for i in range(4):
+        write_scene(path, f"room_{i}.cam.0", i)
+    return path
+
+
+@pytest.fixture(scope="module")
+def rows(folder):
+    return questions.build(folder, 6, S, 0)
+
+
+class Rule:
+    """A judge whose answer follows from where it finds the markers."""
+
+    def __init__(self, answer, size=S):
+        self.answer, self.size, self.mean = answer, size, torch.zeros(1)
+
+    def score(self, images, modality):
+        out = []
+        for x in images:
+            red = (x == torch.tensor([1., 0, 0]).view(3, 1, 1)).all(0).nonzero().float().mean(0)
+            green = (x == torch.tensor([0, 1., 0]).view(3, 1, 1)).all(0).nonzero().float().mean(0)
+            out.append(self.answer(red, green, modality))
+        return torch.tensor(out)
+
+
+def test_a_knowing_judge_is_right_and_consistent(rows, folder):
+    """Left is nearer and darker in these scenes; what it does not know it leaves undecided, and that counts."""
+    def knows(red, green, m):
+        return {"depth": 0.9, "irradiance": 0.1}.get(m, 0.5) if red[1] < green[1] else {
+            "depth": 0.1, "irradiance": 0.9}.get(m, 0.5)
+    got = reliability.report(Rule(knows), rows, folder, RULES)
+    for m in ("depth", "irradiance"):
+        assert got[m]["accuracy"] == 1 and got[m]["inconsistent"] == 0 and abs(got[m]["ece"] - 0.1) < 1e-6
+    assert got["normal"]["accuracy"] == 0 and got["normal"]["undecided"] == got["normal"]["n"]
+    assert np.isnan(got["normal"]["released"]) and got["depth"]["released"] == 1
+
+
+def test_a_judge_that_always_says_red_is_half_right_and_found_out(rows, folder):
+    got = reliability.report(Rule(lambda *_: 0.8), rows, folder, RULES)
+    for m in ("depth", "normal", "irradiance"):
+        assert got[m]["accuracy"] == 0.5 and got[m]["inconsistent"] == got[m]["always_first"] == 1
+        assert abs(got[m]["ece"] - 0.3) < 1e-6
+    assert got["albedo"]["inconsistent"] == 0                                   # "same" both times is consistent
+    average = reliability.report(Rule(lambda *_: 0.8), rows, folder, RULES, swap_average=True)
+    assert average["depth"]["undecided"] == average["depth"]["n"]
+
+
+def test_the_mean_of_both_orders():
+    got = reliability.both_orders(np.array([.9, .9]), np.array([.3, .3]), np.array([False, True]))
+    np.testing.assert_allclose(got, [.8, .6])
+
+
+def test_calibration_is_the_textbook_s():
+    prob = np.array([.55, .55, .95, .95, .05, .8])
+    first = np.array([True, False, True, True, True, True])
+    ece, table = reliability.calibration(prob, first)
+    assert [(round(b["low"], 2), b["n"]) for b in table] == [(.55, 2), (.8, 1), (.95, 3)]
+    assert abs(ece - (2 * .05 + 1 * .2 + 3 * abs(2 / 3 - .95)) / 6) < 1e-9
+
+
+def test_margins_hold_every_question(rows, folder):
+    got = reliability.report(Rule(lambda *_: 0.8), rows, folder, RULES)
+    assert all(sum(b["n"] for b in r["margins"]) == r["n"] for r in got.values())
+    assert sum(r["n"] for r in got.values()) == len(rows)
+
+
+def test_drawn_markers_cannot_be_exchanged(rows, folder, tmp_path):
+    path = questions.export(rows[:4], folder, tmp_path, S, "x.jsonl")
+    lines = questions.read_jsonl(path)
+    got = reliability.report(Rule(lambda *_: 0.8), lines, tmp_path, RULES)
+    assert "inconsistent" not in got["depth"]
+    with pytest.raises(ValueError, match="drawn markers"):
+        reliability.report(Rule(lambda *_: 0.8), lines, tmp_path, RULES, swap_average=True)
+
+
+def test_the_command_prints_and_writes_every_figure(folder, tmp_path, capsys):
+    build_mini(MiniJudge(size=32, patch=4, width=32, vision_layers=1, text_layers=1, heads=2),
+               torch.Generator().manual_seed(0)).save(tmp_path / "judge")
+    evaluation.main(["--dataset", "judge", "--scenes", str(folder), "--judge", str(tmp_path / "judge"), "--pairs", "2",
+                     "--json", str(tmp_path / "j.json"), "--swap-average"])
+    out = capsys.readouterr().out
+    got = json.loads((tmp_path / "j.json").read_text())
+    assert all(word in out for word in ("ECE", "inconsistent", "every question counts", "both orders", "reliability"))
+    assert set(got["judge"]) == set(RULES) and f"judge: {got['n']} questions of {got['n']}" in out
+    for row in got["judge"].values():
+        assert f"{row['accuracy']:.3f}" in out
+
+
+def test_scenes_are_asked_for_by_name(capsys):
+    with pytest.raises(SystemExit) as stop:
+        evaluation.main(["--dataset", "judge"])
+    assert stop.value.code == 2 and "--scenes DIR" in capsys.readouterr().err
