@@ -8,6 +8,7 @@ DDIM / eta  std = eta sqrt((1-abar_s)/(1-abar_t) (1 - abar_t/abar_s))
 t = 1       is singular in the first form: the next grid value stands in for t in the denominator
 s = 0       is deterministic (x_0-hat) and is not trained: its noise would stay in the map
 log p       = -(x_next - mean)^2 / (2 std^2) - log std - log(2 pi) / 2, MEAN over elements, fp32 (or fp64) always
+log-ratio   = d (2 (x_next - mean_old) - d) / (2 std^2), d = mean - mean_old: exactly 0 while the policy is the old one
 KL          = (mean - mean_ref)^2 / (2 std^2), mean over elements: contains |dt| (Flow-GRPO's published code omits it)
 reward      of sample g: mean over pairs of the agreement of relation(map_g) with the judge
 credit      `global` (paper): one advantage per sample. `pair`: the reward is a sum of known per-pair terms, so each

@@ -134,7 +134,7 @@ def assert_equal(label, got, want):
     """All but 1e-5 of the elements agree to 1e-4 of the largest (bf16: 2^-6): an ulp at a threshold is an answer."""
     for g, w in zip(got, want, strict=True):
         tol = (2**-6 if w.dtype == torch.bfloat16 else 1e-4) * max(w.abs().max().item(), 1e-3)
-        wrong = ((g.float() - w.float()).abs() > tol).float().mean().item()
+        wrong = (~((g.float() - w.float()).abs() <= tol)).float().mean().item()  # NaN is wrong
         if not wrong <= 1e-5:
             raise ValueError(f"kernels.bench: {label}: {wrong:.2e} of the elements differ from the reference")
 

@@ -49,18 +49,20 @@ def _log_ratio_fwd_kernel(
         gap = (tl.load(v_ptr + at, mask=ok, other=0.0).to(ACC) - tl.load(v_ref_ptr + at, mask=ok, other=0.0).to(ACC))
         apart += gap * gap
     tl.store(kl_ptr + row * n_parts + part, tl.sum(apart, 0) * kl_scale)  # partial sums, added in torch
+    x_next_ptr += row * stride_r
     for k in range(K):
         total = tl.zeros((BLOCK,), ACC)
         for c in range(C):
             at = (row * C + c) * P + col
             mean_old = tl.load(mean_old_ptr + at, mask=ok, other=0.0).to(ACC)
             d = linear_mean(x_ptr, v_ptr, at, ok, A, B, BLOCK, ACC) - mean_old
-            drawn = tl.load(x_next_ptr + row * stride_r + k * stride_k + c * P + col, mask=ok, other=0.0).to(ACC)
+            drawn = tl.load(x_next_ptr + c * P + col, mask=ok, other=0.0).to(ACC)
             total += d * (2 * (drawn - mean_old) - d)                   # masked lanes are 0
         if MAP:
             tl.store(out_ptr + (row * K + k) * P + col, total * scale, mask=ok)
         else:
             tl.store(out_ptr + (row * K + k) * n_parts + part, tl.sum(total, 0) * scale)
+        x_next_ptr += stride_k
 
 
 @triton.jit
@@ -79,13 +81,15 @@ def _log_ratio_bwd_kernel(
         at = (row * C + c) * P + col
         mean = linear_mean(x_ptr, v_ptr, at, ok, A, B, BLOCK, ACC)
         pull = tl.zeros((BLOCK,), ACC)
+        drawn_ptr = x_next_ptr + row * stride_r + c * P
         for k in range(K):
-            drawn = tl.load(x_next_ptr + row * stride_r + k * stride_k + c * P + col, mask=ok, other=0.0).to(ACC)
+            drawn = tl.load(drawn_ptr + col, mask=ok, other=0.0).to(ACC)
             if MAP:
                 g = tl.load(g_ptr + (row * K + k) * P + col, mask=ok, other=0.0).to(ACC)       # (BLOCK,)
             else:
                 g = tl.load(g_ptr + row * K + k).to(ACC)
             pull += g * (drawn - mean)
+            drawn_ptr += stride_k
         gap = (tl.load(v_ptr + at, mask=ok, other=0.0).to(ACC) - tl.load(v_ref_ptr + at, mask=ok, other=0.0).to(ACC))
         tl.store(dv_ptr + at, (pull * slope + gap * g_kl).to(dv_ptr.dtype.element_ty), mask=ok)
 

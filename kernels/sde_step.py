@@ -56,11 +56,13 @@ def _sde_step_kernel(
     ok = col < n
     mean = linear_mean(x_ptr, v_ptr, row * n + col, ok, A, B, BLOCK, ACC)
     tl.store(mean_ptr + row * n + col, mean, mask=ok)
+    eps_ptr += row * stride_r
     for k in range(K):
-        eps = tl.load(eps_ptr + row * stride_r + k * stride_k + col, mask=ok, other=0.0).to(ACC)
+        eps = tl.load(eps_ptr + col, mask=ok, other=0.0).to(ACC)
         tl.store(x_next_ptr + (row * K + k) * n + col, mean + eps * std, mask=ok)
         if LOGP:
             tl.store(part_ptr + (row * K + k) * n_parts + part, tl.sum(eps * eps, 0))   # added in torch
+        eps_ptr += stride_k
 
 
 def sde_step(x, v, eps, A, B, std, logp=False):

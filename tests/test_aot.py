@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 TARGETS = {"sm80": ("cuda", "80", "32"), "sm90": ("cuda", "90", "32"), "gfx942": ("hip", "gfx942", "64")}
 REGISTERS = dict(_pair_reward_kernel=176, _pair_credit_kernel=96, _log_ratio_fwd_kernel=96)
-# Ceilings per thread. Others: 64 (54 measured), so that 65,536 / 64 = 1,024 threads fit on one SM. Measured over the
+# Ceilings per thread. Others: 64 (62 measured), so that 65,536 / 64 = 1,024 threads fit on one SM. Measured over the
 # targets: pair_reward 14 to 44 for one pixel, up to 169 for a window of 5 x 5, whose loads LLVM unrolls (4 warps: 3
 # programs on an SM); pair_credit 92 (32 x 32 tile in registers); log_ratio forward 44, on gfx942 94 of its 512.
 
