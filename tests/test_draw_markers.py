@@ -4,6 +4,7 @@ import torch
 
 import kernels
 from kernels import draw_markers as dm
+from mini_judge import MiniJudge, build_mini
 from relations import draw_markers
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -57,6 +58,18 @@ def test_without_normalisation_it_is_the_marker_of_relations(triton_path, mode):
 def test_public_function_really_reaches_the_kernel(triton_path, monkeypatch):
     monkeypatch.setattr(dm, "mark_photos_ref", None)
     dm.mark_photos(*case(), MEAN, STD, torch.bfloat16)
+
+
+def test_the_judge_answers_the_same_on_both_paths(triton_path):
+    rng = torch.Generator().manual_seed(0)
+    judge = build_mini(MiniJudge(16, 4, 32, 1, 1, 2), rng).eval().to(DEVICE)
+    rgb, pts = torch.rand(2, 3, 16, 16, generator=rng).to(DEVICE), case((16, 16), N=6)[1].view(2, 3, 2, 2)
+    answers = []
+    for path in ("triton", "torch"):
+        kernels.use(path)
+        answers.append(judge.ask(rgb, pts, batch=4))
+    assert answers[0].shape == (2, 3, 4) and answers[0].std() > 1e-3
+    torch.testing.assert_close(*answers, rtol=0, atol=1e-6)
 
 
 def test_no_pair(triton_path):

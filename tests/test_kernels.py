@@ -215,6 +215,7 @@ def test_without_triton_the_torch_path_announces_itself():
         import sys
         sys.modules["triton"] = None                             # import triton now raises ImportError
         import torch, kernels
+        import kernels.draw_markers, kernels.log_ratio, kernels.pair_credit, kernels.pair_reward
         from kernels.step_logprob import step_logprob
         assert step_logprob(torch.zeros(2, 3), torch.zeros(2, 3), torch.ones(2)).shape == (2,)
         print(kernels.describe())"""
