@@ -220,7 +220,7 @@ def test_the_schedule_is_diffusers(models, pipes, kind):
     ours, scheduler = models[kind].schedule, pipes[kind].scheduler
     np.testing.assert_allclose(ours.abar, scheduler.alphas_cumprod.numpy(), rtol=0, atol=1e-6)      # theirs is fp32
     assert abs(ours.final - float(scheduler.final_alpha_cumprod)) < 1e-6
-    for T in (1, 2, 3, 4, 7, 10, 15, 50, 999, 1000):
+    for T in (1, 2, 3, 4, 7, 10, 15, 50, 999, *[1000] * (kind == "lighting")):  # theirs leaves the table at 1000 + 1
         scheduler.set_timesteps(T)
         assert ours.timesteps(T) == scheduler.timesteps.tolist()
 
