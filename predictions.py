@@ -117,15 +117,14 @@ def folder(path, args):
 
     def names(bench, item):
         """Where the maps of each photo of an item are expected: [{modality: file}]."""
-        found = []
-        for photo in (item["rgb"], *(item[k] for k in benchmarks.MIT_LIGHTS[1:] if k in item)):
-            files = {m: benchmarks.prediction_file(bench, saved, photo, m) for m in (*bench.needs, *bench.also)}
-            found.append({m: f for m, f in files.items() if m in bench.needs or saved.size(f) >= 0})
-        return found
+        return [{m: benchmarks.prediction_file(bench, saved, photo, m) for m in (*bench.needs, *bench.also)}
+                for photo in (item["rgb"], *(item[k] for k in benchmarks.MIT_LIGHTS[1:] if k in item))]
 
     def lacks(bench, items):
-        absent = [f for item in items for files in names(bench, item) for f in files.values() if saved.size(f) < 0]
-        total = sum(len(files) for item in items for files in names(bench, item))
+        photos = [files for item in items for files in names(bench, item)]
+        wanted = {m for files in photos for m, f in files.items() if m in bench.needs or saved.size(f) >= 0}
+        absent = [files[m] for files in photos for m in files if m in wanted and saved.size(files[m]) < 0]
+        total = len(photos) * len(wanted)
         return absent and (f"{path}: got no prediction for {len(absent)} of {total} maps of {bench.dataset} (first: "
                            f"{absent[0]}), want all; predict them too")
 
@@ -138,7 +137,8 @@ def folder(path, args):
 
     def read(bench, files, item):
         sample = benchmarks.load(bench, files, item, axes=True)
-        sample["saved"] = [linear({m: benchmarks.read_prediction(saved, f, m) for m, f in maps.items()}, space(bench))
+        sample["saved"] = [linear({m: benchmarks.read_prediction(saved, f, m) for m, f in maps.items()
+                                   if m in bench.needs or saved.size(f) >= 0}, space(bench))
                            for maps in names(bench, item)]
         return sample
 

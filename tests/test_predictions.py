@@ -316,6 +316,19 @@ def test_one_missing_prediction_among_many_is_refused_before_anything_is_scored(
     assert not results(tmp_path)
 
 
+def test_a_map_that_some_photos_have_is_wanted_of_all(tmp_path, capsys):
+    bench = bench_of("hypersim")
+    items, flags = prepare(bench, tmp_path, 3)
+    saved = benchmarks.formats.Files(tmp_path / "maps")
+    shading = [tmp_path / "maps" / benchmarks.prediction_file(bench, saved, i["rgb"], "irradiance") for i in items]
+    shading[1].unlink()
+    line = refusal(capsys, *flags)
+    assert "no prediction for 1 of 9 maps of hypersim" in line and shading[1].name in line
+    for path in (shading[0], shading[2]):                                       # none at all: that map is not scored
+        path.unlink()
+    assert {k.split("_")[0] for k in numbers(tmp_path, *flags)["metrics"]} == {"albedo", "residual"}
+
+
 def rewrite(at, make):
     return lambda k, path: np.save(path, make(np.load(path))) if k == at else None
 
