@@ -270,12 +270,14 @@ def _maw_items(files):
 
 
 def complete(files, item):
-    """Whether all files of an item exist (an EXR may be replaced by an .npy of its name)."""
-    return all(_exists(files, item[role]) for role in item if role != "name")
+    """Whether all files of an item exist."""
+    return all(files.size(item[role]) >= 0 for role in item if role != "name")
 
 
-def _exists(files, name):
-    return files.size(name) >= 0 or (name.endswith(".exr") and files.size(name[:-4] + ".npy") >= 0)
+def _resolved(files, item):
+    """The item with the .npy that lies beside an .exr, or in its place, put for it."""
+    return {role: f[:-4] + ".npy" if role != "name" and f.endswith(".exr") and files.size(f[:-4] + ".npy") >= 0 else f
+            for role, f in item.items()}
 
 
 def find(bench, path):
@@ -299,12 +301,12 @@ def find(bench, path):
         if inside.is_dir() or inside.is_file():
             places.append(formats.Files(inside))
     for files in places:
-        found = items(bench, files)
+        found = [_resolved(files, item) for item in items(bench, files)]
         n = sum(complete(files, item) for item in found)
         if best is None or n > best[0]:
             best = n, files, found
     n, files, found = best
-    missing = [item[r] for item in found for r in item if r != "name" and not _exists(files, item[r])]
+    missing = [item[r] for item in found for r in item if r != "name" and files.size(item[r]) < 0]
     missing = list(dict.fromkeys(missing))
     if n == 0:
         raise MissingData(f"--data {path}: got none of the {len(found)} images of {bench.dataset} "
@@ -338,12 +340,9 @@ def _chw(pixels):
 
 
 def _linear(files, name):
-    """A linear colour map (EXR clipped to 0..1, or .npy) -> (3, H, W) float32."""
-    other = name[:-4] + ".npy"
-    if name.endswith(".exr") and files.size(other) < 0:
-        return formats.decode_exr(files.read(name), files.where(name)).clip(0, 1).transpose(2, 0, 1)
-    name = other if name.endswith(".exr") else name
-    array = formats.decode_npy(files.read(name), files.where(name)).astype(np.float32)
+    """A linear colour map, .exr or .npy -> (3, H, W) float32."""
+    decode = formats.decode_exr if name.endswith(".exr") else formats.decode_npy
+    array = decode(files.read(name), files.where(name)).astype(np.float32)
     if array.ndim != 3 or array.shape[2] != 3:
         raise ValueError(f"{files.where(name)}: got shape {array.shape}, want (H, W, 3); fetch it again")
     return array.transpose(2, 0, 1)
@@ -496,8 +495,8 @@ def _load_lights(bench, files, item):
 
 def _load_iid(bench, files, item):
     if bench.dataset == "interiorverse":
-        albedo = _linear(files, item["albedo"])
-        rgb = torch.from_numpy(_linear(files, item["rgb"]) ** (1 / 2.2)).float()
+        photo, albedo = (_linear(files, item[m]).clip(0, 1) for m in ("rgb", "albedo"))
+        rgb = torch.from_numpy(photo ** (1 / 2.2)).float()
         _same_size(files.where(item["albedo"]), albedo.shape[1:], rgb.shape[1:])
         return dict(photos=[rgb], albedo=albedo, size=albedo.shape[1:])
     rgb = _chw(formats.decode_rgb(files.read(item["rgb"]), files.where(item["rgb"])))

@@ -46,9 +46,11 @@ class Source:
 
 
 def weights_key(policy):
-    """Digest of a network: names, shapes and up to about 4096 evenly spaced values of every tensor."""
-    h = hashlib.sha256()
-    for name, x in policy.state_dict().items():
+    """Digest of a network: its configuration; names, shapes and about 4096 evenly spaced values of every tensor."""
+    config = (getattr(policy, "cfg", None) or
+              (policy.about, policy.schedule.config, policy.unet.config, policy.vae.config))
+    h = hashlib.sha256(repr(config).encode())
+    for name, x in {**policy.state_dict(), **dict(policy.named_buffers())}.items():     # the empty prompt is no state
         flat = x.detach().flatten()
         h.update(f"{name}{tuple(x.shape)}{x.dtype}".encode())
         h.update(flat[::max(1, len(flat) // 4096)].float().cpu().numpy().tobytes())
@@ -157,7 +159,8 @@ def source_of(path, args):
 def results_file(bench, source, files, items, out):
     """JSONL of results per image; its name changes with the data, the predictions, the settings and this code."""
     code = [(Path(__file__).parent / f"{name}.py").read_text()
-            for name in ("metrics", "protocols", "benchmarks", "formats", "predictions")]
+            for name in ("metrics", "protocols", "benchmarks", "formats", "predictions", "predictor", "marigold", "sd2",
+                         "data", "scenes", "relations")]
     stamps = [[files.stamp(f) for role, f in item.items() if role != "name"] for item in items]
     key = hashlib.sha256(repr((code, stamps, files.where("x"), source.key(bench, items))).encode()).hexdigest()[:16]
     return Path(out, "eval", f"{bench.dataset}-{bench.task}-{key}.jsonl")

@@ -223,6 +223,22 @@ def test_the_weights_key_sees_a_small_change():
     assert predictions.weights_key(a) != before
 
 
+def test_the_weights_key_sees_what_no_weight_shows():
+    config = dict(width=32, encoder_layers=1, layers=1)
+    a, b = (DiT(DiTConfig(size=size, heads=heads, **config)) for size, heads in ((16, 2), (16, 4)))
+    b.load_state_dict(a.state_dict())
+    assert predictions.weights_key(a) != predictions.weights_key(b)
+    with torch.random.fork_rng():
+        model, keys = tiny_marigold(), []
+    keys.append(predictions.weights_key(model))
+    model.schedule = marigold.Schedule({**model.schedule.config, "timestep_spacing": "leading"})
+    keys.append(predictions.weights_key(model))
+    model.about["target_properties"]["albedo"]["prediction_space"] = "srgb"
+    keys.append(predictions.weights_key(model))
+    model.text += 1
+    assert len({*keys, predictions.weights_key(model)}) == 4
+
+
 # resuming ---------------------------------------------------------------------------------------------------------
 
 def results(tmp_path):
@@ -263,10 +279,16 @@ def test_an_interruption_keeps_what_was_scored(tmp_path, monkeypatch):
     assert len(results(tmp_path)[0].read_text().splitlines()) == 7
 
 
-@pytest.mark.parametrize("what", ["prediction", "truth", "space"])
+@pytest.mark.parametrize("what", ["prediction", "truth", "npy truth", "space"])
 def test_other_predictions_data_or_settings_do_not_resume(tmp_path, what):
     bench = bench_of("interiorverse")
     items, flags = prepare(bench, tmp_path, 2)
+    if what == "npy truth":
+        for item in items:
+            path = tmp_path / "data" / item["albedo"]
+            np.save(path.with_suffix(".npy"), benchmarks.formats.decode_exr(path.read_bytes(), "x"))
+            path.unlink()
+            item["albedo"] = item["albedo"].replace(".exr", ".npy")
     numbers(tmp_path, *flags)
     if what == "space":
         flags += ["--pred-space", "linear"]
