@@ -158,7 +158,7 @@ BENCHMARKS = (
         "photos", "surface", ("depth", "normal"), 0,
         "OURS where the paper is silent: normals from predicted depth by central differences against predicted "
         "normals, at the photo's size; focal length = longer side, z = 1 + 2 d; RMSE over components, SSIM of "
-        "(n + 1) / 2",
+        "(n + 1) / 2 where every normal of its window has a depth > 0",
         ("any folder of photos",)),
 )
 DATASETS = tuple(dict.fromkeys(b.dataset for b in BENCHMARKS))
@@ -265,8 +265,9 @@ def _maw_items(files):
         if len(row) != 6:
             raise ValueError(f"{files.where(meta)} line {line}: got {len(row)} columns, want 6 separated by tabs; "
                              "fetch it again")
-    return [dict(name=f"images_png/{r[2]}/{r[3]}.png", rgb=f"images_png/{r[2]}/{r[3]}.png", colors=f"labels/{r[0]}",
-                 mask=f"labels/{r[1]}") for r in rows]
+    photos = [f"images_png/{r[2]}/{r[3]}.png" for r in rows]                    # results are kept by name
+    return [dict(name=p if photos.count(p) == 1 else f"{p} {r[0]} {r[1]}", rgb=p, colors=f"labels/{r[0]}",
+                 mask=f"labels/{r[1]}") for p, r in zip(photos, rows, strict=True)]
 
 
 def complete(files, item):

@@ -373,11 +373,11 @@ def _blur(x):
     return sum(w * x[:, :, k:k + W - 10] for k, w in enumerate(taps))
 
 
-def ssim(pred, gt):
+def ssim(pred, gt, valid=None):
     """Structural similarity (Wang et al. 2004): Gaussian window 11, sigma 1.5, data range 1, K = .01, .03.
 
     pred, gt   (H, W), (H, W, C) or (C, H, W) with C <= 4, sides >= 11; mean over full windows and channels
-    Invalid pixels: the caller sets them to 0 in both maps (Marigold IID).
+    Invalid pixels: the caller sets them to 0 in both maps (Marigold IID), or only windows inside `valid` (H, W) count
     """
     pred, gt = _same_shape("ssim", pred, gt)
     if pred.ndim == 2:
@@ -392,6 +392,10 @@ def ssim(pred, gt):
     var, cov = _blur(pred * pred + gt * gt) - mu_p ** 2 - mu_g ** 2, _blur(pred * gt) - mu_p * mu_g
     c1, c2 = 0.01 ** 2, 0.03 ** 2
     score = (2 * mu_p * mu_g + c1) * (2 * cov + c2) / ((mu_p ** 2 + mu_g ** 2 + c1) * (var + c2))
+    if valid is not None:
+        score = score[:, _blur(np.asarray(valid, float)[None])[0] > 1 - 1e-9]   # the smallest weight is 1e-6
+    if score.size == 0:
+        _refuse("ssim", "no window of 11 x 11 valid pixels", "one", "leave this image out and count it")
     return float(score.mean())
 
 

@@ -38,7 +38,8 @@ METRICS = {
     "iid": {f"{m}_{k}": (f"{k.upper()} of {m}{', dB' if k == 'psnr' else ''}", 1, 1)
             for m in ("albedo", "shading", "residual") for k in ("psnr", "ssim")},
     "surface": {"rmse": ("RMSE, derived against predicted normals (ours)", -1, 1),
-                "ssim": ("SSIM of the same (ours)", 1, 1)},
+                "ssim": ("SSIM of the same (ours)", 1, 1),
+                "valid": ("pixels with a derived normal, border apart, %", 0, 100)},
 }
 PAPER = {  # ReasonX (arXiv 2512.04222), tables and project page: metric -> [(base, base's number, X's number)]
     ("iiw", "whdr"): {k: [("PRISM", a, b), ("Marigold", c, d)]               # the paper does not name the colour space
@@ -53,6 +54,7 @@ PAPER = {  # ReasonX (arXiv 2512.04222), tables and project page: metric -> [(ba
     ("photos", "surface"): {"rmse": [("PRISM, ETH3D", .146, .099), ("PRISM, COCO", .202, .137)]},
 }
 ANGLES = (11.25, 22.5, 30)        # degrees, strict
+MIN_VALID = 0.95                  # share of pixels with a derived normal below which it is said
 
 
 def encoded(linear):
@@ -153,8 +155,9 @@ def score_surface(bench, pred, sample):
     (H, W), focal = depth.shape, max(depth.shape)
     derived = metrics.normals_from_depth(depth, focal, focal, (W - 1) / 2, (H - 1) / 2)
     ok = derived.any(0)
-    a, b = ((np.where(ok, x, -1) + 1) / 2 for x in (derived, normal / np.linalg.norm(normal, axis=0).clip(1e-12)))
-    return dict(rmse=metrics.depth_normal_consistency(depth, normal, focal, focal), ssim=metrics.ssim(a, b))
+    a, b = ((x + 1) / 2 for x in (derived, normal / np.linalg.norm(normal, axis=0).clip(1e-12)))
+    return dict(rmse=metrics.depth_normal_consistency(depth, normal, focal, focal), ssim=metrics.ssim(a, b, ok),
+                valid=float(ok[1:-1, 1:-1].mean()))
 
 
 SCORES = {"depth": score_depth, "normal": score_normal, "whdr": score_whdr, "maw": score_maw, "lmse": score_lmse,
@@ -194,6 +197,10 @@ def problems(bench, rows, names):
     if negative:
         out.append(f"{len(negative)} of {len(rows)} fitted scales are negative: there the prediction looks like "
                    f"inverse depth (first: {negative[0]})")
+    holes = [(n, r["valid"]) for n, r in zip(names, rows, strict=True) if r.get("valid", 1) < MIN_VALID]
+    if holes:
+        out.append(f"{len(holes)} of {len(rows)} depth maps give normals on less than {100 * MIN_VALID:.0f} % of their "
+                   f"pixels, only these count (first: {holes[0][0]}, {100 * holes[0][1]:.1f} %); want 1 + 2 depth > 0")
     axes = mean_axes(rows)
     if axes:
         best = min(axes, key=axes.get)

@@ -266,6 +266,15 @@ def test_a_meta_csv_without_six_columns_is_refused_with_its_line(tmp_path):
         benchmarks.find(bench, tmp_path)
 
 
+def test_two_maw_labellings_of_one_photo_have_two_names(tmp_path):
+    bench = bench_of("maw")
+    official.make(bench, tmp_path, 2)
+    with open(tmp_path / "labels/meta.csv", "a") as f:
+        f.write("other.npy\tscene_1/photo_mask.png\tscene_1\tphoto\tscene_1/gt.png\tNone\n")
+    names = [i["name"] for i in benchmarks.items(bench, formats.Files(tmp_path))]
+    assert len(set(names)) == 3 and names[0] == "images_png/scene_0/photo.png" and "other.npy" in names[2]
+
+
 def plane(signs=(1, 1, 1)):
     """A tilted plane seen by DIODE's camera: depth (768, 1024) and its normal, both exact, the normal in a frame."""
     n = np.array([0.3, 0.5, 0.81])

@@ -281,6 +281,23 @@ def test_depth_and_normals_of_one_plane_agree_at_the_declared_camera():
     assert good["rmse"] < 1e-6 and good["ssim"] > 0.999 and bad["rmse"] == pytest.approx(2 * n[0] / 3 ** 0.5, rel=1e-3)
 
 
+def test_depth_that_gives_no_normal_does_not_count_as_agreement():
+    rng, (H, W) = np.random.default_rng(0), (40, 60)
+    normal = rng.normal(size=(3, H, W))
+    sample = dict(name="p", photos=[torch.zeros(3, H, W)], size=(H, W))
+    depth = 0.5 + 0.01 * rng.random((H, W))
+    whole = protocols.score(bench_of("photos"), [dict(depth=depth, normal=normal)], sample)
+    depth[:, 20:] = -5
+    part = protocols.score(bench_of("photos"), [dict(depth=depth, normal=normal)], sample)
+    assert whole["valid"] == 1 and part["valid"] == pytest.approx(18 / 58)
+    assert abs(part["ssim"]) < 0.1 and abs(whole["ssim"]) < 0.1                 # was 0.7: equal constants on both sides
+    lines = protocols.problems(bench_of("photos"), [whole, part], ["a", "b"])
+    assert len(lines) == 1 and "1 of 2" in lines[0] and "first: b, 31.0 %" in lines[0]
+    depth[:, 5:] = -5
+    with pytest.raises(ValueError, match="p: .*no window"):
+        protocols.score(bench_of("photos"), [dict(depth=depth, normal=normal)], sample)
+
+
 def test_the_error_picture_is_bright_at_zero_dark_at_the_top_and_gray_without_truth():
     error = np.array([[0.0, 0.5], [1.0, np.nan]])
     got = protocols._bar(np.kron(error, np.ones((4, 4))), 0.5)
