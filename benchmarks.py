@@ -31,7 +31,8 @@ DIODE_CAMERA = (886.81, 927.06, 512.0, 384.0)   # fx, fy, cx, cy in pixels
 MIT_OBJECTS = ("box cup1 cup2 dinosaur panther squirrel sun teabag2 "
                "deer frog1 frog2 paper1 paper2 raccoon teabag1 turtle").split()
 MIT_LIGHTS = [f"light{k:02d}" for k in range(1, 11)]
-AXIS_MARGIN = 5.0                     # degrees by which another sign choice must fit better to be refused
+AXIS_MARGIN = 0.5                     # degrees by which another sign choice must fit a set better to be refused
+FRAME_MARGIN = 5.0                    # the same on one image, where the normals of its depth are noisy
 
 
 @dataclass(frozen=True)
@@ -434,17 +435,20 @@ def _check_axes(files, item, sample):
     depth, mask = (formats.decode_npy(files.read(n), files.where(n)).reshape(sample["size"])
                    for n in (depth_name, mask_name))
     derived = metrics.normals_from_depth(np.where(mask.astype(bool), depth, 0), *DIODE_CAMERA)
-    refuse_axes(metrics.axis_errors(derived, sample["normal"]), files.where(item["normal"]), "normals of its depth")
+    wrong = wrong_axes(metrics.axis_errors(derived, sample["normal"]), "normals of its depth", FRAME_MARGIN)
+    if wrong:
+        raise ValueError(f"{files.where(item['normal'])}: {wrong}")
 
 
-def refuse_axes(errors, where, other):
-    """Refuse normals that fit `other` better by AXIS_MARGIN under another of the 8 sign choices (axis_errors)."""
+def wrong_axes(errors, other, margin=AXIS_MARGIN):
+    """What is wrong with normals that fit `other` better by the margin under another of the 8 sign choices, or ""."""
     best = min(errors, key=errors.get) if errors else None
-    if best and errors[best] < errors[1, 1, 1] - AXIS_MARGIN:
-        x, y, z = ("-" if s < 0 else "+" for s in best)
-        raise ValueError(f"{where}: got wrong normal axes: ({x}x, {y}y, {z}z) fits the {other} at "
-                         f"{errors[best]:.1f} degrees, as stored {errors[1, 1, 1]:.1f}; want x right, y up, z to the "
-                         "viewer; flip those signs")
+    if not best or errors[best] >= errors[1, 1, 1] - margin:
+        return ""
+    x, y, z = ("-" if s < 0 else "+" for s in best)
+    return (f"got wrong normal axes: ({x}x, {y}y, {z}z) fits the {other} at {errors[best]:.1f} degrees, as stored "
+            f"{errors[1, 1, 1]:.1f}; want x right, y up, z to the viewer in both; either may be the wrong one (files "
+            "in DSINE's frame need (-x, +y, +z)): flip those signs there")
 
 
 def _load_whdr(bench, files, item):

@@ -258,8 +258,8 @@ def check_problems(bench, source, rows, items):
     lines = protocols.problems(bench, rows, [item["name"] for item in items])
     if source.saved and sum(r.get("scale", 1) < 0 for r in rows) > len(rows) / 2:
         raise ValueError(f"{source.label}: {lines[0]}; want depth, larger is farther; save 1 / disparity")
-    if source.saved and bench.task == "normal":
-        benchmarks.refuse_axes(protocols.mean_axes(rows), source.label, "ground truth")
+    if source.saved and bench.task == "normal" and lines:
+        raise ValueError(f"{source.label}: {lines[0]}")
     return lines
 
 
@@ -277,21 +277,21 @@ def benchmark_report(bench, source, rows, base, base_rows, lines, n_expected):
     result, table_rows = {}, []
     for name, v in values.items():
         text, better, times = protocols.METRICS[bench.task][name]
-        known = ~np.isnan(v)                                                    # an infinite PSNR counts
+        known, w = ~np.isnan(v), protocols.weights(name, rows)                  # an infinite PSNR counts
         row = dict(n=int(known.sum()))
-        value, low, high = times * float(v[known].mean()), *2 * (float("nan"),)
+        value, low, high = times * float(np.average(v[known], weights=w[known])), *2 * (float("nan"),)
         if known.sum() > 1 and np.isfinite(value):                              # one image says nothing of the spread
-            low, high = (times * x for x in metrics.bootstrap_interval(v[known])[1:])
+            low, high = (times * x for x in metrics.bootstrap_interval(v[known], weights=w[known])[1:])
         row |= dict(value=value, low=low, high=high)
         cells = [number(value), interval(low, high)]
         if base:
             old = olds.get(name, np.full(len(v), np.nan))
             both = known & ~np.isnan(old)
             change = low = high = float("nan")
-            if both.any() and old[both].mean() != 0 and np.isfinite([*old[both], *v[both]]).all():
-                change, low, high = metrics.bootstrap_interval(old[both], v[both], relative=True)
+            if both.any() and old[both].any() and np.isfinite([*old[both], *v[both]]).all():
+                change, low, high = metrics.bootstrap_interval(old[both], v[both], relative=True, weights=w[both])
                 low, high = (low, high) if both.sum() > 1 else 2 * (float("nan"),)
-            before = float(times * old[both].mean()) if both.any() else float("nan")
+            before = float(times * np.average(old[both], weights=w[both])) if both.any() else float("nan")
             row |= dict(base=before, change=change, change_low=low, change_high=high,
                         verdict=verdict(low, high, better))
             cells = [number(before), cells[0], f"{100 * change:+.1f} %", interval(100 * low, 100 * high),

@@ -453,23 +453,25 @@ def high_frequency_energy(maps):
     return float(np.square(around - 4 * x[:, 1:-1, 1:-1]).mean())
 
 
-def bootstrap_interval(values_a, values_b=None, n=2000, seed=0, level=0.95, relative=False):
+def bootstrap_interval(values_a, values_b=None, n=2000, seed=0, level=0.95, relative=False, weights=None):
     """Percentile bootstrap over images; with two lists, of the *paired* change from a to b.
 
     values_a   (N,) one number per image; values_b (N,) of the same images in the same order, or None
     relative   False: mean(b) - mean(a); True: mean(b) / mean(a) - 1 (both means of one resample)
+    weights    (N,) > 0 of the images, drawn with them: mean is sum(weight value) / sum(weight) of a resample [equal]
     returns    (mean, low, high): mean(a) or the change on all images; `level` of the resamples lie inside
     """
     a = _finite("bootstrap_interval", values_a)
     b = np.zeros_like(a) if values_b is None else _finite("bootstrap_interval", values_b)
-    if a.ndim != 1 or a.shape != b.shape or len(a) < 1 or not 0 < level < 1 or n < 1:
+    w = np.ones_like(a) if weights is None else _finite("bootstrap_interval", weights)
+    if a.ndim != 1 or not a.shape == b.shape == w.shape or len(a) < 1 or not 0 < level < 1 or n < 1:
         _refuse("bootstrap_interval", f"values {a.shape}, {b.shape}, n {n}, level {level}",
                 "two equal (N,) lists, n >= 1, 0 < level < 1", "pair the images by name first")
-    if relative and (values_b is None or a.mean() == 0):
+    if relative and (values_b is None or w @ a == 0):
         _refuse("bootstrap_interval", "no values_b, or mean(a) 0", "a relative change", "use relative=False")
 
     def change(i):
-        first, second = a[i].mean(), b[i].mean()
+        first, second = ((w[i] * x[i]).sum() / w[i].sum() for x in (a, b))
         return first if values_b is None else second / first - 1 if relative else second - first
 
     rng = np.random.default_rng(seed)

@@ -182,12 +182,14 @@ def score(bench, pred, sample):
 
 def lists(bench, rows):
     """Values per image of every metric that some image has: dict metric -> (n,) float, NaN where an image has none."""
-    pooled = {}
-    if bench.task == "normal":
-        share = len(rows) / sum(r["pixels"] for r in rows)                      # so that the mean is the pooled one
-        pooled["pooled"] = np.array([r["mean"] * r["pixels"] * share for r in rows])
-    return {k: pooled.get(k, np.array([np.nan if r.get(k) is None else r[k] for r in rows], float))
-            for k in METRICS[bench.task] if k in pooled or any(r.get(k) is not None for r in rows)}
+    rows = [dict(r, pooled=r["mean"]) if "pixels" in r else r for r in rows]
+    return {k: np.array([np.nan if r.get(k) is None else r[k] for r in rows], float)
+            for k in METRICS[bench.task] if any(r.get(k) is not None for r in rows)}
+
+
+def weights(name, rows):
+    """Weight of each image in the mean of a metric: its pixels in the pooled one, else 1."""
+    return np.array([r["pixels"] if name == "pooled" else 1.0 for r in rows])
 
 
 def problems(bench, rows, names):
@@ -201,13 +203,8 @@ def problems(bench, rows, names):
     if holes:
         out.append(f"{len(holes)} of {len(rows)} depth maps give normals on less than {100 * MIN_VALID:.0f} % of their "
                    f"pixels, only these count (first: {holes[0][0]}, {100 * holes[0][1]:.1f} %); want 1 + 2 depth > 0")
-    axes = mean_axes(rows)
-    if axes:
-        best = min(axes, key=axes.get)
-        if axes[best] < axes[1, 1, 1] - benchmarks.AXIS_MARGIN:
-            out.append(f"normal axes: with signs {best} the error would be {axes[best]:.1f} instead of "
-                       f"{axes[1, 1, 1]:.1f} degrees; want x right, y up, z to the viewer")
-    return out
+    wrong = benchmarks.wrong_axes(mean_axes(rows), "ground truth")
+    return [*out, wrong] if wrong else out
 
 
 def mean_axes(rows):

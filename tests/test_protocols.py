@@ -117,8 +117,11 @@ def test_the_pooled_mean_weighs_images_by_their_pixels():
     bench = bench_of("nyuv2", "normal")
     rows = [dict(mean=10.0, pixels=300, axes=None, median=1.0, within_30=1.0),
             dict(mean=40.0, pixels=100, axes=None, median=1.0, within_30=1.0)]
-    values = protocols.lists(bench, rows)
-    assert values["mean"].mean() == 25 and values["pooled"].mean() == pytest.approx(17.5)
+    values, weights = protocols.lists(bench, rows), protocols.weights("pooled", rows)
+    assert values["mean"].mean() == 25 and np.average(values["pooled"], weights=weights) == 17.5
+    assert metrics.bootstrap_interval(values["pooled"], weights=weights)[0] == 17.5
+    assert metrics.bootstrap_interval(np.full(2, 10.0), weights=weights) == (10, 10, 10)    # no spread, unequal images
+    assert (protocols.weights("mean", rows) == 1).all()
 
 
 @pytest.mark.parametrize("signs", metrics.AXES)
@@ -130,7 +133,19 @@ def test_the_best_of_the_eight_sign_choices_is_found(signs):
     assert min(axes, key=axes.get) == signs and axes[signs] < 1e-4
     assert axes[1, 1, 1] == pytest.approx(rows[0]["mean"], abs=2)               # a subsample of the same pixels
     lines = protocols.problems(bench, rows, ["n.png"])
-    assert lines == [] if signs == (1, 1, 1) else (str(signs) in lines[0] and "normal axes" in lines[0])
+    x, y, z = ("-" if s < 0 else "+" for s in signs)
+    assert lines == [] if signs == (1, 1, 1) else f"normal axes: ({x}x, {y}y, {z}z) fits the ground truth" in lines[0]
+
+
+def test_a_flip_that_is_better_by_a_degree_over_the_set_is_reported():
+    axes = dict.fromkeys(metrics.AXES, 40.0)
+    row = {(1, 1, 1): 20.0, (-1, 1, 1): 19.0}
+    rows = [dict(axes=[{**axes, **row}[a] for a in metrics.AXES])]
+    line, = protocols.problems(bench_of("nyuv2", "normal"), rows, ["n.png"])
+    assert "(-x, +y, +z) fits the ground truth at 19.0" in line and "either may be the wrong one" in line
+    row[-1, 1, 1] = 19.7                                                        # as good: says nothing
+    rows = [dict(axes=[{**axes, **row}[a] for a in metrics.AXES])]
+    assert protocols.problems(bench_of("nyuv2", "normal"), rows, ["n.png"]) == []
 
 
 # albedo -----------------------------------------------------------------------------------------------------------
