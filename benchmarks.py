@@ -13,6 +13,7 @@ sample    name; photos [(3, H, W) float32 sRGB in [0, 1]]; and, by task, depth (
 """
 import csv
 import io
+import os
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -31,6 +32,7 @@ DIODE_CAMERA = (886.81, 927.06, 512.0, 384.0)   # fx, fy, cx, cy in pixels
 MIT_OBJECTS = ("box cup1 cup2 dinosaur panther squirrel sun teabag2 "
                "deer frog1 frog2 paper1 paper2 raccoon teabag1 turtle").split()
 MIT_LIGHTS = [f"light{k:02d}" for k in range(1, 11)]
+LMSE_WINDOWS = 20, 10                 # pixels: side, step
 AXIS_MARGIN = 0.5                     # degrees by which another sign choice must fit a set better to be refused
 FRAME_MARGIN = 5.0                    # the same on one image, where the normals of its depth are noisy
 
@@ -261,7 +263,12 @@ def _maw_items(files):
     meta = "labels/meta.csv"
     if files.size(meta) < 0:
         return [dict(name=meta, rgb=meta)]                                      # reported as the missing file
-    rows = [r for r in csv.reader(io.StringIO(files.read(meta).decode()), delimiter="\t") if r]
+    try:
+        rows = [r for r in csv.reader(io.StringIO(files.read(meta).decode()), delimiter="\t") if r]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{files.where(meta)}: got no table ({error}), want UTF-8, tabs; fetch it again") from None
+    if not rows:
+        raise ValueError(f"{files.where(meta)}: got no line, want one for each photo; fetch it again")
     for line, row in enumerate(rows, 1):
         if len(row) != 6:
             raise ValueError(f"{files.where(meta)} line {line}: got {len(row)} columns, want 6 separated by tabs; "
@@ -290,7 +297,7 @@ def find(bench, path):
     """
     if not path:
         raise MissingData(f"--dataset {bench.dataset} needs --data DIR with its files", page(bench))
-    if not Path(path).exists():
+    if not os.path.exists(path):
         raise MissingData(f"--data {path}: got no such folder or tar, want the files of {bench.dataset}", page(bench))
     if bench.dataset == "photos":
         files = formats.Files(path if Path(path).is_dir() else Path(path).parent)
@@ -345,7 +352,7 @@ def _linear(files, name):
     """A linear colour map, .exr or .npy -> (3, H, W) float32."""
     decode = formats.decode_exr if name.endswith(".exr") else formats.decode_npy
     array = decode(files.read(name), files.where(name)).astype(np.float32)
-    if array.ndim != 3 or array.shape[2] != 3:
+    if not array.size or array.ndim != 3 or array.shape[2] != 3:
         raise ValueError(f"{files.where(name)}: got shape {array.shape}, want (H, W, 3); fetch it again")
     return array.transpose(2, 0, 1)
 
@@ -369,22 +376,17 @@ def load(bench, files, item, axes=False):
 
 def _load_depth(bench, files, item):
     where = files.where(item["depth"])
-    content = files.read(item["depth"])
     mask = None
     if bench.dataset == "eth3d":
-        depth = formats.decode_floats(content, where, ETH3D_SIZE)
+        depth = formats.decode_floats(files.read(item["depth"]), where, ETH3D_SIZE)
         depth[np.isposinf(depth)] = 0
     elif bench.dataset == "diode":
-        depth = formats.decode_npy(content, where).astype(np.float32)
-        mask = formats.decode_npy(files.read(item["mask"]), files.where(item["mask"]))
-        depth, mask = (x[..., 0] if x.ndim == 3 else x for x in (depth, mask))
-        _same_size(files.where(item["mask"]), mask.shape, depth.shape)
-        mask = mask.astype(bool)
+        depth, mask = _diode_depth(files, item["depth"], item["mask"])
     else:
-        depth = formats.decode_gray(content, where).astype(np.float32) / np.float32(bench.scale)
-    del content
-    if depth.ndim != 2:
-        raise ValueError(f"{where}: got shape {depth.shape}, want one depth per pixel; fetch it again")
+        depth = formats.decode_gray(files.read(item["depth"]), where)
+        if depth.dtype != np.uint16:
+            raise ValueError(f"{where}: got 8-bit depth, want 16 bits, {bench.scale:g} a metre; fetch it again")
+        depth = depth.astype(np.float32) / np.float32(bench.scale)
     rgb = _chw(formats.decode_rgb(files.read(item["rgb"]), files.where(item["rgb"])))
     _same_size(where, depth.shape, rgb.shape[1:])
     if bench.dataset == "kitti":
@@ -399,6 +401,23 @@ def _load_depth(bench, files, item):
         raise ValueError(f"{where}: got an empty mask, want at least one pixel with a depth in "
                          f"{bench.range[0]:g}..{bench.range[1]:g} m; fetch it again")
     return dict(photos=[rgb], depth=depth, mask=mask, size=depth.shape)
+
+
+def _diode_depth(files, depth_name, mask_name):
+    """DIODE's depth, (H, W) float32 metres, and its mask, (H, W) bool, finite and above 0 inside it."""
+    depth, mask = (formats.decode_npy(files.read(n), files.where(n)) for n in (depth_name, mask_name))
+    depth, mask = (x[..., 0] if x.ndim == 3 and x.shape[2] == 1 else x for x in (depth, mask))
+    for name, x in ((depth_name, depth), (mask_name, mask)):
+        if x.ndim != 2:
+            raise ValueError(f"{files.where(name)}: got shape {x.shape}, want one value per pixel; fetch it again")
+    if not np.isfinite(mask).all():
+        raise ValueError(f"{files.where(mask_name)}: got non-finite values, want 0 or 1; fetch it again")
+    _same_size(files.where(mask_name), mask.shape, depth.shape)
+    depth, mask = depth.astype(np.float32), mask.astype(bool)
+    if not (depth[mask] > 0).all() or not np.isfinite(depth[mask]).all():
+        raise ValueError(f"{files.where(depth_name)}: got a depth in the mask that is not finite or not above 0, want "
+                         "metres; fetch it again")
+    return depth, mask
 
 
 def valid_depth(bench, depth):
@@ -432,9 +451,9 @@ def _check_axes(files, item, sample):
     depth_name, mask_name = (swap(item["rgb"], ".png", end) for end in ("_depth.npy", "_depth_mask.npy"))
     if files.size(depth_name) < 0 or files.size(mask_name) < 0:
         return
-    depth, mask = (formats.decode_npy(files.read(n), files.where(n)).reshape(sample["size"])
-                   for n in (depth_name, mask_name))
-    derived = metrics.normals_from_depth(np.where(mask.astype(bool), depth, 0), *DIODE_CAMERA)
+    depth, mask = _diode_depth(files, depth_name, mask_name)
+    _same_size(files.where(depth_name), depth.shape, sample["size"])
+    derived = metrics.normals_from_depth(np.where(mask, depth, 0), *DIODE_CAMERA)
     wrong = wrong_axes(metrics.axis_errors(derived, sample["normal"]), "normals of its depth", FRAME_MARGIN)
     if wrong:
         raise ValueError(f"{files.where(item['normal'])}: {wrong}")
@@ -451,9 +470,18 @@ def wrong_axes(errors, other, margin=AXIS_MARGIN):
             "in DSINE's frame need (-x, +y, +z)): flip those signs there")
 
 
+def _fits(where, measure, *args):
+    """Refuse by its file a truth that the measure itself would refuse."""
+    try:
+        measure(*args)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
 def _load_whdr(bench, files, item):
     rgb = _chw(formats.decode_rgb(files.read(item["rgb"]), files.where(item["rgb"])))
     judgements = formats.decode_json(files.read(item["judgements"]), files.where(item["judgements"]))
+    _fits(files.where(item["judgements"]), metrics.whdr, np.ones((8, 8, 3)), judgements)
     return dict(photos=[rgb], judgements=judgements, size=tuple(rgb.shape[1:]))
 
 
@@ -461,6 +489,7 @@ def _load_maw(bench, files, item):
     rgb = _chw(formats.decode_rgb(files.read(item["rgb"]), files.where(item["rgb"])))
     colors = formats.decode_npy(files.read(item["colors"]), files.where(item["colors"]))
     labels = formats.decode_gray(files.read(item["mask"]), files.where(item["mask"]))
+    _fits(files.where(item["mask"]), metrics.maw_intensity, np.zeros((*metrics.MAW_SIZE, 3), np.uint8), labels, colors)
     return dict(photos=[rgb], colors=colors, labels=labels, size=tuple(rgb.shape[1:]))
 
 
@@ -488,6 +517,8 @@ def _mit_mask(files, item):
 def _load_lmse(bench, files, item):
     mask = _mit_mask(files, item)
     photo, albedo, shading = (_mit_photo(files, item[m], mask) for m in ("rgb", "albedo", "shading"))
+    for m, x in (("albedo", albedo), ("shading", shading)):
+        _fits(files.where(item[m]), metrics.lmse, x.mean(0), x.mean(0), mask, *LMSE_WINDOWS)
     return dict(photos=[_shown(photo, mask)], mask=mask, size=mask.shape, albedo=albedo, shading=shading)
 
 
@@ -498,9 +529,18 @@ def _load_lights(bench, files, item):
     return dict(photos=[_shown(x, mask) for x in lights], mask=mask, size=mask.shape, lights=lights)
 
 
+def _colours(where, x):
+    bad = np.count_nonzero(~(x >= 0))
+    if bad:
+        raise ValueError(f"{where}: got {bad} values that are negative or no number, want linear colour; "
+                         "fetch it again")
+
+
 def _load_iid(bench, files, item):
     if bench.dataset == "interiorverse":
         photo, albedo = (_linear(files, item[m]).clip(0, 1) for m in ("rgb", "albedo"))
+        for m, x in (("rgb", photo), ("albedo", albedo)):
+            _colours(files.where(item[m]), x)
         rgb = torch.from_numpy(photo ** (1 / 2.2)).float()
         _same_size(files.where(item["albedo"]), albedo.shape[1:], rgb.shape[1:])
         return dict(photos=[rgb], albedo=albedo, size=albedo.shape[1:])
@@ -509,6 +549,7 @@ def _load_iid(bench, files, item):
     for m, x in truth.items():
         _same_size(files.where(item[m]), x.shape[1:], rgb.shape[1:])
     finite = {m: np.isfinite(x) for m, x in truth.items()}
+    _colours(files.where(item["albedo"]), truth["albedo"][finite["albedo"]])
     masks = {f"{m}_mask": ok for m, ok in finite.items()}
     masks["albedo_mask"] = finite["albedo"] & (truth["albedo"] != 0).any(0)     # black: no surface
     for m in truth:

@@ -193,9 +193,17 @@ def whdr(reflectance, judgements, delta=0.1):
     reflectance  (H, W, 3) float, *linear* (scores on sRGB-encoded values are another metric; say which)
     judgements   parsed IIW JSON. Skipped: darker not in 1/2/E, weight null or <= 0, a point not opaque
     returns      float in [0, 1], or None when nothing is left
-    raises       ValueError: coordinates outside [0, 1), unknown point ids, missing keys
+    raises       ValueError: coordinates outside [0, 1), unknown point ids, missing keys, values of another type
     """
     image = _reflectance("whdr", reflectance)
+    try:
+        return _whdr(image, judgements, delta)
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        _refuse("whdr", f"judgements of another form ({type(error).__name__}: {error})", "a parsed IIW file",
+                "fetch the JSON again")
+
+
+def _whdr(image, judgements, delta):
     for key in ("intrinsic_points", "intrinsic_comparisons"):
         if key not in judgements:
             _refuse("whdr", f"judgements without {key!r}", "a parsed IIW file", "check the path of the JSON")

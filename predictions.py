@@ -139,9 +139,16 @@ def folder(path, args):
 
     def read(bench, files, item):
         sample = benchmarks.load(bench, files, item, axes=True)
-        sample["saved"] = [linear({m: benchmarks.read_prediction(saved, f, m) for m, f in maps.items()
-                                   if m in bench.needs or saved.size(f) >= 0}, space(bench))
-                           for maps in names(bench, item)]
+        own = {files.place(f) for role, f in item.items() if role != "name"}
+        sample["saved"] = []
+        for maps in names(bench, item):
+            maps = {m: f for m, f in maps.items() if m in bench.needs or saved.size(f) >= 0}
+            for f in maps.values():
+                if saved.place(f) in own:
+                    raise ValueError(f"{saved.where(f)}: got a file of {bench.dataset} itself as a prediction, want "
+                                     "another folder in --pred-dir")
+            sample["saved"].append(linear({m: benchmarks.read_prediction(saved, f, m) for m, f in maps.items()},
+                                          space(bench)))
         return sample
 
     label = f"maps in {path} (colours {args.pred_space or 'sRGB-encoded, linear for hypersim'})"

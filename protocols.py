@@ -105,7 +105,7 @@ def score_lmse(bench, pred, sample):
     out = {}
     for m, name in (("albedo", "albedo"), ("shading", "irradiance")):
         p, g = (65535 / 255 * x.mean(0) for x in (pred[0][name], sample[m]))    # official unit: 16 bits over 255
-        out[f"lmse_{m}"] = metrics.lmse(p, g, sample["mask"], 20, 10)
+        out[f"lmse_{m}"] = metrics.lmse(p, g, sample["mask"], *benchmarks.LMSE_WINDOWS)
     return dict(lmse=(out["lmse_albedo"] + out["lmse_shading"]) / 2, **out)
 
 

@@ -351,6 +351,14 @@ def test_a_map_that_some_photos_have_is_wanted_of_all(tmp_path, capsys):
     assert {k.split("_")[0] for k in numbers(tmp_path, *flags)["metrics"]} == {"albedo", "residual"}
 
 
+@pytest.mark.parametrize("tar", [False, True])
+def test_the_photo_itself_is_no_prediction(tmp_path, capsys, tar):
+    items = official.make(bench_of("iiw"), tmp_path / "data", 1)
+    place = official.tar_of(tmp_path / "data", tmp_path / "data.tar") if tar else tmp_path / "data"
+    line = refusal(capsys, "--dataset", "iiw", "--data", place, "--pred-dir", place, "--limit", 1, "--out", tmp_path)
+    assert items[0]["rgb"] in line and "want another folder in --pred-dir" in line
+
+
 def rewrite(at, make):
     return lambda k, path: np.save(path, make(np.load(path))) if k == at else None
 
