@@ -162,7 +162,7 @@ BENCHMARKS = (
         "OURS where the paper is silent: normals from predicted depth by central differences against predicted "
         "normals, at the photo's size; focal length = longer side, z = 1 + 2 d; RMSE over components, SSIM of "
         "(n + 1) / 2 where every normal of its window has a depth > 0",
-        ("any folder of photos",)),
+        ("your folder of photos",)),
 )
 DATASETS = tuple(dict.fromkeys(b.dataset for b in BENCHMARKS))
 MARIGOLD_DEPTH = "share.phys.ethz.ch/~pf/bingkedata/marigold/evaluation_dataset (named in prs-eth/Marigold's README)"
@@ -173,22 +173,22 @@ ABOUT = {  # (dataset, task): (source, licence, size)
     ("nyuv2", "depth"): (MARIGOLD_DEPTH + ", nyuv2/", "research use " + UNCHECKED, ""),
     ("kitti", "depth"): (MARIGOLD_DEPTH + ", kitti/", "CC BY-NC-SA 3.0 " + UNCHECKED, ""),
     ("eth3d", "depth"): (MARIGOLD_DEPTH + ", eth3d/; or eth3d.net, high-res multi-view, training: dslr_jpg, dslr_depth",
-                         "CC BY-NC-SA 4.0 " + UNCHECKED, "44 GB of depth (454 x 97,542,144 bytes) and the photos"),
+                         "CC BY-NC-SA 4.0 " + UNCHECKED, "44 GB of depth (454 x 97,542,144 bytes), photos not counted"),
     ("scannet", "depth"): (MARIGOLD_DEPTH + ", scannet/", "ScanNet terms of use, non-commercial " + UNCHECKED, ""),
     ("diode", "depth"): ("diode-dataset.org, validation split, photos and depth; or " + MARIGOLD_DEPTH + ", diode/",
-                         "MIT", "4.8 GB of depth and masks (771 x 2 x 3.1 MB) and the photos"),
+                         "MIT", "4.9 GB of depth and masks (771 x 2 x 3,145,856 bytes), photos not counted"),
     ("nyuv2", "normal"): (MARIGOLD_NORMAL + ", nyuv2/test", "research use " + UNCHECKED, ""),
     ("scannet", "normal"): (MARIGOLD_NORMAL + ", scannet/", "ScanNet terms of use, non-commercial " + UNCHECKED, ""),
     ("ibims", "normal"): (MARIGOLD_NORMAL + ", ibims/ibims", "see the data set's page", ""),
     ("diode", "normal"): ("diode-dataset.org, validation split, photos and normals", "MIT", ""),
-    ("iiw", "whdr"): ("opensurfaces.cs.cornell.edu/intrinsic: the IIW release",
+    ("iiw", "whdr"): ("opensurfaces.cs.cornell.edu/intrinsic: the IIW release, 5230 pairs; the 1046 listed are used",
                       "see the release; the photos are Flickr's, each under its own CC licence " + UNCHECKED, ""),
     ("maw", "maw"): ("github.com/MeasuredAlbedo/code, README: labels.zip and images_png.zip", "none stated", ""),
     ("mit", "lmse"): ("the authors' page of 'Ground truth dataset and baseline evaluations for intrinsic image "
                       "algorithms' (intrinsic-data.tar.gz)", "see the data set's README", ""),
     ("hypersim", "iid"): ("github.com/apple/ml-hypersim, test scenes, through script/iid/dataset_preprocess of "
                           "prs-eth/Marigold", "CC BY-SA 3.0",
-                          "about 300 GB (5238 x 3 float64 arrays of 768 x 1024 x 3)"),
+                          "about 300 GB if stored as float64 (5238 x 3 arrays of 768 x 1024 x 3), half as float32"),
     ("interiorverse", "iid"): ("interiorverse.github.io, scenes_85, on application", "research, on application", ""),
     ("photos", "surface"): ("your own photos (the paper: COCO, ETH3D)", "yours", ""),
 }
@@ -327,12 +327,13 @@ def page(bench, missing=()):
     """What to fetch and where it goes, as text."""
     source, licence, size = ABOUT[bench.dataset, bench.task]
     roots = [r for r in bench.roots if r != "."]
-    lines = [f"{bench.dataset} ({bench.task}): {bench.count or 'as many as the data lists'} images are expected.",
-             "Expected under --data (a folder, or an uncompressed .tar with the same names):",
+    expected = f"{bench.count} images are" if bench.count else f"every image of {bench.tree[0].split('  ')[0]} is"
+    tar = "" if bench.dataset == "photos" else ", or an uncompressed .tar with the same names"
+    lines = [f"{bench.dataset} ({bench.task}): {expected} expected.", f"Expected under --data (a folder{tar}):",
              *("    " + line for line in bench.tree)]
     if roots:
         lines.append("The files may also lie below it in one of: " + ", ".join(roots))
-    lines += [f"Source:  {source}", f"Licence: {licence}", f"Size:    {size or 'not stated by the source'}"]
+    lines += [f"Source:  {source}", f"Licence: {licence}", f"Size:    {size or 'not known here'}"]
     if bench.list_file:
         lines.append(f"List:    lists/{bench.list_file}, {bench.count} images with truth (names only; already here)")
     if missing:
@@ -599,7 +600,7 @@ def prediction_file(bench, files, name, modality):
 def read_prediction(files, name, modality):
     """One saved map -> (C, H, W) float array as stored; an 8-bit .png of albedo or irradiance is over 255.
 
-    raises   FileNotFoundError; ValueError: another number of channels, a number that is not finite, alpha, 16 bits
+    raises   FileNotFoundError; ValueError: another number of channels, another type, alpha, 16 bits
     """
     where = files.where(name)
     if name.endswith(".png"):
@@ -614,7 +615,4 @@ def read_prediction(files, name, modality):
         raise ValueError(f"{where}: got shape {array.shape}, want ({channels}, H, W); save it again")
     if array.dtype.kind != "f":
         raise ValueError(f"{where}: got {array.dtype} values, want floating point; save it again")
-    if not np.isfinite(array).all():
-        raise ValueError(f"{where}: got {np.count_nonzero(~np.isfinite(array))} non-finite values in the prediction, "
-                         "want finite numbers; fix the predictor")
     return array

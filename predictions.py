@@ -173,16 +173,19 @@ def results_file(bench, source, files, items, out):
     return Path(out, "eval", f"{bench.dataset}-{bench.task}-{key}.jsonl")
 
 
-def read_results(path):
-    """Finished images of a results file: dict name -> values; a last line that was cut off is dropped from the file."""
+def read_results(bench, path):
+    """Finished images of a results file: dict name -> values; it is cut before the first line that is not whole."""
     if not path.is_file():
         return {}
-    rows = []
-    for line in path.read_text().splitlines():
+    rows, lines = [], path.read_bytes().splitlines()
+    for line in lines:
         try:
             rows.append(json.loads(line))
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             break                                                               # killed while writing it
+    rows = protocols.finished(bench, rows)
+    if len(rows) < len(lines):
+        print(f"{path}: got {len(lines)} lines, the first {len(rows)} whole; going on after them")
     part = path.with_suffix(".part")
     part.write_text("".join(json.dumps(row) + "\n" for row in rows))
     os.replace(part, path)
@@ -192,7 +195,7 @@ def read_results(path):
 def evaluate_images(bench, source, files, items, path):
     """Values per image, resumed from `path`; the next image is read while this one is predicted and scored."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    done = read_results(path)
+    done = read_results(bench, path)
     left = [item for item in items if item["name"] not in done]
     if len(left) < len(items):
         print(f"{bench.dataset}: {len(items) - len(left)} of {len(items)} images are already in {path}")

@@ -54,6 +54,7 @@ PAPER = {  # ReasonX (arXiv 2512.04222), tables and project page: metric -> [(ba
     ("photos", "surface"): {"rmse": [("PRISM, ETH3D", .146, .099), ("PRISM, COCO", .202, .137)]},
 }
 ANGLES = (11.25, 22.5, 30)        # degrees, strict
+LARGEST = 1e30                    # a prediction beyond it is no number: its square has no place in float32
 MIN_VALID = 0.95                  # share of pixels with a derived normal below which it is said
 
 
@@ -70,8 +71,10 @@ def fit_depth(bench, pred, sample):
 
 
 def score_depth(bench, pred, sample):
-    """Affine-invariant depth errors, and the fitted scale (negative: inverse depth)."""
+    """Affine-invariant depth errors, and the fitted scale (negative: inverse depth; 0: a constant prediction)."""
     fitted, scale = fit_depth(bench, pred[0]["depth"], sample)
+    if scale < 0 and np.ptp(fitted[sample["mask"]]) <= 1e-5 * np.abs(fitted).max():
+        scale = 0.0
     return dict(metrics.depth_metrics(fitted, sample["depth"], sample["mask"]), scale=scale)
 
 
@@ -169,15 +172,29 @@ def score(bench, pred, sample):
     for one in pred:
         for m, x in one.items():
             if x.shape[-2:] != tuple(sample["size"]) and bench.task != "maw":
+                h, w = sample["size"]
+                do = (f"crop it: the last {h} rows, the centre {w} columns" if bench.dataset == "kitti" else
+                      "resize it to the ground truth")
                 raise ValueError(f"{sample['name']}: got a predicted {m} of {x.shape[-1]} x {x.shape[-2]} pixels, want "
-                                 f"{sample['size'][1]} x {sample['size'][0]}; resize it to the ground truth")
-            if not np.isfinite(x).all():
-                raise ValueError(f"{sample['name']}: got {np.count_nonzero(~np.isfinite(x))} non-finite values in the "
-                                 f"predicted {m}, want finite numbers; fix the predictor")
+                                 f"{w} x {h}; {do}")
+            if not max(float(x.max()), -float(x.min())) <= LARGEST:             # nor for a NaN
+                bad = np.count_nonzero(~(np.abs(x.astype(np.float64)) <= LARGEST))
+                raise ValueError(f"{sample['name']}: got {bad} values in the predicted {m} that are non-finite or "
+                                 f"beyond {LARGEST:g}, want finite numbers; fix the predictor")
     try:
         return SCORES[bench.task](bench, pred, sample)
     except ValueError as error:
         raise ValueError(f"{sample['name']}: {error}") from None
+
+
+def finished(bench, rows):
+    """The rows before the first that is none of this benchmark's or lacks a value that another has."""
+    known = METRICS[bench.task].keys() | {"name", "scale", "pixels", "axes"}
+    wanted = {"depth": known - {"pixels", "axes"}, "normal": known - {"pooled", "scale"},
+              "iid": {"name", "albedo_psnr", "albedo_ssim"}}.get(bench.task, METRICS[bench.task].keys() | {"name"})
+    wanted = wanted.union(*(known & row.keys() for row in rows if isinstance(row, dict)))
+    return list(itertools.takewhile(lambda row: isinstance(row, dict) and wanted <= row.keys()
+                                    and isinstance(row["name"], str), rows))
 
 
 def lists(bench, rows):

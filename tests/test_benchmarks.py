@@ -198,8 +198,10 @@ def test_mit_photos_keep_16_bits_and_are_shown_srgb_encoded(tmp_path):
 def test_the_page_names_layout_source_licence_and_count(bench):
     text = benchmarks.page(bench, ["a/b.png", "c.png"])
     source, licence, _ = benchmarks.ABOUT[bench.dataset, bench.task]
-    for part in (bench.dataset, *bench.tree, source, licence, str(bench.count or "as many"), "2 files", "a/b.png"):
+    count = str(bench.count or f"every image of {bench.tree[0].split('  ')[0]} is")
+    for part in (bench.dataset, *bench.tree, source, licence, count, "2 files", "a/b.png"):
         assert part in text
+    assert ("uncompressed .tar" in text) == (bench.dataset != "photos")
 
 
 @every

@@ -64,21 +64,25 @@ def test_inverse_depth_is_reported_with_the_first_file():
             for d in (sample["depth"], 1 / np.maximum(sample["depth"], 0.5))]
     lines = protocols.problems(bench, rows, ["good.png", "bad.png"])
     assert len(lines) == 1 and "1 of 2 fitted scales are negative" in lines[0] and "bad.png" in lines[0]
+    flat = protocols.score(bench, [dict(depth=np.full(sample["depth"].shape, -0.5))], sample)
+    assert protocols.problems(bench, [flat], ["flat.png"]) == []                # wrong, but not inverse depth
     assert protocols.problems(bench, rows[:1], ["good.png"]) == []
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e31])
 def test_a_prediction_that_is_not_finite_is_refused_with_the_image(value):
     sample = depth_sample()
     pred = sample["depth"].copy()
     pred[3, 4] = value
-    with pytest.raises(ValueError, match="a.png: got 1 non-finite values in the predicted depth"):
+    with pytest.raises(ValueError, match="a.png: got 1 values in the predicted depth that are non-finite or"):
         protocols.score(bench_of("nyuv2"), [dict(depth=pred)], sample)
 
 
 def test_a_prediction_of_another_size_is_refused():
-    with pytest.raises(ValueError, match="a.png: got a predicted depth of 8 x 8 pixels, want 50 x 40"):
+    with pytest.raises(ValueError, match="a.png: got a predicted depth of 8 x 8 pixels, want 50 x 40; resize"):
         protocols.score(bench_of("nyuv2"), [dict(depth=np.ones((8, 8)))], depth_sample())
+    with pytest.raises(ValueError, match="crop it: the last 352 rows, the centre 1216 columns"):
+        protocols.score(bench_of("kitti"), [dict(depth=np.ones((375, 1242)))], depth_sample(352, 1216))
 
 
 def test_an_empty_mask_is_refused_with_the_image():
