@@ -258,14 +258,17 @@ def check_problems(bench, source, rows, items):
     lines = protocols.problems(bench, rows, [item["name"] for item in items])
     if source.saved and sum(r.get("scale", 1) < 0 for r in rows) > len(rows) / 2:
         raise ValueError(f"{source.label}: {lines[0]}; want depth, larger is farther; save 1 / disparity")
-    if source.saved and bench.task == "normal":
-        benchmarks.refuse_axes(protocols.mean_axes(rows), source.label, "ground truth")
+    if source.saved and bench.task == "normal" and lines:
+        raise ValueError(f"{source.label}: {lines[0]}")
     return lines
 
 
 def benchmark_report(bench, source, rows, base, base_rows, lines, n_expected):
     """Print one benchmark's table; returns every printed number."""
     values = protocols.lists(bench, rows)
+    if not values:
+        raise ValueError(f"{bench.dataset}: got no judgement that counts in any of {len(rows)} images, want one; "
+                         "evaluate more images")
     olds = protocols.lists(bench, base_rows) if base_rows else {}
     paper = protocols.PAPER.get((bench.dataset, bench.task), {})
     n, partial = len(rows), bool(n_expected) and len(rows) != n_expected
@@ -277,28 +280,28 @@ def benchmark_report(bench, source, rows, base, base_rows, lines, n_expected):
     result, table_rows = {}, []
     for name, v in values.items():
         text, better, times = protocols.METRICS[bench.task][name]
-        known = ~np.isnan(v)                                                    # an infinite PSNR counts
+        known, w = ~np.isnan(v), protocols.weights(name, rows)                  # an infinite PSNR counts
         row = dict(n=int(known.sum()))
-        value, low, high = times * float(v[known].mean()), *2 * (float("nan"),)
+        value, low, high = times * float(np.average(v[known], weights=w[known])), *2 * (float("nan"),)
         if known.sum() > 1 and np.isfinite(value):                              # one image says nothing of the spread
-            low, high = (times * x for x in metrics.bootstrap_interval(v[known])[1:])
+            low, high = (times * x for x in metrics.bootstrap_interval(v[known], weights=w[known])[1:])
         row |= dict(value=value, low=low, high=high)
         cells = [number(value), interval(low, high)]
         if base:
             old = olds.get(name, np.full(len(v), np.nan))
             both = known & ~np.isnan(old)
             change = low = high = float("nan")
-            if both.any() and old[both].mean() != 0 and np.isfinite([*old[both], *v[both]]).all():
-                change, low, high = metrics.bootstrap_interval(old[both], v[both], relative=True)
+            if both.any() and old[both].any() and np.isfinite([*old[both], *v[both]]).all():
+                change, low, high = metrics.bootstrap_interval(old[both], v[both], relative=True, weights=w[both])
                 low, high = (low, high) if both.sum() > 1 else 2 * (float("nan"),)
-            before = float(times * old[both].mean()) if both.any() else float("nan")
+            before = float(times * np.average(old[both], weights=w[both])) if both.any() else float("nan")
             row |= dict(base=before, change=change, change_low=low, change_high=high,
                         verdict=verdict(low, high, better))
             cells = [number(before), cells[0], f"{100 * change:+.1f} %", interval(100 * low, 100 * high),
                      row["verdict"]]
         row["paper"] = [dict(base=who, value=a, x=b) for who, a, b in paper.get(name, [])]
         cells.append("; ".join(f"{who} {a:g} -> {b:g}" for who, a, b in paper.get(name, [])) or "-")
-        result[name] = row
+        result[name] = {k: "inf" if isinstance(x, float) and x == np.inf else x for k, x in row.items()}
         table_rows.append((name, text if row["n"] in (0, n) else f"{text} ({row['n']} images)", *cells))
     head = ("base", "X", "change", "95 %", "") if base else ("value", "95 %")
     table(f"{bench.dataset}, {bench.task}", table_rows, ("metric", "", *head, "the paper's base -> X"))
@@ -340,21 +343,23 @@ def evaluate_benchmarks(args):
             raise benchmarks.MissingData(f"--data {args.data}: got {there} of {len(items)} images of {bench.dataset} "
                                          f"(first missing: {missing[0]}), want all; --limit N takes what is there",
                                          benchmarks.page(bench, missing))
-        n_expected = bench.count or len(items)
-        items = [item for item in items if benchmarks.complete(files, item)][:args.limit or None]
-        opened.append((bench, files, items, n_expected))
+        there = [item for item in items if benchmarks.complete(files, item)][:args.limit or None]
+        passed = items[:items.index(there[-1])] if len(there) == args.limit else items
+        skipped = [item["name"] for item in passed if not benchmarks.complete(files, item)]
+        skipped = [f"{len(skipped)} incomplete images were skipped (first: {skipped[0]})"] if skipped else []
+        opened.append((bench, files, there, bench.count or len(items), skipped))
     new = args.pred_dir or args.checkpoint or (args.compare[1] if len(args.compare) == 2 else Path(args.out) / "grpo")
     old = args.compare[0] if args.compare else "" if args.checkpoint or args.pred_dir else Path(args.out) / "base"
     sources = [(predictions.folder if args.pred_dir else predictions.source_of)(new, args)]
     sources += [predictions.source_of(old, args)] if old else []
     results, refused = [], ""
-    for bench, files, items, n_expected in opened:
+    for bench, files, items, n_expected, lines in opened:
         reason = next((why for why in (s.lacks(bench, items) for s in sources) if why), "")
         if reason:
             refused = refused or reason
             print(f"{bench.dataset}, {bench.task}: left out: {reason}")
             continue
-        rows, lines = [], []
+        rows = []
         for s in sources:
             path = predictions.results_file(bench, s, files, items, args.out)
             rows.append(predictions.evaluate_images(bench, s, files, items, path))
@@ -418,7 +423,7 @@ def arguments(argv):
     p.add_argument("--text", action="store_true", help="of --dataset judge: a model that answers in text only (slow)")
     p.add_argument("--task", default="",
                    help="of a benchmark that has both: depth, normal [depth]")
-    p.add_argument("--data", default="", help="folder (or uncompressed tar) of scenes, photos or a benchmark")
+    p.add_argument("--data", default="", help="folder of scenes or photos; folder or uncompressed tar of a benchmark")
     p.add_argument("--list-datasets", action="store_true",
                    help="print every data set, its source and licence, and stop")
     p.add_argument("--check-data", action="store_true",
@@ -447,7 +452,7 @@ def arguments(argv):
     p.add_argument("--seed", type=int, default=0, help="seed of noise and pairs [0]")
     p.add_argument("--panels", type=int, default=0,
                    help="benchmark images to picture, best and worst first, in OUT/eval/DATASET-TASK.png [0]")
-    p.add_argument("--json", default="", help="file for every printed number")
+    p.add_argument("--json", default="", help="file for every printed number; an infinite PSNR is the string \"inf\"")
     args = p.parse_args(argv)
     if args.list_datasets:
         return args

@@ -7,9 +7,11 @@ OpenEXR: scan lines, no compression, ZIPS or ZIP, half, float and uint (the layo
 """
 import io
 import json
+import math
 import os
 import struct
 import tarfile
+import tokenize
 import warnings
 import zlib
 from pathlib import Path, PurePosixPath
@@ -17,14 +19,23 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image
 
-BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)  # Pillow's errors
+BROKEN = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, MemoryError, OverflowError,
+          RecursionError, struct.error, zlib.error, tokenize.TokenError, Image.DecompressionBombError)
 EXR_MAGIC, EXR_FLAGS = 20000630, {0x200: "tiles", 0x800: "deep data", 0x1000: "several parts"}
 EXR_LINES = {0: 1, 2: 1, 3: 16}                  # scan lines a block: none, ZIPS, ZIP
 EXR_TYPES = {0: "<u4", 1: "<f2", 2: "<f4"}       # uint, half, float
 
 
+class Refused(ValueError):
+    """What a decoder says of a file; it names it."""
+
+
 def _refuse(where, got, want, do="fetch it again"):
-    raise ValueError(f"{where}: got {got}, want {want}; {do}")
+    raise Refused(f"{where}: got {got}, want {want}; {do}")
+
+
+def _said(error):
+    return " ".join(str(error).split())[:80] or type(error).__name__
 
 
 def _plain(name):
@@ -82,7 +93,13 @@ class Files:
         if self.index is not None:
             return self.index.get(full, (0, -1))[1]
         path = self.path / full
-        return path.stat().st_size if path.is_file() else -1
+        return path.stat().st_size if os.path.isfile(path) else -1              # also for a name too long to exist
+
+    def place(self, name):
+        """The same for two names of one existing file: device and inode, and the member of a tar."""
+        full = self._full(name)
+        about = (self.path if self.index is not None else self.path / full).stat()
+        return about.st_dev, about.st_ino, full if self.index is not None else ""
 
     def stamp(self, name):
         """What changes when the file does: (bytes, time of change), None where there is none."""
@@ -115,7 +132,7 @@ def _picture(content, where):
             wide = image.mode not in ("I", "I;16", "I;16B", "F") and any("16" in str(t[3]) for t in image.tile)
             image.load()
     except BROKEN as error:
-        _refuse(where, f"a damaged image ({' '.join(str(error).split()) or type(error).__name__})", "a whole one")
+        _refuse(where, f"a damaged image ({_said(error)})", "a whole one")
     return image, wide
 
 
@@ -124,8 +141,10 @@ def decode_rgb(content, where):
     image, wide = _picture(content, where)
     if wide:
         _refuse(where, "a 16-bit RGB image, which would be cut to 8 bits", "8 bits a channel", "convert it")
-    if image.mode not in ("RGB", "L"):
-        _refuse(where, f"a {image.mode} image", "8-bit RGB or gray without alpha", "convert it")
+    clear = "transparency" in image.info                                        # a PNG's tRNS
+    if image.mode not in ("RGB", "L") or clear:
+        _refuse(where, f"a {image.mode} image" + " with a transparent colour" * clear,
+                "8-bit RGB or gray without alpha", "convert it")
     return np.asarray(image.convert("RGB"))
 
 
@@ -137,6 +156,8 @@ def decode_gray(content, where):
     if image.mode not in ("L", "I", "I;16", "I;16B"):
         _refuse(where, f"a {image.mode} image", "8- or 16-bit gray", "fetch the original file")
     pixels = np.asarray(image)
+    if pixels.min() < 0 or pixels.max() > 65535:
+        _refuse(where, f"values {pixels.min()}..{pixels.max()}", "8- or 16-bit gray", "fetch the original file")
     return pixels if pixels.dtype == np.uint8 else pixels.astype(np.uint16)
 
 
@@ -157,14 +178,21 @@ def decode_png_linear(content, where):
 
 
 def decode_npy(content, where):
-    """.npy of numbers -> array. Pickled objects are refused."""
+    """.npy of numbers -> array. Pickled objects are refused, and a header that promises more than there is."""
+    stream, read = io.BytesIO(content), np.lib.format
     try:
-        array = np.load(io.BytesIO(content), allow_pickle=False)
-    except (ValueError, OSError, EOFError, SyntaxError) as error:
-        _refuse(where, f"a damaged .npy ({' '.join(str(error).split())[:80]})", "a plain array of numbers")
-    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiub":
-        _refuse(where, f"{getattr(array, 'dtype', 'an archive')}", "a plain array of numbers")
-    return array
+        version = read.read_magic(stream)
+        shape, fortran, dtype = (read.read_array_header_1_0 if version == (1, 0) else
+                                 read.read_array_header_2_0)(stream)
+    except BROKEN as error:
+        _refuse(where, f"a damaged .npy ({_said(error)})", "a plain array of numbers")
+    left, size = len(content) - stream.tell(), math.prod(shape)
+    if dtype.kind not in "fiub":
+        _refuse(where, f"{dtype}", "a plain array of numbers")
+    if min(shape, default=0) < 0 or size * dtype.itemsize > left:
+        _refuse(where, f"a damaged .npy ({left} bytes of an array {shape} of {dtype})", "a whole one")
+    array = np.frombuffer(content, dtype, size, stream.tell())
+    return array.reshape(shape, order="F" if fortran else "C").copy()
 
 
 def decode_floats(content, where, shape):
@@ -179,8 +207,8 @@ def decode_json(content, where):
     """A JSON file -> what it holds."""
     try:
         return json.loads(content)
-    except ValueError as error:
-        _refuse(where, f"no JSON ({error})", "the official file")
+    except (ValueError, RecursionError) as error:
+        _refuse(where, f"no JSON ({_said(error)})", "the official file")
 
 
 def _text(content, at):
@@ -193,8 +221,10 @@ def decode_exr(content, where):
     """OpenEXR image -> (H, W, 3) float32 by the channels R, G, B (or one channel three times)."""
     try:
         return _exr(content, where)
-    except (struct.error, zlib.error, IndexError, KeyError, UnicodeDecodeError) as error:
-        _refuse(where, f"a damaged EXR ({error})", "a whole one")
+    except Refused:
+        raise
+    except BROKEN as error:
+        _refuse(where, f"a damaged EXR ({_said(error)})", "a whole one")
 
 
 def _exr(content, where):
@@ -225,6 +255,8 @@ def _exr(content, where):
             _refuse(where, f"EXR channels {[n for n, _ in channels]}", "R, G, B or a single one")
         wanted = 3 * [channels[0][0]]
     lines, line = EXR_LINES[kind], sum(W * t.itemsize for _, t in channels)
+    if W < 1 or H < 1 or H * line > 1100 * len(content):                        # zlib shrinks to 1 / 1032 at best
+        _refuse(where, f"a damaged EXR ({W} x {H} pixels in {len(content)} bytes)", "a whole one")
     planes = {name: np.zeros((H, W), np.float32) for name in set(wanted)}
     offsets = struct.unpack_from(f"<{-(-H // lines)}Q", content, at + 1)
     for offset in offsets:
@@ -232,13 +264,13 @@ def _exr(content, where):
         y, block = y - y0, content[offset + 8:offset + 8 + size]
         rows = min(lines, H - y)
         if size < rows * line:                                                  # larger ones are stored as they are
-            raw = np.frombuffer(zlib.decompress(block), np.uint8)
+            raw = np.frombuffer(zlib.decompressobj().decompress(block, rows * line + 1), np.uint8)
             raw = np.cumsum(raw, dtype=np.uint8) - (128 * np.arange(len(raw))).astype(np.uint8)   # differences + 128
             block = np.empty_like(raw)
             block[0::2], block[1::2] = raw[:(len(raw) + 1) // 2], raw[(len(raw) + 1) // 2:]
             block = block.tobytes()
         if len(block) != rows * line or not 0 <= y < H:
-            _refuse(where, f"a block of {len(block)} bytes at line {y}", f"{rows * line}")
+            _refuse(where, f"a damaged EXR: a block of {len(block)} bytes at line {y}", f"{rows * line}")
         for k in range(rows):
             place = k * line
             for name, dtype in channels:

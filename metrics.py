@@ -193,9 +193,17 @@ def whdr(reflectance, judgements, delta=0.1):
     reflectance  (H, W, 3) float, *linear* (scores on sRGB-encoded values are another metric; say which)
     judgements   parsed IIW JSON. Skipped: darker not in 1/2/E, weight null or <= 0, a point not opaque
     returns      float in [0, 1], or None when nothing is left
-    raises       ValueError: coordinates outside [0, 1), unknown point ids, missing keys
+    raises       ValueError: coordinates outside [0, 1), unknown point ids, missing keys, values of another type
     """
     image = _reflectance("whdr", reflectance)
+    try:
+        return _whdr(image, judgements, delta)
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        _refuse("whdr", f"judgements of another form ({type(error).__name__}: {error})", "a parsed IIW file",
+                "fetch the JSON again")
+
+
+def _whdr(image, judgements, delta):
     for key in ("intrinsic_points", "intrinsic_comparisons"):
         if key not in judgements:
             _refuse("whdr", f"judgements without {key!r}", "a parsed IIW file", "check the path of the JSON")
@@ -373,11 +381,11 @@ def _blur(x):
     return sum(w * x[:, :, k:k + W - 10] for k, w in enumerate(taps))
 
 
-def ssim(pred, gt):
+def ssim(pred, gt, valid=None):
     """Structural similarity (Wang et al. 2004): Gaussian window 11, sigma 1.5, data range 1, K = .01, .03.
 
     pred, gt   (H, W), (H, W, C) or (C, H, W) with C <= 4, sides >= 11; mean over full windows and channels
-    Invalid pixels: the caller sets them to 0 in both maps (Marigold IID).
+    Invalid pixels: the caller sets them to 0 in both maps (Marigold IID), or only windows inside `valid` (H, W) count
     """
     pred, gt = _same_shape("ssim", pred, gt)
     if pred.ndim == 2:
@@ -392,6 +400,10 @@ def ssim(pred, gt):
     var, cov = _blur(pred * pred + gt * gt) - mu_p ** 2 - mu_g ** 2, _blur(pred * gt) - mu_p * mu_g
     c1, c2 = 0.01 ** 2, 0.03 ** 2
     score = (2 * mu_p * mu_g + c1) * (2 * cov + c2) / ((mu_p ** 2 + mu_g ** 2 + c1) * (var + c2))
+    if valid is not None:
+        score = score[:, _blur(np.asarray(valid, float)[None])[0] > 1 - 1e-9]   # the smallest weight is 1e-6
+    if score.size == 0:
+        _refuse("ssim", "no window of 11 x 11 valid pixels", "one", "leave this image out and count it")
     return float(score.mean())
 
 
@@ -449,23 +461,25 @@ def high_frequency_energy(maps):
     return float(np.square(around - 4 * x[:, 1:-1, 1:-1]).mean())
 
 
-def bootstrap_interval(values_a, values_b=None, n=2000, seed=0, level=0.95, relative=False):
+def bootstrap_interval(values_a, values_b=None, n=2000, seed=0, level=0.95, relative=False, weights=None):
     """Percentile bootstrap over images; with two lists, of the *paired* change from a to b.
 
     values_a   (N,) one number per image; values_b (N,) of the same images in the same order, or None
     relative   False: mean(b) - mean(a); True: mean(b) / mean(a) - 1 (both means of one resample)
+    weights    (N,) > 0 of the images, drawn with them: mean is sum(weight value) / sum(weight) of a resample [equal]
     returns    (mean, low, high): mean(a) or the change on all images; `level` of the resamples lie inside
     """
     a = _finite("bootstrap_interval", values_a)
     b = np.zeros_like(a) if values_b is None else _finite("bootstrap_interval", values_b)
-    if a.ndim != 1 or a.shape != b.shape or len(a) < 1 or not 0 < level < 1 or n < 1:
+    w = np.ones_like(a) if weights is None else _finite("bootstrap_interval", weights)
+    if a.ndim != 1 or not a.shape == b.shape == w.shape or len(a) < 1 or not 0 < level < 1 or n < 1:
         _refuse("bootstrap_interval", f"values {a.shape}, {b.shape}, n {n}, level {level}",
                 "two equal (N,) lists, n >= 1, 0 < level < 1", "pair the images by name first")
-    if relative and (values_b is None or a.mean() == 0):
+    if relative and (values_b is None or w @ a == 0):
         _refuse("bootstrap_interval", "no values_b, or mean(a) 0", "a relative change", "use relative=False")
 
     def change(i):
-        first, second = a[i].mean(), b[i].mean()
+        first, second = ((w[i] * x[i]).sum() / w[i].sum() for x in (a, b))
         return first if values_b is None else second / first - 1 if relative else second - first
 
     rng = np.random.default_rng(seed)

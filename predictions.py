@@ -46,7 +46,7 @@ class Source:
 
 
 def weights_key(policy):
-    """Digest of a network: its configuration; names, shapes and up to about 4096 evenly spaced values of every tensor."""
+    """Digest of a network: its configuration; names, shapes and about 4096 evenly spaced values of every tensor."""
     config = (getattr(policy, "cfg", None) or
               (policy.about, policy.schedule.config, policy.unet.config, policy.vae.config))
     h = hashlib.sha256(repr(config).encode())
@@ -119,15 +119,14 @@ def folder(path, args):
 
     def names(bench, item):
         """Where the maps of each photo of an item are expected: [{modality: file}]."""
-        found = []
-        for photo in (item["rgb"], *(item[k] for k in benchmarks.MIT_LIGHTS[1:] if k in item)):
-            files = {m: benchmarks.prediction_file(bench, saved, photo, m) for m in (*bench.needs, *bench.also)}
-            found.append({m: f for m, f in files.items() if m in bench.needs or saved.size(f) >= 0})
-        return found
+        return [{m: benchmarks.prediction_file(bench, saved, photo, m) for m in (*bench.needs, *bench.also)}
+                for photo in (item["rgb"], *(item[k] for k in benchmarks.MIT_LIGHTS[1:] if k in item))]
 
     def lacks(bench, items):
-        absent = [f for item in items for files in names(bench, item) for f in files.values() if saved.size(f) < 0]
-        total = sum(len(files) for item in items for files in names(bench, item))
+        photos = [files for item in items for files in names(bench, item)]
+        wanted = {m for files in photos for m, f in files.items() if m in bench.needs or saved.size(f) >= 0}
+        absent = [files[m] for files in photos for m in files if m in wanted and saved.size(files[m]) < 0]
+        total = len(photos) * len(wanted)
         return absent and (f"{path}: got no prediction for {len(absent)} of {total} maps of {bench.dataset} (first: "
                            f"{absent[0]}), want all; predict them too")
 
@@ -140,8 +139,16 @@ def folder(path, args):
 
     def read(bench, files, item):
         sample = benchmarks.load(bench, files, item, axes=True)
-        sample["saved"] = [linear({m: benchmarks.read_prediction(saved, f, m) for m, f in maps.items()}, space(bench))
-                           for maps in names(bench, item)]
+        own = {files.place(f) for role, f in item.items() if role != "name"}
+        sample["saved"] = []
+        for maps in names(bench, item):
+            maps = {m: f for m, f in maps.items() if m in bench.needs or saved.size(f) >= 0}
+            for f in maps.values():
+                if saved.place(f) in own:
+                    raise ValueError(f"{saved.where(f)}: got a file of {bench.dataset} itself as a prediction, want "
+                                     "another folder in --pred-dir")
+            sample["saved"].append(linear({m: benchmarks.read_prediction(saved, f, m) for m, f in maps.items()},
+                                          space(bench)))
         return sample
 
     label = f"maps in {path} (colours {args.pred_space or 'sRGB-encoded, linear for hypersim'})"
@@ -166,16 +173,19 @@ def results_file(bench, source, files, items, out):
     return Path(out, "eval", f"{bench.dataset}-{bench.task}-{key}.jsonl")
 
 
-def read_results(path):
-    """Finished images of a results file: dict name -> values; a last line that was cut off is dropped from the file."""
+def read_results(bench, path):
+    """Finished images of a results file: dict name -> values; it is cut before the first line that is not whole."""
     if not path.is_file():
         return {}
-    rows = []
-    for line in path.read_text().splitlines():
+    rows, lines = [], path.read_bytes().splitlines()
+    for line in lines:
         try:
             rows.append(json.loads(line))
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             break                                                               # killed while writing it
+    rows = protocols.finished(bench, rows)
+    if len(rows) < len(lines):
+        print(f"{path}: got {len(lines)} lines, the first {len(rows)} whole; going on after them")
     part = path.with_suffix(".part")
     part.write_text("".join(json.dumps(row) + "\n" for row in rows))
     os.replace(part, path)
@@ -185,7 +195,7 @@ def read_results(path):
 def evaluate_images(bench, source, files, items, path):
     """Values per image, resumed from `path`; the next image is read while this one is predicted and scored."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    done = read_results(path)
+    done = read_results(bench, path)
     left = [item for item in items if item["name"] not in done]
     if len(left) < len(items):
         print(f"{bench.dataset}: {len(items) - len(left)} of {len(items)} images are already in {path}")

@@ -38,7 +38,8 @@ METRICS = {
     "iid": {f"{m}_{k}": (f"{k.upper()} of {m}{', dB' if k == 'psnr' else ''}", 1, 1)
             for m in ("albedo", "shading", "residual") for k in ("psnr", "ssim")},
     "surface": {"rmse": ("RMSE, derived against predicted normals (ours)", -1, 1),
-                "ssim": ("SSIM of the same (ours)", 1, 1)},
+                "ssim": ("SSIM of the same (ours)", 1, 1),
+                "valid": ("pixels with a derived normal, border apart, %", 0, 100)},
 }
 PAPER = {  # ReasonX (arXiv 2512.04222), tables and project page: metric -> [(base, base's number, X's number)]
     ("iiw", "whdr"): {k: [("PRISM", a, b), ("Marigold", c, d)]               # the paper does not name the colour space
@@ -53,6 +54,8 @@ PAPER = {  # ReasonX (arXiv 2512.04222), tables and project page: metric -> [(ba
     ("photos", "surface"): {"rmse": [("PRISM, ETH3D", .146, .099), ("PRISM, COCO", .202, .137)]},
 }
 ANGLES = (11.25, 22.5, 30)        # degrees, strict
+LARGEST = 1e30                    # a prediction beyond it is no number: its square has no place in float32
+MIN_VALID = 0.95                  # share of pixels with a derived normal below which it is said
 
 
 def encoded(linear):
@@ -68,8 +71,10 @@ def fit_depth(bench, pred, sample):
 
 
 def score_depth(bench, pred, sample):
-    """Affine-invariant depth errors, and the fitted scale (negative: inverse depth)."""
+    """Affine-invariant depth errors, and the fitted scale (negative: inverse depth; 0: a constant prediction)."""
     fitted, scale = fit_depth(bench, pred[0]["depth"], sample)
+    if scale < 0 and np.ptp(fitted[sample["mask"]]) <= 1e-5 * np.abs(fitted).max():
+        scale = 0.0
     return dict(metrics.depth_metrics(fitted, sample["depth"], sample["mask"]), scale=scale)
 
 
@@ -103,7 +108,7 @@ def score_lmse(bench, pred, sample):
     out = {}
     for m, name in (("albedo", "albedo"), ("shading", "irradiance")):
         p, g = (65535 / 255 * x.mean(0) for x in (pred[0][name], sample[m]))    # official unit: 16 bits over 255
-        out[f"lmse_{m}"] = metrics.lmse(p, g, sample["mask"], 20, 10)
+        out[f"lmse_{m}"] = metrics.lmse(p, g, sample["mask"], *benchmarks.LMSE_WINDOWS)
     return dict(lmse=(out["lmse_albedo"] + out["lmse_shading"]) / 2, **out)
 
 
@@ -153,8 +158,9 @@ def score_surface(bench, pred, sample):
     (H, W), focal = depth.shape, max(depth.shape)
     derived = metrics.normals_from_depth(depth, focal, focal, (W - 1) / 2, (H - 1) / 2)
     ok = derived.any(0)
-    a, b = ((np.where(ok, x, -1) + 1) / 2 for x in (derived, normal / np.linalg.norm(normal, axis=0).clip(1e-12)))
-    return dict(rmse=metrics.depth_normal_consistency(depth, normal, focal, focal), ssim=metrics.ssim(a, b))
+    a, b = ((x + 1) / 2 for x in (derived, normal / np.linalg.norm(normal, axis=0).clip(1e-12)))
+    return dict(rmse=metrics.depth_normal_consistency(depth, normal, focal, focal), ssim=metrics.ssim(a, b, ok),
+                valid=float(ok[1:-1, 1:-1].mean()))
 
 
 SCORES = {"depth": score_depth, "normal": score_normal, "whdr": score_whdr, "maw": score_maw, "lmse": score_lmse,
@@ -166,25 +172,41 @@ def score(bench, pred, sample):
     for one in pred:
         for m, x in one.items():
             if x.shape[-2:] != tuple(sample["size"]) and bench.task != "maw":
+                h, w = sample["size"]
+                do = (f"crop it: the last {h} rows, the centre {w} columns" if bench.dataset == "kitti" else
+                      "resize it to the ground truth")
                 raise ValueError(f"{sample['name']}: got a predicted {m} of {x.shape[-1]} x {x.shape[-2]} pixels, want "
-                                 f"{sample['size'][1]} x {sample['size'][0]}; resize it to the ground truth")
-            if not np.isfinite(x).all():
-                raise ValueError(f"{sample['name']}: got {np.count_nonzero(~np.isfinite(x))} non-finite values in the "
-                                 f"predicted {m}, want finite numbers; fix the predictor")
+                                 f"{w} x {h}; {do}")
+            if not max(float(x.max()), -float(x.min())) <= LARGEST:             # nor for a NaN
+                bad = np.count_nonzero(~(np.abs(x.astype(np.float64)) <= LARGEST))
+                raise ValueError(f"{sample['name']}: got {bad} values in the predicted {m} that are non-finite or "
+                                 f"beyond {LARGEST:g}, want finite numbers; fix the predictor")
     try:
         return SCORES[bench.task](bench, pred, sample)
     except ValueError as error:
         raise ValueError(f"{sample['name']}: {error}") from None
 
 
+def finished(bench, rows):
+    """The rows before the first that is none of this benchmark's or lacks a value that another has."""
+    known = METRICS[bench.task].keys() | {"name", "scale", "pixels", "axes"}
+    wanted = {"depth": known - {"pixels", "axes"}, "normal": known - {"pooled", "scale"},
+              "iid": {"name", "albedo_psnr", "albedo_ssim"}}.get(bench.task, METRICS[bench.task].keys() | {"name"})
+    wanted = wanted.union(*(known & row.keys() for row in rows if isinstance(row, dict)))
+    return list(itertools.takewhile(lambda row: isinstance(row, dict) and wanted <= row.keys()
+                                    and isinstance(row["name"], str), rows))
+
+
 def lists(bench, rows):
     """Values per image of every metric that some image has: dict metric -> (n,) float, NaN where an image has none."""
-    pooled = {}
-    if bench.task == "normal":
-        share = len(rows) / sum(r["pixels"] for r in rows)                      # so that the mean is the pooled one
-        pooled["pooled"] = np.array([r["mean"] * r["pixels"] * share for r in rows])
-    return {k: pooled.get(k, np.array([np.nan if r.get(k) is None else r[k] for r in rows], float))
-            for k in METRICS[bench.task] if k in pooled or any(r.get(k) is not None for r in rows)}
+    rows = [dict(r, pooled=r["mean"]) if "pixels" in r else r for r in rows]
+    return {k: np.array([np.nan if r.get(k) is None else r[k] for r in rows], float)
+            for k in METRICS[bench.task] if any(r.get(k) is not None for r in rows)}
+
+
+def weights(name, rows):
+    """Weight of each image in the mean of a metric: its pixels in the pooled one, else 1."""
+    return np.array([r["pixels"] if name == "pooled" else 1.0 for r in rows])
 
 
 def problems(bench, rows, names):
@@ -194,13 +216,12 @@ def problems(bench, rows, names):
     if negative:
         out.append(f"{len(negative)} of {len(rows)} fitted scales are negative: there the prediction looks like "
                    f"inverse depth (first: {negative[0]})")
-    axes = mean_axes(rows)
-    if axes:
-        best = min(axes, key=axes.get)
-        if axes[best] < axes[1, 1, 1] - benchmarks.AXIS_MARGIN:
-            out.append(f"normal axes: with signs {best} the error would be {axes[best]:.1f} instead of "
-                       f"{axes[1, 1, 1]:.1f} degrees; want x right, y up, z to the viewer")
-    return out
+    holes = [(n, r["valid"]) for n, r in zip(names, rows, strict=True) if r.get("valid", 1) < MIN_VALID]
+    if holes:
+        out.append(f"{len(holes)} of {len(rows)} depth maps give normals on less than {100 * MIN_VALID:.0f} % of their "
+                   f"pixels, only these count (first: {holes[0][0]}, {100 * holes[0][1]:.1f} %); want 1 + 2 depth > 0")
+    wrong = benchmarks.wrong_axes(mean_axes(rows), "ground truth")
+    return [*out, wrong] if wrong else out
 
 
 def mean_axes(rows):

@@ -154,9 +154,9 @@ def test_diode_counts_what_its_mask_file_says(tmp_path):
     bench = bench_of("diode")
     item = official.make(bench, tmp_path, 1)[0]
     mask = np.zeros((official.SIDE, official.SIDE), np.float32)
-    mask[3, 5] = 1
+    mask[13, 15] = 1
     official.save(tmp_path / item["mask"], mask)
-    assert np.argwhere(first(bench, tmp_path)["mask"]).tolist() == [[3, 5]]
+    assert np.argwhere(first(bench, tmp_path)["mask"]).tolist() == [[13, 15]]
 
 
 def test_hypersim_masks_black_albedo_and_divides_by_the_larger_quantile(tmp_path):
@@ -198,8 +198,10 @@ def test_mit_photos_keep_16_bits_and_are_shown_srgb_encoded(tmp_path):
 def test_the_page_names_layout_source_licence_and_count(bench):
     text = benchmarks.page(bench, ["a/b.png", "c.png"])
     source, licence, _ = benchmarks.ABOUT[bench.dataset, bench.task]
-    for part in (bench.dataset, *bench.tree, source, licence, str(bench.count or "as many"), "2 files", "a/b.png"):
+    count = str(bench.count or f"every image of {bench.tree[0].split('  ')[0]} is")
+    for part in (bench.dataset, *bench.tree, source, licence, count, "2 files", "a/b.png"):
         assert part in text
+    assert ("uncompressed .tar" in text) == (bench.dataset != "photos")
 
 
 @every
@@ -237,6 +239,17 @@ SMALL = np.zeros((8, 8), np.float32)
 @pytest.mark.parametrize("dataset, task, change, word", [
     ("eth3d", "", put("depth", b"\0" * 100), "got 100 bytes, want 16384"),
     ("eth3d", "", put("depth", b"\0" * 16384), "empty mask"),
+    ("diode", "", put("mask", np.full((64, 64), np.nan)), "_mask.npy: got non-finite"),
+    ("diode", "", put("depth", np.full((64, 64), np.nan)), "_depth.npy: got a depth in the mask"),
+    ("diode", "", put("depth", np.full((64, 64), -1.0)), "_depth.npy: got a depth in the mask"),
+    ("nyuv2", "", put("depth", official.Image.new("L", (64, 64), 3)), "8-bit depth, want 16 bits, 1000 a metre"),
+    ("iiw", "", put("judgements", b"[1, 2]"), "63508.json|json: metrics.whdr failed"),
+    ("iiw", "", put("judgements", b"{\"intrinsic_points\": [{\"x\": null}], \"intrinsic_comparisons\": []}"),
+     "json: .*another form"),
+    ("maw", "", lambda root, item: np.save(root / "labels/scene_0/photo_colors.npy", np.ones((9, 3))), "9 colours"),
+    ("mit", "", put("albedo", official.sixteen(np.zeros((64, 64, 3)))), "reflectance.png: .*true energy"),
+    ("hypersim", "", put("albedo", np.full((64, 64, 3), -0.1)), "albedo.*12288 values that are negative"),
+    ("interiorverse", "", put("albedo", official.exr(np.full((64, 64, 3), np.nan))), "albedo.exr: got 12288 values"),
     ("diode", "", put("mask", np.zeros((64, 64), np.float32)), "empty mask"),
     ("diode", "", put("mask", SMALL), "8 x 8 pixels, want 64 x 64"),
     ("diode", "", put("depth", b"junk"), "damaged .npy"),
@@ -264,6 +277,33 @@ def test_a_meta_csv_without_six_columns_is_refused_with_its_line(tmp_path):
         f.write("a,b,c\n")
     with pytest.raises(ValueError, match="line 3: got 1 columns, want 6"):
         benchmarks.find(bench, tmp_path)
+
+
+@pytest.mark.parametrize("content, word", [(b"", "got no line"), (b"\xff\xfe\0", "got no table"),
+                                           (b"a\tb\tc\t" + b"n" * 5000 + b"\te\tNone\n", "got none of the 1 images")])
+def test_a_meta_csv_that_is_empty_or_no_text_or_names_the_impossible_is_refused(tmp_path, content, word):
+    official.make(bench_of("maw"), tmp_path, 1)
+    (tmp_path / "labels/meta.csv").write_bytes(content)
+    with pytest.raises((ValueError, MissingData), match=word):
+        benchmarks.find(bench_of("maw"), tmp_path)
+
+
+def test_diode_depth_of_another_size_beside_normals_is_refused_by_name(tmp_path):
+    bench = bench_of("diode", "normal")
+    item = official.make(bench, tmp_path, 1)[0]
+    for ending in ("_depth.npy", "_depth_mask.npy"):
+        official.save(tmp_path / item["rgb"].replace(".png", ending), np.ones((10, 12), np.float32))
+    with pytest.raises(ValueError, match="_depth.npy: got 12 x 10 pixels, want 64 x 64"):
+        first(bench, tmp_path)
+
+
+def test_two_maw_labellings_of_one_photo_have_two_names(tmp_path):
+    bench = bench_of("maw")
+    official.make(bench, tmp_path, 2)
+    with open(tmp_path / "labels/meta.csv", "a") as f:
+        f.write("other.npy\tscene_1/photo_mask.png\tscene_1\tphoto\tscene_1/gt.png\tNone\n")
+    names = [i["name"] for i in benchmarks.items(bench, formats.Files(tmp_path))]
+    assert len(set(names)) == 3 and names[0] == "images_png/scene_0/photo.png" and "other.npy" in names[2]
 
 
 def plane(signs=(1, 1, 1)):

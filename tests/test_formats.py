@@ -89,6 +89,54 @@ def test_a_wrong_byte_count_is_refused_with_both_counts(extra):
         formats.decode_floats(b"\0" * (24 + extra), "X.JPG", (2, 3))
 
 
+@pytest.mark.parametrize("header", [
+    "{'descr': '<f8', 'fortran_order': False, 'shape': (1000000000000,), }",
+    "{'descr': '<f8', 'fortran_order': False, 'shape': (100000000000000000000,), }",
+    "{'descr': '<f8', 'fortran_order': False, 'shape': (-5,), }",
+    "{'descr': '<f8', 'fortran_order': False, 'shape': ((((((,), }", "\"\"\" {[", "(" * 3000,
+    "{'descr': 5, 'fortran_order': False, 'shape': (5,), }", "{'descr': {}, 'fortran_order': False, 'shape': (5,), }",
+    "{1: 2, 'descr': '<f8', 'fortran_order': False, 'shape': (5,), }"])
+def test_an_npy_header_that_lies_or_is_none_is_refused(header):
+    head = header.encode() + b"\n"
+    with pytest.raises(ValueError, match="x.npy: got"):
+        formats.decode_npy(b"\x93NUMPY\x01\x00" + len(head).to_bytes(2, "little") + head + b"0" * 16, "x.npy")
+
+
+@pytest.mark.parametrize("array", [np.asfortranarray(WIDE), WIDE.astype(">f4"), WIDE[:, ::2], np.float64(3),
+                                   np.zeros((0, 3))])
+def test_an_npy_gives_back_its_array(array):
+    np.save(buffer := io.BytesIO(), array)
+    np.testing.assert_array_equal(formats.decode_npy(buffer.getvalue(), "x"), array)
+
+
+@pytest.mark.parametrize("content", [b"PK\x03\x04junk", b"[" * 100_000])
+def test_an_archive_or_a_deep_json_is_refused(content):
+    for decode in (formats.decode_npy, formats.decode_json):
+        with pytest.raises(ValueError, match="x: got"):
+            decode(content, "x")
+
+
+def test_no_byte_of_an_exr_can_be_changed_into_anything_but_a_refusal_or_pixels():
+    content, rng = official.exr(RNG.random((20, 9, 3)).astype(np.float32)), np.random.default_rng(1)
+    for _ in range(600):
+        other = bytearray(content)
+        for place in rng.integers(0, 420, 3):
+            other[place] = rng.integers(0, 256)
+        try:
+            formats.decode_exr(bytes(other), "x")
+        except ValueError as error:
+            assert str(error).startswith("x: got")
+
+
+def test_a_transparent_colour_is_alpha_and_wide_integers_are_no_labels():
+    Image.new("RGB", (9, 9)).save(buffer := io.BytesIO(), "PNG", transparency=(0, 0, 0))
+    with pytest.raises(ValueError, match="RGB image with a transparent colour"):
+        formats.decode_rgb(buffer.getvalue(), "x")
+    Image.fromarray(np.full((9, 9), 70_000, np.int32)).save(buffer := io.BytesIO(), "TIFF")
+    with pytest.raises(ValueError, match="70000"):
+        formats.decode_gray(buffer.getvalue(), "x")
+
+
 def test_pickled_and_damaged_npy_are_refused():
     buffer = io.BytesIO()
     np.save(buffer, np.array([{}], object), allow_pickle=True)

@@ -397,6 +397,9 @@ def test_map_scores_refuse_empty_mask_non_finite_and_other_shapes(call):
     (lambda: metrics.whdr(np.ones((4, 4, 3), np.uint16), scene_points()), "uint16"),
     (lambda: metrics.whdr(np.full((4, 4, 3), np.inf), scene_points()), "non-finite"),
     (lambda: metrics.whdr(RGB, {}), "intrinsic_points"),
+    (lambda: metrics.whdr(RGB, [1, 2]), "intrinsic_points"),
+    (lambda: metrics.whdr(RGB, 3), "another form"),
+    (lambda: metrics.ssim(ONES, ONES, ONES.cumsum(0) > 2), "no window"),
     (lambda: metrics.whdr_from_gt(RGB, RGB, np.zeros((0, 2, 2), int)), "(0, 2, 2)"),
     (lambda: metrics.whdr_from_gt(RGB, RGB, np.full((1, 2, 2), 12)), "outside"),
     (lambda: metrics.whdr_from_gt(RGB, RGB, np.full((1, 2, 2), -1)), "outside"),
@@ -427,6 +430,12 @@ def test_other_refusals(call, word):
     (lambda j: j["intrinsic_points"][1].update(y=-0.1), "point 1"),
     (lambda j: j["intrinsic_comparisons"][0].update(point2=77), "77"),
     (lambda j: j["intrinsic_comparisons"][0].update(darker_score=float("inf")), "inf"),
+    (lambda j: j["intrinsic_comparisons"][0].pop("darker_score"), "KeyError: 'darker_score'"),
+    (lambda j: j["intrinsic_comparisons"][0].update(darker_score="0.5"), "another form"),
+    (lambda j: j["intrinsic_points"][0].pop("opaque"), "KeyError: 'opaque'"),
+    (lambda j: j["intrinsic_points"][0].update(x=None), "another form"),
+    (lambda j: j["intrinsic_points"].append(3), "another form"),
+    (lambda j: j.update(intrinsic_points=None), "another form"),
 ])
 def test_whdr_refuses_bad_judgements(change, word):
     judged = scene_points()

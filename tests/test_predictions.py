@@ -263,6 +263,20 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_same_numbers(tmp_path, mo
     assert results(tmp_path) == [path] and path.read_text().splitlines() == lines
 
 
+@pytest.mark.parametrize("tail", [
+    b"\0" * 40, b"\xff\xfe", b"3\n", b'{"abs_rel": 1}\n', b"[" * 100_000, b'{"name": 4}\n',
+    b'{"name": "SECOND", "abs_rel": 0.5}\n'])
+def test_a_damaged_line_of_the_results_is_scored_again(tmp_path, capsys, tail):
+    items, flags = prepare(bench_of("nyuv2"), tmp_path)
+    whole = numbers(tmp_path, *flags)
+    path, = results(tmp_path)
+    good = path.read_bytes()
+    path.write_bytes(good.splitlines(True)[0] + tail.replace(b"SECOND", items[1]["name"].encode()))
+    capsys.readouterr()
+    assert numbers(tmp_path, *flags) == whole and path.read_bytes() == good
+    assert f"{path}: got 2 lines, the first 1 whole" in capsys.readouterr().out
+
+
 def test_an_interruption_keeps_what_was_scored(tmp_path, monkeypatch):
     bench = bench_of("ibims")
     _, flags = prepare(bench, tmp_path, 100)
@@ -338,6 +352,27 @@ def test_one_missing_prediction_among_many_is_refused_before_anything_is_scored(
     assert not results(tmp_path)
 
 
+def test_a_map_that_some_photos_have_is_wanted_of_all(tmp_path, capsys):
+    bench = bench_of("hypersim")
+    items, flags = prepare(bench, tmp_path, 3)
+    saved = benchmarks.formats.Files(tmp_path / "maps")
+    shading = [tmp_path / "maps" / benchmarks.prediction_file(bench, saved, i["rgb"], "irradiance") for i in items]
+    shading[1].unlink()
+    line = refusal(capsys, *flags)
+    assert "no prediction for 1 of 9 maps of hypersim" in line and shading[1].name in line
+    for path in (shading[0], shading[2]):                                       # none at all: that map is not scored
+        path.unlink()
+    assert {k.split("_")[0] for k in numbers(tmp_path, *flags)["metrics"]} == {"albedo", "residual"}
+
+
+@pytest.mark.parametrize("tar", [False, True])
+def test_the_photo_itself_is_no_prediction(tmp_path, capsys, tar):
+    items = official.make(bench_of("iiw"), tmp_path / "data", 1)
+    place = official.tar_of(tmp_path / "data", tmp_path / "data.tar") if tar else tmp_path / "data"
+    line = refusal(capsys, "--dataset", "iiw", "--data", place, "--pred-dir", place, "--limit", 1, "--out", tmp_path)
+    assert items[0]["rgb"] in line and "want another folder in --pred-dir" in line
+
+
 def rewrite(at, make):
     return lambda k, path: np.save(path, make(np.load(path))) if k == at else None
 
@@ -348,8 +383,8 @@ def spoil(x):
 
 
 @pytest.mark.parametrize("change, word", [
-    (rewrite(1, spoil), "1 non-finite values in the prediction"),
-    (rewrite(1, lambda x: x * np.nan), "non-finite values in the prediction"),
+    (rewrite(1, spoil), "got 1 values in the predicted depth that are non-finite"),
+    (rewrite(1, lambda x: x * np.nan), "got 4096 values in the predicted depth that are non-finite"),
     (rewrite(1, lambda x: x[..., :8, :8]), "a predicted depth of 8 x 8 pixels, want 64 x 64"),
     (rewrite(1, lambda x: np.stack(3 * [x])), "want (1, H, W)"),
     (rewrite(1, lambda x: np.ones(x.shape, int)), "want floating point"),
@@ -380,6 +415,25 @@ def test_saved_normals_in_another_frame_are_refused_with_the_better_signs(tmp_pa
     assert "wrong normal axes: (-x, +y, +z) fits the ground truth" in line
 
 
+def test_an_infinite_psnr_is_a_string_in_the_json(tmp_path):
+    _, flags = prepare(bench_of("hypersim"), tmp_path)
+    assert numbers(tmp_path, *flags)["metrics"]["residual_psnr"]["value"] != "inf"
+    for path in [*(tmp_path / "maps").rglob("*_residual.npy"), *(tmp_path / "data").rglob("residual*.npy")]:
+        np.save(path, 0 * np.load(path))
+    row = numbers(tmp_path, *flags)["metrics"]["residual_psnr"]
+    assert row["value"] == "inf" and row["low"] is None
+
+
+def test_judgements_that_never_count_give_no_table(tmp_path, capsys):
+    items, flags = prepare(bench_of("iiw"), tmp_path, 2)
+    for item in items:
+        path = tmp_path / "data" / item["judgements"]
+        judged = json.loads(path.read_text())
+        judged["intrinsic_comparisons"] = []
+        path.write_text(json.dumps(judged))
+    assert "got no judgement that counts in any of 2 images" in refusal(capsys, *flags)
+
+
 @pytest.mark.parametrize("content, word", [
     (official.Image.new("RGBA", (64, 64)), "a RGBA image"),
     (official.png16(np.zeros((64, 64, 3), np.uint16)), "16-bit RGB")])
@@ -407,6 +461,11 @@ def test_an_incomplete_benchmark_is_refused_with_the_first_missing_file_unless_a
     assert f"got 2 of 800 images of scannet (first missing: {items[1]['depth']})" in line
     got = numbers(tmp_path, *flags)
     assert got["n"] == 2 and got["partial"] and "*** PARTIAL: 2 of 800" in capsys.readouterr().out
+    assert got["warnings"] == [f"798 incomplete images were skipped (first: {items[1]['name']})"]
+    flags[flags.index("--limit") + 1] = 2
+    assert numbers(tmp_path, *flags)["warnings"] == [f"1 incomplete images were skipped (first: {items[1]['name']})"]
+    flags[flags.index("--limit") + 1] = 1
+    assert numbers(tmp_path, *flags)["warnings"] == []
 
 
 def test_check_data_counts_decodes_and_names_the_first_bad_file(tmp_path, capsys):

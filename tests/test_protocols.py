@@ -64,21 +64,25 @@ def test_inverse_depth_is_reported_with_the_first_file():
             for d in (sample["depth"], 1 / np.maximum(sample["depth"], 0.5))]
     lines = protocols.problems(bench, rows, ["good.png", "bad.png"])
     assert len(lines) == 1 and "1 of 2 fitted scales are negative" in lines[0] and "bad.png" in lines[0]
+    flat = protocols.score(bench, [dict(depth=np.full(sample["depth"].shape, -0.5))], sample)
+    assert protocols.problems(bench, [flat], ["flat.png"]) == []                # wrong, but not inverse depth
     assert protocols.problems(bench, rows[:1], ["good.png"]) == []
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e31])
 def test_a_prediction_that_is_not_finite_is_refused_with_the_image(value):
     sample = depth_sample()
     pred = sample["depth"].copy()
     pred[3, 4] = value
-    with pytest.raises(ValueError, match="a.png: got 1 non-finite values in the predicted depth"):
+    with pytest.raises(ValueError, match="a.png: got 1 values in the predicted depth that are non-finite or"):
         protocols.score(bench_of("nyuv2"), [dict(depth=pred)], sample)
 
 
 def test_a_prediction_of_another_size_is_refused():
-    with pytest.raises(ValueError, match="a.png: got a predicted depth of 8 x 8 pixels, want 50 x 40"):
+    with pytest.raises(ValueError, match="a.png: got a predicted depth of 8 x 8 pixels, want 50 x 40; resize"):
         protocols.score(bench_of("nyuv2"), [dict(depth=np.ones((8, 8)))], depth_sample())
+    with pytest.raises(ValueError, match="crop it: the last 352 rows, the centre 1216 columns"):
+        protocols.score(bench_of("kitti"), [dict(depth=np.ones((375, 1242)))], depth_sample(352, 1216))
 
 
 def test_an_empty_mask_is_refused_with_the_image():
@@ -117,8 +121,11 @@ def test_the_pooled_mean_weighs_images_by_their_pixels():
     bench = bench_of("nyuv2", "normal")
     rows = [dict(mean=10.0, pixels=300, axes=None, median=1.0, within_30=1.0),
             dict(mean=40.0, pixels=100, axes=None, median=1.0, within_30=1.0)]
-    values = protocols.lists(bench, rows)
-    assert values["mean"].mean() == 25 and values["pooled"].mean() == pytest.approx(17.5)
+    values, weights = protocols.lists(bench, rows), protocols.weights("pooled", rows)
+    assert values["mean"].mean() == 25 and np.average(values["pooled"], weights=weights) == 17.5
+    assert metrics.bootstrap_interval(values["pooled"], weights=weights)[0] == 17.5
+    assert metrics.bootstrap_interval(np.full(2, 10.0), weights=weights) == (10, 10, 10)    # no spread, unequal images
+    assert (protocols.weights("mean", rows) == 1).all()
 
 
 @pytest.mark.parametrize("signs", metrics.AXES)
@@ -130,7 +137,19 @@ def test_the_best_of_the_eight_sign_choices_is_found(signs):
     assert min(axes, key=axes.get) == signs and axes[signs] < 1e-4
     assert axes[1, 1, 1] == pytest.approx(rows[0]["mean"], abs=2)               # a subsample of the same pixels
     lines = protocols.problems(bench, rows, ["n.png"])
-    assert lines == [] if signs == (1, 1, 1) else (str(signs) in lines[0] and "normal axes" in lines[0])
+    x, y, z = ("-" if s < 0 else "+" for s in signs)
+    assert lines == [] if signs == (1, 1, 1) else f"normal axes: ({x}x, {y}y, {z}z) fits the ground truth" in lines[0]
+
+
+def test_a_flip_that_is_better_by_a_degree_over_the_set_is_reported():
+    axes = dict.fromkeys(metrics.AXES, 40.0)
+    row = {(1, 1, 1): 20.0, (-1, 1, 1): 19.0}
+    rows = [dict(axes=[{**axes, **row}[a] for a in metrics.AXES])]
+    line, = protocols.problems(bench_of("nyuv2", "normal"), rows, ["n.png"])
+    assert "(-x, +y, +z) fits the ground truth at 19.0" in line and "either may be the wrong one" in line
+    row[-1, 1, 1] = 19.7                                                        # as good: says nothing
+    rows = [dict(axes=[{**axes, **row}[a] for a in metrics.AXES])]
+    assert protocols.problems(bench_of("nyuv2", "normal"), rows, ["n.png"]) == []
 
 
 # albedo -----------------------------------------------------------------------------------------------------------
@@ -279,6 +298,23 @@ def test_depth_and_normals_of_one_plane_agree_at_the_declared_camera():
     other = normal * [[[-1]], [[1]], [[1]]]
     bad = protocols.score(bench_of("photos"), [dict(depth=(z - 1) / 2, normal=other)], sample)
     assert good["rmse"] < 1e-6 and good["ssim"] > 0.999 and bad["rmse"] == pytest.approx(2 * n[0] / 3 ** 0.5, rel=1e-3)
+
+
+def test_depth_that_gives_no_normal_does_not_count_as_agreement():
+    rng, (H, W) = np.random.default_rng(0), (40, 60)
+    normal = rng.normal(size=(3, H, W))
+    sample = dict(name="p", photos=[torch.zeros(3, H, W)], size=(H, W))
+    depth = 0.5 + 0.01 * rng.random((H, W))
+    whole = protocols.score(bench_of("photos"), [dict(depth=depth, normal=normal)], sample)
+    depth[:, 20:] = -5
+    part = protocols.score(bench_of("photos"), [dict(depth=depth, normal=normal)], sample)
+    assert whole["valid"] == 1 and part["valid"] == pytest.approx(18 / 58)
+    assert abs(part["ssim"]) < 0.1 and abs(whole["ssim"]) < 0.1                 # was 0.7: equal constants on both sides
+    lines = protocols.problems(bench_of("photos"), [whole, part], ["a", "b"])
+    assert len(lines) == 1 and "1 of 2" in lines[0] and "first: b, 31.0 %" in lines[0]
+    depth[:, 5:] = -5
+    with pytest.raises(ValueError, match="p: .*no window"):
+        protocols.score(bench_of("photos"), [dict(depth=depth, normal=normal)], sample)
 
 
 def test_the_error_picture_is_bright_at_zero_dark_at_the_top_and_gray_without_truth():
