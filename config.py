@@ -186,8 +186,9 @@ def problem(cfg, preset="mini"):
         return f"--group {cfg.group}: a group of one has no advantage; want at least 2"
     if cfg.sample_steps < 2:
         return f"--sample-steps {cfg.sample_steps}: the last step is deterministic; want at least 2"
-    if not cfg.scenes and (cfg.size % cfg.patch or cfg.size % cfg.judge_patch):
-        return f"--size {cfg.size} is not a multiple of --patch {cfg.patch} and --judge-patch {cfg.judge_patch}"
+    for name, given in (("patch", cfg.policy), ("judge_patch", cfg.judge)):     # of networks that are built here
+        if not given and not cfg.scenes and cfg.size % getattr(cfg, name):
+            return f"--size {cfg.size} is not a multiple of --{name.replace('_', '-')} {getattr(cfg, name)}"
     if cfg.width % (4 * cfg.heads) or cfg.judge_width % (4 * cfg.judge_heads):
         return f"--width {cfg.width} / --judge-width {cfg.judge_width}: want a multiple of 4 x heads"
     if cfg.pairs > cfg.bank_pairs:

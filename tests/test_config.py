@@ -128,3 +128,8 @@ def test_dry_run_prints_the_settings_and_builds_nothing(tmp_path, capsys, monkey
 def test_dry_run_arithmetic_counts_samples(capsys):
     train.main(["--dry-run", "--steps", "7", "--batch", "3", "--group", "5", "--modalities", "one"])
     assert f"{7 * 3 * 5} samples" in capsys.readouterr().out
+
+
+def test_the_patch_of_a_network_that_is_not_built_here_does_not_limit_the_size():
+    assert problem(parse(["--size", "56", "--policy", "x", "--judge", "y"])[1]) is None
+    assert "--judge-patch" in problem(dataclasses.replace(Config(), size=40, policy="x", out="o"))
