@@ -20,7 +20,8 @@ SD2 = dict(  # sizes of the public weights
               attention_head_dim=[5, 10, 20, 20], cross_attention_dim=1024, norm_num_groups=32,
               use_linear_projection=True, down_block_types=["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
               up_block_types=["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3),
-    vae=dict(block_out_channels=[128, 256, 512, 512], layers_per_block=2, latent_channels=4, norm_num_groups=32))
+    vae=dict(block_out_channels=[128, 256, 512, 512], layers_per_block=2, latent_channels=4, norm_num_groups=32,
+             down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4))
 JUDGE_PARAMETERS = 3_712_916_480                                                # InternVL2.5-4B at 512 px
 
 

@@ -157,17 +157,20 @@ class Photos:
     """All photos of a folder in memory, uint8, each read once: `size`^2 x 3 bytes per photo.
 
     folder    searched by find_images; size: side of the square that `fit` cuts, pixels
+    limit     stop after this many readable ones; 0: all
     .names    paths relative to the folder, in the order of the rows of .images (n, 3, size, size) uint8
     .skipped  [(path, reason)] of files that could not be read; each is also named on stderr
     raises    FileNotFoundError (find_images); ValueError when none is readable
     """
 
-    def __init__(self, folder, size):
+    def __init__(self, folder, size, limit=0):
         paths, root = find_images(folder), Path(folder)
         root = root.parent if root.is_file() else root
-        self.images = torch.zeros(len(paths), 3, size, size, dtype=torch.uint8)
+        self.images = torch.zeros(min(limit or len(paths), len(paths)), 3, size, size, dtype=torch.uint8)
         self.names, self.skipped = [], []
         for path in tqdm(paths, desc="photos", leave=False, disable=len(paths) < 50):
+            if len(self.names) == len(self.images):
+                break
             try:
                 rgb = read_rgb(path)
             except (ValueError, OSError) as error:

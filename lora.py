@@ -24,6 +24,7 @@ class Adapted(nn.Module):
     def __init__(self, base, r, alpha, dropout=0.0, rng=None):
         super().__init__()
         self.base, self.r, self.alpha, self.dropout, self.active = base.requires_grad_(False), r, alpha, dropout, True
+        self.train(base.training)
         like = dict(dtype=torch.float32, device=base.weight.device)
         bound = 1 / math.sqrt(base.in_features)                                 # kaiming_uniform(a = sqrt 5)
         start = torch.rand(r, base.in_features, generator=rng) * 2 * bound - bound

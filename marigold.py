@@ -42,13 +42,17 @@ SCHEDULER_CONFIG = dict(
     beta_end=None, beta_schedule="scaled_linear", rescale_betas_zero_snr=None, timestep_spacing=None,
     set_alpha_to_one=None, steps_offset=None, clip_sample_range=None, dynamic_thresholding_ratio=None,
     sample_max_value=None, skip_prk_steps=None)
+SCHEDULER_NEEDS = ("beta_start", "beta_end", "beta_schedule", "prediction_type", "clip_sample", "timestep_spacing")
 
 
 class Schedule:
     """Noise levels of the 1000 training timesteps and the timesteps a sampler visits (scheduler_config.json)."""
 
     def __init__(self, config):
-        check_config(config, SCHEDULER_CONFIG, "scheduler/scheduler_config.json")
+        check_config(config, SCHEDULER_CONFIG, "scheduler/scheduler_config.json", SCHEDULER_NEEDS)
+        if config.get("_class_name", "DDIMScheduler") != "DDIMScheduler":
+            raise ValueError(f"marigold: scheduler_config.json has _class_name = {config['_class_name']!r}, which is "
+                             "not implemented; want 'DDIMScheduler'")
         self.config = config
         n, self.spacing = config.get("num_train_timesteps", 1000), config.get("timestep_spacing", "leading")
         if self.spacing not in ("trailing", "leading"):
@@ -70,7 +74,7 @@ class Schedule:
             raise ValueError(f"marigold: got {T} denoising steps; want 1 .. {n - offset}")
         if self.spacing == "leading":
             return [i * (n // T) + offset for i in range(T)][::-1]
-        return [int(i) - 1 for i in np.round(np.arange(n, 0, -n / T))]
+        return [int(np.round(n - i * n / T)) - 1 for i in range(T)]
 
     def steps(self, T, quirk=False):
         """(timestep, abar there, abar after the step) of each step; the last ends at the scheduler's final abar.
@@ -89,7 +93,7 @@ class Marigold(nn.Module):
     about   contents of model_index.json;  text  (1, 2, C) embedding of the empty prompt;  source  folder it came from
     """
 
-    lora_targets = LORA_TARGETS
+    lora_targets, replays = LORA_TARGETS, False
 
     def __init__(self, unet, vae, schedule, text, about, source=None):
         super().__init__()
@@ -144,7 +148,8 @@ class Marigold(nn.Module):
         if any(n % self.multiple for n in rgb.shape[-2:]):
             raise ValueError(f"marigold: got a {rgb.shape[-2]} x {rgb.shape[-1]} px image; want both sides a multiple "
                              f"of {self.multiple}")
-        return self.vae.encode((2 * rgb - 1).to(self._dtype)) * LATENT_SCALE
+        x = (2 * rgb - 1).to(self._dtype)
+        return torch.cat([self.vae.encode(one) for one in x.split(1)]) * LATENT_SCALE
 
     def velocity(self, x, t, cond, modality=None):
         """v = eps - x0 of all targets at once: x (B, 4n, h, w), t (B,) in [0, 1], cond (B, 4, h, w). fp32.
@@ -266,7 +271,8 @@ class Marigold(nn.Module):
         raises  FileNotFoundError: a file is missing; ValueError: what is not implemented, or keys that do not fit
         """
         folder = hub_folder(path, ["model_index.json", "*/config.json", "scheduler/*", "tokenizer/*",
-                                   f"*/{WEIGHTS}*.safetensors", "text_encoder/model*.safetensors", "*.safetensors"])
+                                   f"unet/{WEIGHTS}*.safetensors", f"vae/{WEIGHTS}*.safetensors",
+                                   "text_encoder/model*.safetensors", "empty_text_embedding.safetensors"])
         about = _json(folder / "model_index.json")
         if about.get("_class_name") not in PIPELINES:                           # before any weights are read
             raise ValueError(f"marigold: model_index.json in {folder} has _class_name = {about.get('_class_name')!r}, "

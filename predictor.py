@@ -12,7 +12,8 @@ The interface that grpo.py, train.py and eval.py use, and that any other predict
     encode(rgb) -> cond    velocity(x, t, cond, modality) -> v    decode(x, modality) -> map    shape(rgb) -> (c, h, w)
     times(T) -> T + 1 times    start(noise, T) -> state at times(T)[0]    loss(maps, modalities, rng) -> scalar
     photo_maps(rgb, ...) -> native maps    tabled(maps) -> maps in the encodings of relations.MODALITIES
-    modalities, size, multiple (px, of photo sides), exploration, network, lora_targets, checkpointing(on), save(folder)
+    modalities, size, multiple (px, of photo sides), exploration, replays, network, lora_targets,
+    checkpointing(on), save(folder)
 Source: ours. PRISM, the paper's rectified-flow base model, has no public code or weights (differs). The c_* are the
 variance-preserving coefficients of EDM (Karras et al. 2022) for this path.
 """
@@ -91,7 +92,7 @@ class Block(nn.Module):
 class DiT(nn.Module):
     """Rectified-flow DiT, RGB-conditioned, one modality per call (see the module docstring)."""
 
-    modalities, exploration, lora_targets = NAMES, "flow", ("qkv", "out")
+    modalities, exploration, lora_targets, replays = NAMES, "flow", ("qkv", "out"), True
 
     def __init__(self, cfg=None, seed=0):
         super().__init__()
@@ -226,7 +227,8 @@ def load_predictor(path):
     raises  FileNotFoundError: no predictor.json or weights there;
             ValueError: another architecture, missing or surplus keys
     """
-    if (Path(path) / "model_index.json").is_file() or not Path(path).is_dir() and str(path).count("/") == 1:
+    if (Path(path) / "model_index.json").is_file() or (
+            str(path).count("/") == 1 and not Path(path).exists() and not Path(path).parent.is_dir()):
         return Marigold.load(path)
     path = Path(path)
     for name in ("predictor.json", "predictor.safetensors"):

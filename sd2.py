@@ -29,10 +29,14 @@ VAE_CONFIG = dict(
     use_post_quant_conv=True, mid_block_add_attention=True, force_upcast=None, sample_size=None,
     down_block_types=None, up_block_types=None, block_out_channels=None, layers_per_block=None, latent_channels=4,
     norm_num_groups=None)
+NETWORK_NEEDS = ("block_out_channels", "layers_per_block", "norm_num_groups", "down_block_types")
 
 
-def check_config(config, known, what):
-    """Refuse by name what this file does not implement. raises ValueError."""
+def check_config(config, known, what, needs):
+    """Refuse by name what is not implemented, and a config that leaves one of `needs` open. raises ValueError."""
+    missing = [key for key in needs if config.get(key) is None]
+    if missing:
+        raise ValueError(f"marigold: {what} has no {missing[0]}; want a complete config; download it again")
     for key, value in config.items():
         if key.startswith("_") or not value and key not in known:               # new options that are off
             continue
@@ -162,7 +166,8 @@ class UNet(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        check_config(config, UNET_CONFIG, "unet/config.json")
+        check_config(config, UNET_CONFIG, "unet/config.json", NETWORK_NEEDS + (
+            "in_channels", "out_channels", "cross_attention_dim", "attention_head_dim", "up_block_types"))
         self.config, self.checkpointing = config, False
         widths, groups, eps = config["block_out_channels"], config["norm_num_groups"], config.get("norm_eps", 1e-5)
         heads = config["attention_head_dim"]                                    # the number of heads, despite its name
@@ -286,7 +291,9 @@ class Coder(nn.Module):
                 x = resnet(x)
             for resample in (*getattr(stage, "downsamplers", ()), *getattr(stage, "upsamplers", ())):
                 x = resample(x)
-        return self.conv_out(F.silu(self.conv_norm_out(self._mid(x) if self.down else x)))
+        x = self._mid(x) if self.down else x
+        with torch.autocast(x.device.type, enabled=False):                      # 16-bit steps near black are too coarse
+            return self.conv_out(F.silu(self.conv_norm_out(x.to(self.conv_out.weight.dtype))))
 
 
 class VAE(nn.Module):
@@ -294,7 +301,11 @@ class VAE(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        check_config(config, VAE_CONFIG, "vae/config.json")
+        check_config(config, VAE_CONFIG, "vae/config.json", NETWORK_NEEDS + ("latent_channels",))
+        blocks = {*config["down_block_types"], *config.get("up_block_types", ())}
+        if blocks - {"DownEncoderBlock2D", "UpDecoderBlock2D"}:
+            raise ValueError(f"marigold: vae/config.json has blocks {sorted(blocks)}, which are not implemented; want "
+                             "DownEncoderBlock2D and UpDecoderBlock2D")
         self.config, z = config, config["latent_channels"]
         self.encoder, self.decoder = Coder(config, True), Coder(config, False)
         self.quant_conv, self.post_quant_conv = nn.Conv2d(2 * z, 2 * z, 1), nn.Conv2d(z, z, 1)

@@ -162,14 +162,15 @@ def tune_judge(cfg, device):
               flush=True)
 
 
-def judged_photos(cfg, device):
+def judged_photos(cfg, device, shared=True):
     """Unlabeled training photos and what the judge says of them.
 
+    shared   True when all ranks call: each asks about its share;  False: this one asks what is left
     returns  photos (n, 3, S, S) uint8, pts (n, P, 2, 2), prob (n, P, M) from the judgement bank, names (n)
     """
     if cfg.images:
-        found = data.Photos(cfg.images, cfg.size)
-        photos, names = found.images[:cfg.photos], found.names[:cfg.photos]
+        found = data.Photos(cfg.images, cfg.size, cfg.photos)
+        photos, names = found.images, found.names
         what = f"{len(photos)} photos of {cfg.images} ({len(found.skipped)} unreadable)"
     else:
         photos = (data.ScenePool("wild", "train", cfg.photos, cfg.size, keys=("rgb",)).maps["rgb"].float()
@@ -180,9 +181,9 @@ def judged_photos(cfg, device):
         raise UserError(f"train.py: the judge sees {judge_model.size} px photos and --size is {cfg.size}; "
                         "use one size for both")
     bank = Bank(cfg.bank or Path(cfg.out) / "bank", judge_model)
-    if runtime.world() > 1:                                                     # each rank asks about its share
+    if shared and runtime.world() > 1:                                          # each rank asks about its share
         bank.fill(photos[runtime.rank()::runtime.world()], cfg.bank_pairs, device)
-    runtime.barrier()
+        runtime.barrier()
     pts, prob = bank.fill(photos, cfg.bank_pairs, device)
     if runtime.rank() == 0:
         print(f"grpo: {what}; judgement bank: {bank.asked} pairs asked, {bank.known} already known", flush=True)
@@ -230,7 +231,7 @@ class Rows:
         self.index = torch.tensor([NAMES.index(m) for m in self.names], device=device).repeat_interleave(batch)
         self.pts = bank_pts[picked[:, None], chosen].to(device)
         self.prob = bank_prob[picked[:, None], chosen].to(device)
-        self.amp, self.micro = runtime.autocast(cfg.precision, device), cfg.micro
+        self.amp, self.micro = runtime.autocast(cfg.precision, device, not cfg.checkpointing), cfg.micro
 
     def encode(self, net):
         """Condition of every row: (M*B, ...)."""
@@ -376,16 +377,18 @@ def report_wild(cfg, device):
 def report_photos(cfg, device):
     """Before/after figures without ground truth on the photos of --images; writes OUT/photos/report.json, panel.png."""
     out = Path(cfg.out)
-    photos, pts, prob, names = (x[:cfg.eval_images] for x in judged_photos(cfg, device))
+    photos, pts, prob, names = (x[:cfg.eval_images] for x in judged_photos(cfg, device, shared=False))
     rgb = photos.float() / 255
-    policies = [load_predictor(path).to(device) for path in (cfg.policy or out / "base", grpo_folder(cfg))]
-    pred = [evaluation.predict(p, rgb, cfg.eval_steps, 0, cfg.micro or 64) for p in policies]
-    rows = {}
-    for m in policies[0].modalities:
+    pred, rows = [], {}
+    for path in (cfg.policy or out / "base", grpo_folder(cfg)):                 # one in memory at a time
+        policy = load_predictor(path).to(device)
+        pred.append(evaluation.predict(policy, rgb, cfg.eval_steps, 0, cfg.micro or 64))
+        del policy
+    for m in pred[0]:
         per_photo = [(a * w[:, None]).sum(-1)[:, 0].numpy() for a, w in
                      (agreement_of(p[m][:, None], pts, prob[..., NAMES.index(m)], m, cfg) for p in pred)]
         rows[f"reward/{m}"] = per_photo
-    if {"depth", "normal"} <= set(policies[0].modalities):
+    if {"depth", "normal"} <= pred[0].keys():
         rows["depth-normal RMSE"] = [evaluation.photo_scores(p) for p in pred]
     result = {"n": len(rgb),
               "judge/confidence": {m: float((2 * prob[..., k] - 1).abs().mean()) for k, m in enumerate(NAMES)}}
@@ -465,7 +468,9 @@ def check_inputs(cfg):
         if cfg.images:
             data.first_readable(cfg.images)
         if cfg.policy:
-            load_predictor(cfg.policy)
+            if cfg.replay and not load_predictor(cfg.policy).replays:
+                raise UserError(f"train.py: --replay {cfg.replay} needs ground truth for every map that {cfg.policy} "
+                                "predicts, which the procedural scenes have not; use --replay 0")
         if cfg.judge:
             Closed(cfg.judge).digest()
     if cfg.scenes and not cfg.scenes.endswith(".jsonl"):

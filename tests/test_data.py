@@ -406,3 +406,13 @@ def test_panel_enlarges_tiny_maps_and_survives_any_label():
     assert grid.getpixel((10, 30)) == (255, 0, 0)
     with pytest.raises(ValueError):
         data.panel([])
+
+
+def test_photos_beyond_the_limit_are_neither_read_nor_kept(tmp_path):
+    for i in range(5):
+        data.save_png(tmp_path / f"{i}.png", np.full((3, 16, 16), i / 5))
+    (tmp_path / "1.png").write_bytes(b"broken")
+    (tmp_path / "4.png").write_bytes(b"broken")
+    some = data.Photos(tmp_path, 8, limit=3)
+    assert some.names == ["0.png", "2.png", "3.png"] and some.images.shape == (3, 3, 8, 8)
+    assert [path.name for path, _ in some.skipped] == ["1.png"] and some.images.untyped_storage().nbytes() == 3 * 192

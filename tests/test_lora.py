@@ -376,3 +376,9 @@ def test_a_frozen_copy_with_adapters_off_shares_the_base_and_is_it(x):
     for path, layer in lora.adapters(net).items():
         copied = ref.get_submodule(path)
         assert copied.base.weight is layer.base.weight and copied.lora_A is not layer.lora_A
+
+
+def test_an_adapter_put_into_a_network_in_evaluation_is_in_evaluation():
+    network = torch.nn.Sequential(torch.nn.Linear(4, 4)).eval()
+    lora.inject(network, ("0",), 2, 2, dropout=0.5)
+    assert not network[0].training

@@ -374,6 +374,25 @@ def test_a_number_of_steps_outside_1_to_1000_is_refused(T):
         Schedule(ZERO_SNR).steps(T)
 
 
+def test_every_number_of_steps_visits_that_many_descending_timesteps():
+    one = Schedule(ZERO_SNR)
+    for T in range(1, 1001):                                                    # 61 once gave a 62nd, by rounding
+        visited = one.timesteps(T)
+        assert len(visited) == T and visited[0] == 999 and visited[-1] >= 0
+        assert all(a > b for a, b in zip(visited, visited[1:], strict=False))
+
+
+@pytest.mark.parametrize("key", ["clip_sample", "beta_schedule", "prediction_type", "beta_start"])
+def test_a_scheduler_config_that_leaves_a_setting_open_is_refused(key):
+    with pytest.raises(ValueError, match=f"scheduler_config.json has no {key}"):
+        Schedule({k: v for k, v in ZERO_SNR.items() if k != key})
+
+
+def test_another_scheduler_is_refused_by_name():
+    with pytest.raises(ValueError, match="PNDMScheduler"):
+        Schedule(ZERO_SNR | dict(_class_name="PNDMScheduler"))
+
+
 def test_leading_spacing_with_an_offset_leaves_its_last_timestep_unused():
     assert Schedule(V1_0).steps(999)[0][0] == 999
     with pytest.raises(ValueError, match="1000 denoising steps; want 1 .. 999"):

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import data
 import grpo
 import predictor
 import runtime
@@ -418,3 +419,17 @@ def test_torchrun_with_two_processes_trains(run, tmp_path):
     assert [row["step"] for row in log(tmp_path / "run" / "grpo")] == [0, 1]
     assert (tmp_path / "run" / "grpo" / "predictor.safetensors").is_file()
     assert len(list((tmp_path / "bank").rglob("*.safetensors"))) == 4 and not list(tmp_path.rglob("*.part"))
+
+
+def test_torchrun_on_photos_ends_with_the_report(run, tmp_path):
+    """The report is one rank's work: a barrier in it would wait for ranks that have left."""
+    rng = torch.Generator().manual_seed(0)
+    for i in range(4):
+        data.save_png(tmp_path / "in" / f"{i}.png", torch.rand(3, 20, 20, generator=rng).numpy())
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "train.py"),
+         *TINY, *map(str, parts(run)), "--stage", "grpo", "--images", str(tmp_path / "in"), "--bank",
+         str(tmp_path / "bank"), "--out", str(tmp_path / "run"), "--steps", "2", "--eval-every", "0"],
+        env=os.environ | dict(OMP_NUM_THREADS="1"), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads((tmp_path / "run" / "photos" / "report.json").read_text())["n"] == 4
