@@ -42,7 +42,7 @@ SCHEDULER_CONFIG = dict(
     beta_end=None, beta_schedule="scaled_linear", rescale_betas_zero_snr=None, timestep_spacing=None,
     set_alpha_to_one=None, steps_offset=None, clip_sample_range=None, dynamic_thresholding_ratio=None,
     sample_max_value=None, skip_prk_steps=None)
-SCHEDULER_NEEDS = ("beta_start", "beta_end", "beta_schedule", "prediction_type", "clip_sample", "timestep_spacing")
+SCHEDULER_NEEDS = ("beta_start", "beta_end", "beta_schedule", "prediction_type", "timestep_spacing")
 
 
 class Schedule:

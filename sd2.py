@@ -29,7 +29,7 @@ VAE_CONFIG = dict(
     use_post_quant_conv=True, mid_block_add_attention=True, force_upcast=None, sample_size=None,
     down_block_types=None, up_block_types=None, block_out_channels=None, layers_per_block=None, latent_channels=4,
     norm_num_groups=None)
-NETWORK_NEEDS = ("block_out_channels", "layers_per_block", "norm_num_groups", "down_block_types")
+NETWORK_NEEDS = ("block_out_channels", "layers_per_block", "norm_num_groups")
 
 
 def check_config(config, known, what, needs):
@@ -167,7 +167,8 @@ class UNet(nn.Module):
     def __init__(self, config):
         super().__init__()
         check_config(config, UNET_CONFIG, "unet/config.json", NETWORK_NEEDS + (
-            "in_channels", "out_channels", "cross_attention_dim", "attention_head_dim", "up_block_types"))
+            "in_channels", "out_channels", "cross_attention_dim", "attention_head_dim", "down_block_types",
+            "up_block_types"))
         self.config, self.checkpointing = config, False
         widths, groups, eps = config["block_out_channels"], config["norm_num_groups"], config.get("norm_eps", 1e-5)
         heads = config["attention_head_dim"]                                    # the number of heads, despite its name
@@ -302,7 +303,7 @@ class VAE(nn.Module):
     def __init__(self, config):
         super().__init__()
         check_config(config, VAE_CONFIG, "vae/config.json", NETWORK_NEEDS + ("latent_channels",))
-        blocks = {*config["down_block_types"], *config.get("up_block_types", ())}
+        blocks = {*config.get("down_block_types", ()), *config.get("up_block_types", ())}
         if blocks - {"DownEncoderBlock2D", "UpDecoderBlock2D"}:
             raise ValueError(f"marigold: vae/config.json has blocks {sorted(blocks)}, which are not implemented; want "
                              "DownEncoderBlock2D and UpDecoderBlock2D")

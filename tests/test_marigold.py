@@ -382,7 +382,7 @@ def test_every_number_of_steps_visits_that_many_descending_timesteps():
         assert all(a > b for a, b in zip(visited, visited[1:], strict=False))
 
 
-@pytest.mark.parametrize("key", ["clip_sample", "beta_schedule", "prediction_type", "beta_start"])
+@pytest.mark.parametrize("key", ["beta_schedule", "prediction_type", "beta_start"])
 def test_a_scheduler_config_that_leaves_a_setting_open_is_refused(key):
     with pytest.raises(ValueError, match=f"scheduler_config.json has no {key}"):
         Schedule({k: v for k, v in ZERO_SNR.items() if k != key})
