@@ -137,6 +137,13 @@ class Parser(argparse.ArgumentParser):
         print(f"{self.prog}: {message}; see --help", file=sys.stderr)
         raise SystemExit(2)
 
+    def at_least(self, args, least, *names):
+        """Refuse a flag below a bound; one that was not given (None) passes."""
+        for name in names:
+            value = getattr(args, name)
+            if value is not None and value < least:
+                self.error(f"--{name.replace('_', '-')} {value}: want at least {least}")
+
 
 def parse(argv=None):
     """Build a Config from defaults < preset < flags; returns (preset, Config, dry_run). Exits 2 on a user error."""

@@ -458,12 +458,8 @@ def arguments(argv):
         return args
     if not args.dataset:
         p.error("the following arguments are required: --dataset")
-    for name in ("images", "denoise_steps", "ensemble_size", "pairs"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: want at least 1")
-    for name in ("limit", "panels", "processing_res"):
-        if (getattr(args, name) or 0) < 0:
-            p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: want at least 0")
+    p.at_least(args, 1, "images", "denoise_steps", "ensemble_size", "pairs")
+    p.at_least(args, 0, "limit", "panels", "processing_res")
     if len(args.compare) > 2 or (len(args.compare) == 2 and (args.checkpoint or args.pred_dir)):
         p.error("--compare: want BASE beside --checkpoint or --pred-dir, or the two of them alone")
     if args.checkpoint and args.pred_dir:

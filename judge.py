@@ -446,8 +446,7 @@ def arguments(argv):
     args = p.parse_args(argv)
     if not args.bank and not (args.red and args.green):
         p.error("want --red X Y and --green X Y, two points of the photo")
-    if args.pairs < 1:
-        p.error(f"--pairs {args.pairs}: want at least 1")
+    p.at_least(args, 1, "pairs")
     if args.save and Path(args.save).suffix.lower() != ".png":
         p.error(f"--save {args.save}: want a name that ends in .png")
     return p, args

@@ -329,9 +329,8 @@ def main(argv=None):
                    help="latent pixels, side of the tiles a VAE decodes on a small GPU; 0: whole [0]")
     p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="[auto]")
     args = p.parse_args(argv)
-    for name, least in (("denoise_steps", 0), ("ensemble_size", 1), ("processing_res", 0), ("vae_tile", 0)):
-        if getattr(args, name) < least:
-            p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: want at least {least}")
+    p.at_least(args, 0, "denoise_steps", "processing_res", "vae_tile")
+    p.at_least(args, 1, "ensemble_size")
     paths = data.find_images(args.images)
     device = pick_device(args.device, "predictor.py")
     policy = load_predictor(args.checkpoint).to(device)

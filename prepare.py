@@ -271,9 +271,7 @@ def main(argv=None):
     p.add_argument("--pairs", type=int, default=2, help="jsonl: questions per scene and modality [2]")
     p.add_argument("--seed", type=int, default=0, help="jsonl: seed of the pairs [0]")
     args = p.parse_args(argv)
-    for name in ("size", "pairs"):
-        if getattr(args, name) < 1:
-            p.error(f"--{name} {getattr(args, name)}: want at least 1")
+    p.at_least(args, 1, "size", "pairs")
     if not args.raw.is_dir():
         raise FileNotFoundError(f"prepare.py: no folder {str(args.raw)!r}; want the downloaded data; check the path")
     (export if args.what == "jsonl" else convert)(args)

@@ -468,7 +468,8 @@ def check_inputs(cfg):
         if cfg.images:
             data.first_readable(cfg.images)
         if cfg.policy:
-            if cfg.replay and not load_predictor(cfg.policy).replays:
+            policy = load_predictor(cfg.policy)
+            if cfg.replay and not policy.replays:
                 raise UserError(f"train.py: --replay {cfg.replay} needs ground truth for every map that {cfg.policy} "
                                 "predicts, which the procedural scenes have not; use --replay 0")
         if cfg.judge:

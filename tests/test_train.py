@@ -433,3 +433,9 @@ def test_torchrun_on_photos_ends_with_the_report(run, tmp_path):
         env=os.environ | dict(OMP_NUM_THREADS="1"), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads((tmp_path / "run" / "photos" / "report.json").read_text())["n"] == 4
+
+
+def test_a_policy_that_is_not_there_fails_before_anything_is_trained(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no predictor.json"):
+        go(tmp_path / "run", "--stage", "all", "--replay", 0, "--policy", tmp_path)
+    assert not (tmp_path / "run" / "base").exists()
