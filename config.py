@@ -64,6 +64,7 @@ class Config:
     judge_dropout: float = 0.05      # tuning: LoRA dropout (judge release: 0.05)
     judge_warmup: float = 0.03       # tuning: share of the steps with a rising learning rate (judge release: 0.03)
 
+    method: str = "grpo"             # grpo; or a baseline that is not RL: ranking loss, supervised on true wild maps
     photos: int = 10000              # photos used by GRPO (paper: 10000 of COCO train)
     pairs: int = 40                  # N, point pairs drawn per photo and step (paper: 40)
     bank_pairs: int = 40             # pairs judged per photo in all, from which `pairs` are drawn
@@ -72,14 +73,22 @@ class Config:
     eval_steps: int = 50             # denoising steps in evaluation (paper: 50)
     noise: float = 0.7               # a of the exploration noise, or eta for ddim (paper: 0.7)
     exploration: str = "auto"        # flow (Flow-GRPO, paper), ddim (eta form), or the predictor's own: Marigold ddim
-    credit: str = "global"           # global: one advantage per sample (paper); pair: splatted around a pair's points
-    credit_width: float = 1.0        # px of the state, width of the splat
-    rollout: str = "full"            # full: all steps stochastic (paper); branch: one stochastic step, shared prefix
-    reward: str = "hard"             # hard: relation vs the judge's answer (paper); soft: tanh(margin/tau) vs 2p-1
+    init_noise: str = "shared"       # a group starts from shared or independent noise (the paper does not say which)
+    rollout: str = "full"            # full: every step but the last stochastic (paper); branch: one; window: a few
+    stochastic: int = 2              # K, stochastic steps in a row when the rollout is a window
+    tail: int = 0                    # steps from the last stochastic state to the map; 0: all left of sample_steps
+    credit: str = "global"           # global: one advantage per sample (paper); pair: around a pair's points; mix
+    credit_mix: float = 0.5          # share of the global credit in mix
+    credit_width: float = 1.0        # px of the state, width of the splat around a point
+    credit_growth: float = 0.0       # px by which the splat is wider at noise level 1
+    reward: str = "hard"             # hard: relation vs answer (paper); soft: tanh(margin/tau) vs 2p-1; confidence
     tau: float = 0.1                 # softness of the soft reward, in units of the margin
     window: int = 0                  # px, radius of the mean read at a point (paper: 0, one pixel)
+    mine: int = 0                    # 1: of all judged pairs those that split the group most are scored (paper: 0)
     modalities: str = "one"          # one drawn per step (paper), or joint: all four at every step
     balance: int = 0                 # 1: both answers to the albedo question carry half of the reward (paper: 0)
+    depth_normal: float = 0.0        # weight of the depth-normal consistency reward, no judge; wants joint (paper: 0)
+    shading: float = 0.0             # weight of albedo x irradiance against the photo, no judge; wants joint (paper: 0)
     norm: str = "group"              # advantage scale: group (paper), global or none
     steps: int = 5000                # GRPO steps (paper: 3 epochs of 10000 photos at 6 a step)
     batch: int = 6                   # photos a step over all ranks (paper: 6 GPUs, one each)
@@ -93,6 +102,9 @@ class Config:
     micro: int = 0                   # states the predictor takes at once, in rollout and update alike; 0: all
     ema: float = 0.99                # decay of the averaged policy that is evaluated and kept
     eval_every: int = 100            # steps between diagnostics on validation scenes; 0: never
+    val_images: int = 24             # validation scenes per domain in the diagnostics
+    band: float = 4.0                # stop when sharpness or spread of maps leave their start by this factor; 0: never
+    forget: float = 0.5              # stop when a synthetic validation error grows by more than this share; 0: never
 
 
 PRESETS = {
@@ -120,14 +132,17 @@ PRESETS = {
 CHOICES = {
     "stage": ("all", "base", "judge", "grpo"), "device": ("auto", "cpu", "cuda"), "kernels": ("auto", "torch"),
     "precision": ("auto", "bf16", "fp32"),
-    "exploration": ("auto", "flow", "ddim"), "credit": ("global", "pair"), "rollout": ("full", "branch"),
-    "reward": ("hard", "soft"), "modalities": ("one", "joint"), "norm": ("group", "global", "none"),
+    "exploration": ("auto", "flow", "ddim"), "credit": ("global", "pair", "mix"),
+    "rollout": ("full", "branch", "window"),
+    "init_noise": ("shared", "independent"), "method": ("grpo", "ranking", "supervised"),
+    "reward": ("hard", "soft", "confidence"), "modalities": ("one", "joint"), "norm": ("group", "global", "none"),
 }
 
 
 MAY_BE_ZERO = ("seed", "threads", "stop_at", "base_muon", "judge_muon", "judge_warm", "judge_decay", "judge_dropout",
-               "judge_warmup", "window",
-               "balance", "lora", "checkpointing", "micro", "kl_weight", "replay", "ema", "base_ema", "eval_every")
+               "judge_warmup", "tail", "credit_mix", "credit_growth", "window", "mine", "depth_normal", "shading",
+               "balance", "lora", "checkpointing", "micro", "kl_weight", "replay", "ema", "base_ema", "eval_every",
+               "band", "forget")
 
 
 class Parser(argparse.ArgumentParser):
@@ -193,6 +208,17 @@ def problem(cfg, preset="mini"):
         return f"--group {cfg.group}: a group of one has no advantage; want at least 2"
     if cfg.sample_steps < 2:
         return f"--sample-steps {cfg.sample_steps}: the last step is deterministic; want at least 2"
+    if cfg.rollout == "window" and cfg.stochastic >= cfg.sample_steps:
+        return f"--stochastic {cfg.stochastic} of --sample-steps {cfg.sample_steps}: the last step is deterministic"
+    if cfg.credit_mix > 1:
+        return f"--credit-mix {cfg.credit_mix}: want a share in [0, 1]"
+    if (cfg.depth_normal or cfg.shading) and cfg.modalities != "joint":
+        return "--depth-normal and --shading hold two maps of a photo against each other: want --modalities joint"
+    if cfg.images and (cfg.method == "supervised" or cfg.judge == "oracle"):
+        return (f"--images {cfg.images} has no true maps for --method supervised or --judge oracle; "
+                "use procedural photos")
+    if 0 < cfg.band <= 1:
+        return f"--band {cfg.band}: want a factor above 1, or 0"
     for name, given in (("patch", cfg.policy), ("judge_patch", cfg.judge)):     # of networks that are built here
         if not given and not cfg.scenes and cfg.size % getattr(cfg, name):
             return f"--size {cfg.size} is not a multiple of --{name.replace('_', '-')} {getattr(cfg, name)}"

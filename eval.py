@@ -135,15 +135,19 @@ def score(pred, maps, pairs):
     return {name: out[name] for name in METRICS if name in out}
 
 
-def judge_scores(judge, maps, pairs):
-    """Accuracy of the judge and of the four heuristics per image: dict "judge/m", "heuristic/m" -> (B,) numpy."""
-    out = {}
+def judge_scores(judge, maps, pred, seed):
+    """Accuracy of the judge, of a predictor's maps and of the four heuristics on pairs that the judge can be asked.
+
+    pred     dict modality -> (B, C, H, W);  returns  dict "judge/m", "predictor/m", "heuristic/m" -> (B,) numpy
+    """
+    out, pairs = {}, eval_pairs(maps, PAIRS, judge.grid, seed)
     for k, m in enumerate(NAMES):
         pts, truth = pairs[m]
         device = next(judge.parameters()).device
         prob = torch.cat([judge.ask(maps["rgb"][i:i + 32].to(device), pts[i:i + 32].to(device)).cpu()
                           for i in range(0, len(pts), 32)])
         out[f"judge/{m}"] = accuracy(prob[..., k] - 0.5, truth)
+        out[f"predictor/{m}"] = accuracy(margin(pred[m], pts, m), truth)
         out[f"heuristic/{m}"] = accuracy(HEURISTICS[m][1](maps["rgb"], pts), truth)
     return out
 
@@ -170,27 +174,24 @@ def compare(base, new):
     return rows
 
 
-def evaluate(policy, maps, steps, seed, grid=1):
-    """Metrics per image of one predictor on one set; see METRICS."""
-    pairs = eval_pairs(maps, PAIRS, grid, seed)
-    return score(predict(policy, maps["rgb"], steps, seed), maps, pairs)
-
-
 def diagnose(policy, size, steps, n=24, seed=0, batch=64):
-    """Off-reward figures on validation scenes, for the log: sharpness and spread of wild maps, synthetic scores.
+    """Figures on n validation scenes a domain, for the log: scores, and the sharpness and spread of wild maps.
 
-    A reward that rises while high-frequency energy or spread leaves the true maps' band is being hacked;
-    synthetic scores that fall are forgetting.
+    No stage learns from them. A reward that rises while high-frequency energy or spread leaves the true maps' band is
+    being hacked; synthetic scores that fall are forgetting.
     """
     out = {}
-    maps = data.ScenePool("wild", "val", n, size).maps
-    pred = predict(policy, maps["rgb"].float(), steps, seed, batch)
-    for m in policy.modalities:
-        out[f"wild/{m}_high_frequency"] = float(np.mean([metrics.high_frequency_energy(x.numpy()) for x in pred[m]]))
-        out[f"wild/{m}_spread"] = float(pred[m].std((2, 3)).mean())
-    maps = data.ScenePool("synthetic", "val", n, size).all()
-    values = score(predict(policy, maps["rgb"], steps, seed, batch), maps, eval_pairs(maps, PAIRS, 1, seed))
-    return out | {f"synthetic/{k}": float(np.nanmean(v)) for k, v in values.items()}
+    for domain in ("wild", "synthetic"):
+        maps = data.ScenePool(domain, "val", n, size).all()
+        pred = predict(policy, maps["rgb"], steps, seed, batch)
+        values = score(pred, maps, eval_pairs(maps, PAIRS, 1, seed))
+        out |= {f"{domain}/{k}": float(np.nanmean(v)) for k, v in values.items()}
+        if domain == "wild":
+            for m in policy.modalities:
+                energy = [metrics.high_frequency_energy(x.numpy()) for x in pred[m]]
+                out |= {f"wild/{m}_high_frequency": float(np.mean(energy)),
+                        f"wild/{m}_spread": float(pred[m].std((2, 3)).mean())}
+    return out
 
 
 def photo_scores(pred):
@@ -241,11 +242,9 @@ def report(name, values, base_values=None, judge_values=None):
               ("metric", "protocol", "base", "X", "change", "95 %", ""))
     if judge_values is not None:
         result["judge"] = {k: float(np.nanmean(v)) for k, v in judge_values.items()}
-        shown = base_values or values
-        own = {m: f"{np.nanmean(shown[f'{m}/pairs']):.3f}" if f"{m}/pairs" in shown else "-" for m in NAMES}
-        lines = [(m, HEURISTICS[m][0], f"{result['judge'][f'judge/{m}']:.3f}", own[m],
-                  f"{result['judge'][f'heuristic/{m}']:.3f}") for m in NAMES]
-        table(f"{name}: accuracy on the same pairs; every pair counts",
+        lines = [(m, HEURISTICS[m][0], *(f"{result['judge'][f'{who}/{m}']:.3f}" for who in
+                                         ("judge", "predictor", "heuristic"))) for m in NAMES]
+        table(f"{name}: accuracy on pairs that the judge can be asked; every pair counts",
               lines,
               ("modality", "heuristic", "judge", "predictor" if base_values is None else "base", "heuristic"))
     return result
@@ -541,12 +540,11 @@ def evaluate_procedural(args):
         maps["depth"] = maps["depth"] + 1                                       # affine in [0, 1]: no zero to divide by
     else:
         maps = data.ScenePool(args.dataset, "test", args.images, size).all()
-    grid = judge.grid if judge is not None else 1
-    steps = args.denoise_steps or 10
-    values = evaluate(policy, maps, steps, args.seed, grid)
-    base_values = evaluate(base, maps, steps, args.seed, grid) if base is not None else None
-    judge_values = judge_scores(judge, maps, eval_pairs(maps, PAIRS, grid, args.seed)) if judge is not None else None
-    return report(args.dataset, values, base_values, judge_values)
+    pairs, steps = eval_pairs(maps, PAIRS, 1, args.seed), args.denoise_steps or 10
+    pred = [predict(p, maps["rgb"], steps, args.seed) for p in (policy, base) if p is not None]
+    values = [score(p, maps, pairs) for p in pred]
+    judge_values = judge_scores(judge, maps, pred[-1], args.seed) if judge is not None else None
+    return report(args.dataset, values[0], values[1] if base is not None else None, judge_values)
 
 
 if __name__ == "__main__":

@@ -11,10 +11,10 @@ log p       = -(x_next - mean)^2 / (2 std^2) - log std - log(2 pi) / 2, MEAN ove
 log-ratio   = d (2 (x_next - mean_old) - d) / (2 std^2), d = mean - mean_old: exactly 0 while the policy is the old one
 KL          = (mean - mean_ref)^2 / (2 std^2), mean over elements: contains |dt| (Flow-GRPO's published code omits it)
 reward      of sample g: mean over pairs of the agreement of relation(map_g) with the judge
-credit      `global` (paper): one advantage per sample. `pair`: the reward is a sum of known per-pair terms, so each
-            pair's centred agreement is splatted around its two points and weighs the log-ratio there.
-rollout     `full` (paper): every step is stochastic. `branch`: the group shares noise and an ODE prefix, one step is
-            stochastic, an ODE tail finishes; only that step is trained (its state is shared, so its update costs 1/G).
+credit      one advantage per sample (paper), or one per pixel that weighs the log-ratio there (rewards.py)
+rollout     `full` (paper): every step but the last is stochastic. `branch`: the group shares noise and an ODE prefix,
+            one step is stochastic, an ODE tail finishes; only that step is trained, and its state is shared, so its
+            update costs 1/G. `window`: K such steps in a row.
 Source: ReasonX (arXiv 2512.04222) sec. 3.2, Flow-GRPO (arXiv 2505.05470), DDPO for the likelihood-ratio form.
 """
 import math
@@ -23,7 +23,6 @@ from dataclasses import dataclass, replace
 import torch
 
 from kernels.log_ratio import log_ratio_kl
-from kernels.pair_credit import pair_credit  # noqa: F401  the local form of group_advantage
 from kernels.sde_step import sde_step
 from kernels.step_logprob import step_logprob
 
@@ -170,28 +169,33 @@ class Step:
 
 
 @torch.no_grad()
-def rollout(velocity, x, grid, group, mode, step, noise, rng):
-    """Sample a group of maps per row.
+def rollout(velocity, x, grid, group, stochastic, step, noise, rng, tail=0):
+    """Sample a group of maps per row: an ODE prefix, `stochastic` consecutive SDE steps, an ODE tail.
 
-    velocity  (x (N, c, h, w), t float) -> v; the N / R samples of a row lie side by side
-    x         (R, c, h, w) initial state, shared by a group;  grid: T + 1 descending times, the predictor's own
-    mode      "full" (paper): every step but the last is stochastic; "branch": one step, drawn from rng, is
-    step      one of STEPS.values();  noise: its scale (a or eta)
-    returns   x_0 (R, G, c, h, w), list of Steps
+    velocity    (x (N, c, h, w), t float) -> v; the N / R samples of a row lie side by side
+    x           (R, c, h, w) initial state shared by a group, or (R, G, c, h, w) one of each sample
+    grid        T + 1 descending times, the predictor's own
+    stochastic  K in 1 .. T - 1, in a place drawn from rng. T - 1: every step but the last (`full`, paper); 1: `branch`
+    step        one of STEPS.values();  noise: its scale (a or eta)
+    tail        steps from the last stochastic state to the map, at most those of the grid; 0: those of the grid
+    returns     x_0 (R, G, c, h, w), list of K Steps
+    raises      ValueError  K or T out of range
     """
-    T, R = len(grid) - 1, len(x)
-    if mode not in ("full", "branch") or T < 2:
-        raise ValueError(f"grpo.rollout: got mode {mode!r}, {T} steps; want 'full' or 'branch' and at least 2 steps")
-    branch = int(torch.randint(T - 1, (1,), generator=rng)) if mode == "branch" else 0
-    steps = []
-    if mode == "full":
-        x = x.repeat_interleave(group, 0)
-    for i, (t, s) in enumerate(zip(grid, grid[1:], strict=False)):
+    T, R, shared = len(grid) - 1, len(x), x.ndim == 4
+    if T < 2 or not 0 < stochastic < T:
+        raise ValueError(f"grpo.rollout: got {stochastic} stochastic of {T} steps; want 1 to T - 1 "
+                         "(the last step is deterministic) and T >= 2")
+    first = int(torch.randint(T - stochastic, (1,), generator=rng))
+    last = first + stochastic
+    left = min(tail or T, T - last)
+    walk = [*grid[:last], *(grid[last + (T - last) * k // left] for k in range(left + 1))]
+    steps, x = [], x if shared else x.flatten(0, 1)
+    for i, (t, s) in enumerate(zip(walk, walk[1:], strict=False)):
         v = velocity(x, t)
-        if i == T - 1 or (mode == "branch" and i != branch):
+        if not first <= i < last:
             x = x + (s - t) * v
             continue
-        many = group if mode == "branch" else 1
+        many = group if shared and i == first else 1                            # a shared state branches here
         eps = torch.randn(many, *x.shape, generator=rng).to(x.device).transpose(0, 1)
         A, B, std = coefficients(step, t, s, noise)
         x_next, mean, _ = sde_step(x, v, eps, A, B, std)                        # (R, K, c, h, w)

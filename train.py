@@ -10,11 +10,12 @@ Each stage is one loop; the same command again resumes. A group stays on one ran
 import copy
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
 
+import baselines
 import data
 import eval as evaluation
 import grpo
@@ -22,21 +23,21 @@ import kernels
 import lora
 import metrics
 import questions
+import rewards
 import runtime
 from bank import Bank
-from config import parse
+from config import Config, parse
 from judge import Closed, add_lora, load_judge
-from kernels.pair_reward import pair_reward
 from mini_judge import MiniJudge, Probe, build_mini, judge_loss
 from predictor import NAMES, DiT, DiTConfig, flow_loss, load_predictor
 from relations import MODALITIES
 from runtime import Run, UserError, cosine, ema_update, optimizers
 
-GRPO_SETTINGS = ("images", "policy", "judge", "photos", "pairs", "bank_pairs", "group", "sample_steps", "noise", "lora",
-                 "exploration", "credit", "credit_width", "rollout", "reward", "tau", "window", "modalities", "norm",
-                 "balance", "steps", "batch", "updates", "clip", "kl_weight", "replay", "lr", "ema", "size")
+FIELDS = [f.name for f in fields(Config)]
+GRPO_SETTINGS = {"size", "images", "policy", "judge", *FIELDS[FIELDS.index("method"):FIELDS.index("ema") + 1]} - {
+    "checkpointing", "micro"}                                                   # every flag but what changes no result
 DIT_SETTINGS = ("size", "width", "encoder_layers", "layers", "heads", "patch")
-SEEDS = dict(base=1, judge=2, grpo=3, photos=4, lora=5)      # streams of random numbers, one per purpose
+SEEDS = dict(base=1, judge=2, grpo=3, photos=4, lora=5, oracle=6)      # streams of random numbers, one per purpose
 
 
 def settings(cfg, *names, prefix=None):
@@ -162,12 +163,21 @@ def tune_judge(cfg, device):
               flush=True)
 
 
+def judge_digest(cfg):
+    """Digest of the judge's weights, which a run may not exchange half way."""
+    return cfg.judge if cfg.judge == questions.ORACLE else runtime.weights_digest(cfg.judge or Path(cfg.out) / "judge")
+
+
 def judged_photos(cfg, device, shared=True):
     """Unlabeled training photos and what the judge says of them.
 
     shared   True when all ranks call: each asks about its share;  False: this one asks what is left
     returns  photos (n, 3, S, S) uint8, pts (n, P, 2, 2), prob (n, P, M) from the judgement bank, names (n)
     """
+    if cfg.judge == questions.ORACLE:
+        scenes = data.ScenePool("wild", "train", cfg.photos, cfg.size).all()
+        pts, prob = questions.oracle_answers(scenes, cfg.bank_pairs, runtime.generator(cfg.seed, SEEDS["oracle"]))
+        return (scenes["rgb"] * 255).round().byte(), pts, prob, [f"wild {i}" for i in range(len(pts))]
     if cfg.images:
         found = data.Photos(cfg.images, cfg.size, cfg.photos)
         photos, names = found.images, found.names
@@ -190,47 +200,23 @@ def judged_photos(cfg, device, shared=True):
     return photos, pts, prob, names
 
 
-def agreement_of(pred, pts, prob, modality, cfg):
-    """Agreement of each sample's map with the judge on each pair, and the weight of each pair in the reward.
-
-    pred (B, G, C, H, W); pts (B, P, 2, 2); prob (B, P) of the first answer -> agree (B, G, P) in [0, 1], weight (B, P)
-    """
-    weight = torch.full_like(prob, 1 / prob.shape[1])
-    if cfg.balance and modality == "albedo":                                    # both answers carry half of the reward
-        weight = 0.5 * (prob / prob.sum(1, keepdim=True).clamp_min(1e-6)
-                        + (1 - prob) / (1 - prob).sum(1, keepdim=True).clamp_min(1e-6))
-    agree = pair_reward(pred, pts, prob, weight, modality, cfg.reward == "hard", cfg.tau, cfg.window)[1]
-    return agree, weight
-
-
-def credit_of(agree, weight, pts, size, cfg):
-    """Advantage of each sample: (B, G), or (B, G, h, w) for per-pair credit. Also the reward (B, G)."""
-    reward = (agree * weight[:, None]).sum(-1)                                  # (B, G)
-    if cfg.credit == "global":
-        return grpo.group_advantage(reward, cfg.norm), reward
-    credit = grpo.pair_credit(agree, weight, pts, size, cfg.credit_width)
-    if cfg.norm == "none":
-        return credit, reward
-    axes = (1, 2, 3) if cfg.norm == "group" else (0, 1, 2, 3)
-    scale = credit.square().mean(axes, keepdim=True).sqrt()
-    return torch.where(scale > 0, credit / scale.clamp_min(1e-12), 0.0), reward
-
-
 class Rows:
     """The (modality, photo) rows of one step: M modalities of B photos, modality-major.
 
-    rgb (B, 3, H, W); names: M modalities; index (M*B,) modality of each row; pts (B, P, 2, 2); prob (B, P, 4)
+    rgb (B, 3, H, W); picked (B,) their places; names: M modalities; index (M*B,) modality of each row;
+    pts (B, P, 2, 2); prob (B, P, 4)
     """
 
     def __init__(self, cfg, modalities, photos, bank_pts, bank_prob, batch, rng, device):
-        picked = torch.randint(len(photos), (batch,), generator=rng)
-        chosen = torch.stack([torch.randperm(cfg.bank_pairs, generator=rng)[:cfg.pairs] for _ in range(batch)])
+        self.picked = torch.randint(len(photos), (batch,), generator=rng)
+        n = cfg.bank_pairs if cfg.mine else cfg.pairs
+        chosen = torch.stack([torch.randperm(cfg.bank_pairs, generator=rng)[:n] for _ in range(batch)])
         one = int(torch.randint(len(modalities), (1,), generator=rng))
-        self.rgb = photos[picked].to(device).float() / 255
+        self.rgb = photos[self.picked].to(device).float() / 255
         self.names = modalities if cfg.modalities == "joint" else modalities[one:one + 1]
         self.index = torch.tensor([NAMES.index(m) for m in self.names], device=device).repeat_interleave(batch)
-        self.pts = bank_pts[picked[:, None], chosen].to(device)
-        self.prob = bank_prob[picked[:, None], chosen].to(device)
+        self.pts = bank_pts[self.picked[:, None], chosen].to(device)
+        self.prob = bank_prob[self.picked[:, None], chosen].to(device)
         self.amp, self.micro = runtime.autocast(cfg.precision, device, not cfg.checkpointing), cfg.micro
 
     def encode(self, net):
@@ -254,42 +240,54 @@ class Rows:
         return torch.cat([self.velocity(net, cond, x[part], t, part, len(x)) for part in self.parts(len(x))])
 
 
+STOCHASTIC = dict(full=lambda cfg: cfg.sample_steps - 1, branch=lambda cfg: 1, window=lambda cfg: cfg.stochastic)
+
+
 @torch.no_grad()
 def explore(policy, rows, cfg, step, rng):
     """Sample a group per row, compare it with the judge.
 
-    returns  trained steps, advantage (M*B, G) or (M*B, G, h, w), dict of reward statistics
+    returns  trained steps; the advantage of each, (M*B, G) or (M*B, G, h, w); dict of reward statistics
     """
-    cond, B = rows.encode(policy), len(rows.rgb)
-    noise = torch.randn(len(rows.index), *policy.shape(rows.rgb), generator=rng).to(rows.rgb.device)  # one per group
+    cond, B, n = rows.encode(policy), len(rows.rgb), len(rows.index)
+    many = () if cfg.init_noise == "shared" else (cfg.group,)
+    noise = torch.randn(n, *many, *policy.shape(rows.rgb), generator=rng).to(rows.rgb.device)
     x0, taken = grpo.rollout(lambda x, t: rows.all_velocities(policy, cond, x, t),
                              policy.start(noise, cfg.sample_steps), policy.times(cfg.sample_steps), cfg.group,
-                             cfg.rollout, step, cfg.noise, rng)                                     # (M*B, G, c, h, w)
-    advantage, stats = [], {}
+                             STOCHASTIC[cfg.rollout](cfg), step, cfg.noise, rng, cfg.tail)          # (M*B, G, c, h, w)
+    size, pred, credit, stats = x0.shape[-2:], {}, {}, {}
     for m, part in zip(rows.names, x0.split(B), strict=True):
         with rows.amp:                                                          # only the drawn modality is decoded
-            pred = policy.decode(part.flatten(0, 1), m).float().unflatten(0, (B, cfg.group))        # (B, G, C, H, W)
-        agree, weight = agreement_of(pred, rows.pts, rows.prob[..., NAMES.index(m)], m, cfg)        # (B, G, P), (B, P)
-        pts = rows.pts * x0.shape[-1] // rows.rgb.shape[-1]                     # photo pixels -> pixels of the state
-        adv, reward = credit_of(agree, weight, pts, x0.shape[-2:], cfg)
-        advantage.append(adv)
+            pred[m] = policy.decode(part.flatten(0, 1), m).float().unflatten(0, (B, cfg.group))     # (B, G, C, H, W)
+        agree, weight, reward = rewards.judged(pred[m], rows.pts, rows.prob[..., NAMES.index(m)], m, cfg)
         stats |= {f"reward/{m}": reward.mean(), f"reward/{m}_spread": reward.std(1, correction=0).mean(),
                   f"reward/{m}_unanimous": grpo.is_unanimous(reward).float().mean()}
-    return taken, torch.cat(advantage), stats | {"reward": mean([stats[f"reward/{m}"] for m in rows.names])}
+        pts = rows.pts
+        if cfg.mine:
+            agree, weight, pts = rewards.mine(agree, weight, pts, cfg.pairs)
+        pts = pts * size[1] // rows.rgb.shape[-1]                               # photo pixels -> pixels of the state
+        credit[m] = [rewards.advantage(agree, weight, pts, size, one.s, cfg) for one in taken]
+    for name, share, between, agree in rewards.consistency(pred, rows.rgb, cfg):
+        extra = share * rewards.map_advantage(agree, size, cfg)
+        credit |= {m: [adv + extra for adv in credit[m]] for m in between}
+        stats[f"reward/{name}"] = agree.mean()
+    advantage = [torch.cat(parts) for parts in zip(*credit.values(), strict=True)]
+    return taken, advantage, stats | {"reward": mean([stats[f"reward/{m}"] for m in rows.names])}
 
 
 def surrogate(policy, ref, rows, taken, advantage, cfg, step, backward):
     """Loss of the trained steps (mean); its gradient is gathered portion by portion, so one portion is in memory.
 
+    taken, advantage  of `explore`
     backward  called with each portion's share of the loss;  returns  the loss, and what the log shows of it
     """
     cond, loss, parts = rows.encode(policy), 0.0, []
     leaf = cond.detach().requires_grad_(cond.requires_grad)                     # the photo encoder is walked back once
     with torch.no_grad():
         cond_ref = rows.encode(ref)
-    for one in taken:
+    for one, credit in zip(taken, advantage, strict=True):
         n = len(one.x)
-        credit = advantage if n == len(rows.index) else advantage.flatten(0, 1)[:, None]
+        credit = credit if n == len(rows.index) else credit.flatten(0, 1)[:, None]
         for part in rows.parts(n):
             v = rows.velocity(policy, leaf, one.x[part], one.t, part, n)
             with torch.no_grad():
@@ -308,7 +306,7 @@ def surrogate(policy, ref, rows, taken, advantage, cfg, step, backward):
 
 def tune(cfg, device):
     """GRPO against the frozen judge, without ground truth; writes OUT/grpo, or OUT/photos for --images."""
-    start, judge_folder = cfg.policy or Path(cfg.out) / "base", cfg.judge or Path(cfg.out) / "judge"
+    start = cfg.policy or Path(cfg.out) / "base"
     policy = load_predictor(start).to(device)
     if cfg.lora:
         lora.inject(policy.network, policy.lora_targets, cfg.lora, cfg.lora,
@@ -320,29 +318,34 @@ def tune(cfg, device):
     params = list(learnt.parameters())
     opts = optimizers([policy], cfg.lr, 0, weight_decay=0.0, betas=(0.9, 0.95))
     batch = shares(cfg.batch, "batch")
-    frozen = dict(policy_weights=runtime.weights_digest(start), judge_weights=runtime.weights_digest(judge_folder))
+    frozen = dict(policy_weights=runtime.weights_digest(start), judge_weights=judge_digest(cfg))
     run = Run(grpo_folder(cfg), settings(cfg, *GRPO_SETTINGS) | frozen, cfg.seed, cfg.steps,
               dict(policy=learnt, average=averaged), opts, cfg.save_every)
     sde = grpo.STEPS[policy.exploration if cfg.exploration == "auto" else cfg.exploration]
     if run.start < run.steps:
         photos, bank_pts, bank_prob, _ = judged_photos(cfg, device)
         replay = data.ScenePool("synthetic", "train", cfg.base_scenes, cfg.size) if cfg.replay else None
+        truth = data.ScenePool("wild", "train", cfg.photos, cfg.size) if cfg.method == "supervised" else None
     for step in run.loop("grpo", cfg.stop_at):
         rng = run.rng(step, SEEDS["grpo"])
         rows = Rows(cfg, policy.modalities, photos, bank_pts, bank_prob, batch, rng, device)
-        taken, advantage, stats = explore(policy, rows, cfg, sde, rng)
+        if cfg.method == "grpo":
+            taken, advantage, stats = explore(policy, rows, cfg, sde, rng)
         for update in range(cfg.updates):
-            loss, parts = surrogate(policy, ref, rows, taken, advantage, cfg, sde, run.backward)
-            if update == 0 and not parts["policy/ratio_min"] == parts["policy/ratio_max"] == 1:
-                raise FloatingPointError(f"grpo: step {step}: the ratio is not 1 before the first update; "
-                                         "rollout and update computed different velocities")
+            if cfg.method == "grpo":
+                loss, parts = surrogate(policy, ref, rows, taken, advantage, cfg, sde, run.backward)
+                if update == 0 and not parts["policy/ratio_min"] == parts["policy/ratio_max"] == 1:
+                    raise FloatingPointError(f"grpo: step {step}: the ratio is not 1 before the first update; "
+                                             "rollout and update computed different velocities")
+            else:
+                loss, parts, stats = baselines.loss(policy, ref, truth, rows, cfg, rng, run.backward)
             if cfg.replay:
                 with rows.amp:
                     run.backward(cfg.replay * policy.loss(replay.draw(batch, rng, device), rows.names, rng))
             norm = run.update(None, [params], cosine(step, cfg.steps, warmup=10))
         ema_update(averaged, learnt, min(cfg.ema, (step + 1) / (step + 10)))
         if cfg.eval_every and ((step + 1) % cfg.eval_every == 0 or step == 0) and runtime.rank() == 0:
-            stats |= evaluation.diagnose(average, cfg.size, cfg.eval_steps, batch=cfg.micro or 64)
+            stats |= evaluation.diagnose(average, cfg.size, cfg.eval_steps, cfg.val_images, batch=cfg.micro or 64)
         run.log(step, show=("reward", "policy/kl"), **stats, **parts, **{"grad/norm": norm, "loss": loss})
     if run.finished():
         made = {k: v for k, v in runtime.about().items() if k in ("command", "commit")}
@@ -358,14 +361,16 @@ def report_wild(cfg, device):
     """Before/after table on held-out scenes, the judge beside it, a picture; writes OUT/report.json, OUT/panel.png."""
     out = Path(cfg.out)
     before, after = load_predictor(cfg.policy or out / "base").to(device), load_predictor(out / "grpo").to(device)
-    judge_model = load_judge(cfg.judge or out / "judge").to(device)
+    oracle = cfg.judge == questions.ORACLE
+    judge_model = None if oracle else load_judge(cfg.judge or out / "judge").to(device)
     results = []
     for name in ("wild", "synthetic", "broad"):
         maps = data.ScenePool(name, "test", cfg.eval_images, cfg.size).all()
-        pairs = evaluation.eval_pairs(maps, evaluation.PAIRS, judge_model.grid, 0)
+        pairs = evaluation.eval_pairs(maps, evaluation.PAIRS, 1, 0)
         pred = [evaluation.predict(p, maps["rgb"], cfg.eval_steps, 0, cfg.micro or 64) for p in (before, after)]
         values = [evaluation.score(p, maps, pairs) for p in pred]
-        answers = evaluation.judge_scores(judge_model, maps, pairs) if name != "synthetic" else None
+        ask = judge_model is not None and name != "synthetic"
+        answers = evaluation.judge_scores(judge_model, maps, pred[0], 0) if ask else None
         results.append(evaluation.report(name, values[1], values[0], answers))
         if name == "wild":
             save_panel(out / "panel.png", maps["rgb"], *pred, truth=maps)
@@ -385,9 +390,8 @@ def report_photos(cfg, device):
         pred.append(evaluation.predict(policy, rgb, cfg.eval_steps, 0, cfg.micro or 64))
         del policy
     for m in pred[0]:
-        per_photo = [(a * w[:, None]).sum(-1)[:, 0].numpy() for a, w in
-                     (agreement_of(p[m][:, None], pts, prob[..., NAMES.index(m)], m, cfg) for p in pred)]
-        rows[f"reward/{m}"] = per_photo
+        rows[f"reward/{m}"] = [rewards.judged(p[m][:, None], pts, prob[..., NAMES.index(m)], m, cfg)[2][:, 0].numpy()
+                               for p in pred]
     if {"depth", "normal"} <= pred[0].keys():
         rows["depth-normal RMSE"] = [evaluation.photo_scores(p) for p in pred]
     result = {"n": len(rgb),
@@ -472,7 +476,7 @@ def check_inputs(cfg):
             if cfg.replay and not policy.replays:
                 raise UserError(f"train.py: --replay {cfg.replay} needs ground truth for every map that {cfg.policy} "
                                 "predicts, which the procedural scenes have not; use --replay 0")
-        if cfg.judge:
+        if cfg.judge not in ("", questions.ORACLE):
             Closed(cfg.judge).digest()
     if cfg.scenes and not cfg.scenes.endswith(".jsonl"):
         data.list_scenes(cfg.scenes)

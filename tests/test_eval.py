@@ -210,16 +210,25 @@ class Oracle(torch.nn.Linear):
         return 0.5 + 0.5 * true_relations(self.maps, pts).float()
 
 
-def test_a_judge_that_knows_the_truth_is_always_right(maps, pairs):
-    got = judge_scores(Oracle(maps), maps, pairs)
-    assert all((got[f"judge/{m}"] == 1).all() for m in NAMES)
+def test_a_judge_that_knows_the_truth_is_always_right_and_so_are_the_true_maps(maps):
+    got = judge_scores(Oracle(maps), maps, perfect(maps), 0)
+    assert all((got[f"{who}/{m}"] == 1).all() for m in NAMES for who in ("judge", "predictor"))
 
 
-def test_a_judge_that_always_says_yes_is_at_chance_on_balanced_albedo(maps, pairs):
-    truth = pairs["albedo"][1]
-    got = judge_scores(Oracle(maps, yes=True), maps, pairs)["judge/albedo"]
+def test_a_judge_that_always_says_yes_is_at_chance_on_balanced_albedo(maps):
+    truth = eval_pairs(maps, evaluation.PAIRS, 1, 0)["albedo"][1]
+    got = judge_scores(Oracle(maps, yes=True), maps, perfect(maps), 0)["judge/albedo"]
     np.testing.assert_allclose(got, ((truth > 0).sum(1) / (truth != 0).sum(1)).numpy())
-    assert (got[((truth > 0).sum(1) == 20).numpy() & ((truth < 0).sum(1) == 20).numpy()] == 0.5).all()
+    half = evaluation.PAIRS // 2
+    assert (got[((truth > 0).sum(1) == half).numpy() & ((truth < 0).sum(1) == half).numpy()] == 0.5).all()
+
+
+def test_judge_and_predictor_are_compared_on_pairs_the_judge_can_be_asked(maps, monkeypatch):
+    judge, asked = Oracle(maps), []
+    judge.grid = 4
+    monkeypatch.setattr(judge, "ask", lambda rgb, pts: asked.append(pts) or Oracle.ask(judge, rgb, pts))
+    judge_scores(judge, maps, perfect(maps), 0)
+    assert len(asked) == len(NAMES) and all((pts % 4 == 2).all() for pts in asked)
 
 
 def test_each_heuristic_is_right_on_the_case_it_was_made_for():
@@ -255,7 +264,7 @@ def test_a_run_is_evaluated_before_and_after_with_its_judge(run, tmp_path, capsy
     printed = capsys.readouterr().out
     assert got["dataset"] == "wild" and got["n"] == 4 and set(got["metrics"]) == set(METRICS)
     assert all({"base", "x", "change", "low", "high", "verdict"} <= set(row) for row in got["metrics"].values())
-    assert {f"judge/{m}" for m in NAMES} | {f"heuristic/{m}" for m in NAMES} <= set(got["judge"])
+    assert {f"{who}/{m}" for m in NAMES for who in ("judge", "predictor", "heuristic")} == set(got["judge"])
     assert all(name in printed for name in METRICS)
 
 

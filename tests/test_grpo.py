@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import grpo
-from grpo import STEPS, clipped_loss, ddim_sde_step, flow_eta_step, flow_sde_step, group_advantage, pair_credit
+from grpo import STEPS, clipped_loss, ddim_sde_step, flow_eta_step, flow_sde_step, group_advantage
+from kernels.pair_credit import pair_credit
 
 DOUBLE = torch.float64
 TIGHT = dict(rtol=1e-12, atol=1e-13)         # fp64, ten to twenty operations on numbers of order one
@@ -590,12 +591,17 @@ class Net(nn.Module):
         return self.leave(self.enter(torch.cat((x, planes), 1)).tanh())
 
 
-def roll(net, mode, name, R=2, noise=NOISE, seed=0, group=GROUP):
-    """Rollout of R rows with conditions 0, 1, ..., and those conditions."""
+STOCHASTIC = dict(full=T - 1, branch=1, window=2)
+
+
+def roll(net, mode, name, R=2, noise=NOISE, seed=0, group=GROUP, tail=0, starts=1):
+    """Rollout of R rows with conditions 0, 1, ... (one start a row, or `starts`), the starts, and those conditions."""
     cond = torch.arange(R).float()
     x = normal(R, 3, 6, 7, seed=11, dtype=torch.float32)
+    x = x if starts == 1 else normal(R, starts, 3, 6, 7, seed=12, dtype=torch.float32)
     rng = generator(seed)
-    return grpo.rollout(lambda x, t: net(x, t, cond), x, GRID, group, mode, STEPS[name], noise, rng), x, cond
+    return grpo.rollout(lambda x, t: net(x, t, cond), x, GRID, group, STOCHASTIC[mode], STEPS[name], noise, rng,
+                        tail), x, cond
 
 
 def ode(net, x, cond):
@@ -604,7 +610,7 @@ def ode(net, x, cond):
     return x.detach()
 
 
-every_rollout = pytest.mark.parametrize("mode", ["full", "branch"])
+every_rollout = pytest.mark.parametrize("mode", ["full", "branch", "window"])
 
 
 @every_rollout
@@ -651,7 +657,7 @@ def test_a_rollout_is_its_steps_walked_by_hand(mode, name):
 
 
 @every_step
-@pytest.mark.parametrize("mode, count", [("full", T - 1), ("branch", 1)])
+@pytest.mark.parametrize("mode, count", [("full", T - 1), ("branch", 1), ("window", 2)])
 def test_the_number_of_trained_steps(mode, count, name):
     assert len(roll(Net(), mode, name)[0][1]) == count
 
@@ -663,10 +669,12 @@ def test_no_trained_step_is_deterministic(mode, name):
         assert all(taken.std > 0 and taken.s > 0 for taken in roll(Net(), mode, name, seed=seed)[0][1])
 
 
-def test_branching_visits_every_step_but_the_last():
+@pytest.mark.parametrize("mode, count", [("branch", 1), ("window", 2)])
+def test_the_stochastic_steps_are_consecutive_and_visit_every_place_but_the_last(mode, count):
     net = Net()
-    visited = {roll(net, "branch", "flow", seed=seed)[0][1][0].t for seed in range(40)}
-    assert visited == set(GRID[:-2])
+    visited = {tuple((s.t, s.s) for s in roll(net, mode, "flow", seed=seed)[0][1]) for seed in range(60)}
+    grid_steps = list(zip(GRID, GRID[1:], strict=False))[:-1]
+    assert visited == {tuple(grid_steps[i:i + count]) for i in range(len(grid_steps) - count + 1)}
 
 
 @every_step
@@ -681,9 +689,44 @@ def test_a_branch_shares_one_state_in_the_group_on_the_ode_path(name):
     assert torch.equal(taken.x, x)
 
 
-def test_a_full_rollout_starts_the_whole_group_from_the_same_noise():
-    (_, steps), x, _ = roll(Net(), "full", "flow")
-    assert torch.equal(steps[0].x, x.repeat_interleave(GROUP, 0))
+@every_rollout
+def test_a_group_shares_its_state_up_to_the_first_stochastic_step_and_no_further(mode):
+    (_, steps), x, _ = roll(Net(), mode, "flow")
+    assert steps[0].x.shape == x.shape and all(len(s.x) == GROUP * len(x) for s in steps[1:])
+    if mode == "full":
+        assert torch.equal(steps[0].x, x)
+
+
+@every_rollout
+@every_step
+def test_independent_starts_belong_to_their_sample_in_order(mode, name):
+    net = Net()
+    (x0, steps), x, cond = roll(net, mode, name, noise=1e-12, starts=GROUP)
+    assert all(s.x.shape == (2 * GROUP, 3, 6, 7) and s.x_next.shape[1] == 1 for s in steps)
+    torch.testing.assert_close(x0.flatten(0, 1), ode(net, x.flatten(0, 1), cond), rtol=0, atol=3e-6)
+
+
+@every_rollout
+@pytest.mark.parametrize("tail", [1, 2])
+def test_a_shorter_tail_walks_from_the_last_stochastic_state_to_zero_over_grid_times(mode, tail):
+    net = Net()
+    (x0, steps), _, cond = roll(net, mode, "flow", tail=tail, seed=5)
+    after, left = steps[-1].x_next.flatten(0, 1), GRID[GRID.index(steps[-1].s):]
+    walk = [left[0], 0.0] if tail == 1 or len(left) == 2 else [left[0], left[(len(left) - 1) // 2], 0.0]
+    for t, s in zip(walk, walk[1:], strict=False):
+        after = after + (s - t) * net(after, t, cond).detach()
+    torch.testing.assert_close(x0.flatten(0, 1), after, rtol=0, atol=1e-6)
+
+
+def test_a_tail_as_long_as_the_grid_is_the_grid():
+    net = Net()
+    assert torch.equal(roll(net, "branch", "flow", tail=T)[0][0], roll(net, "branch", "flow")[0][0])
+
+
+@pytest.mark.parametrize("count", [0, T, -1])
+def test_a_number_of_stochastic_steps_that_the_grid_has_not_is_refused(count):
+    with pytest.raises(ValueError, match=f"got {count} stochastic of {T} steps; want 1 to T - 1"):
+        grpo.rollout(lambda x, t: x, torch.zeros(1, 3, 4, 4), GRID, 2, count, STEPS["flow"], NOISE, generator())
 
 
 @every_rollout
@@ -700,7 +743,8 @@ def test_every_sample_sees_the_condition_of_its_own_row(mode):
     """v = -cond: each ODE or SDE mean moves a row by its own condition, whatever the order of the group."""
     cond = torch.tensor([0.0, 100.0, 200.0])
     velocity = lambda x, t: -cond.repeat_interleave(len(x) // 3)[:, None, None, None].expand_as(x)  # noqa: E731
-    x0, _ = grpo.rollout(velocity, torch.zeros(3, 1, 4, 4), GRID, 4, mode, STEPS["flow"], 1e-12, generator())
+    x0, _ = grpo.rollout(velocity, torch.zeros(3, 1, 4, 4), GRID, 4, STOCHASTIC[mode], STEPS["flow"], 1e-12,
+                         generator())
     torch.testing.assert_close(x0, cond[:, None, None, None, None].expand_as(x0), rtol=1e-5, atol=1e-5)
 
 
@@ -805,7 +849,8 @@ def train_toy(credit, mode, name, sign, updates=40):
     history = []
     for _ in range(updates):
         x = torch.randn(1, 1, TOY, TOY, generator=rng)
-        x0, steps = grpo.rollout(lambda x, t: net(x), x, times(4), 8, mode, STEPS[name], NOISE, rng)
+        x0, steps = grpo.rollout(lambda x, t: net(x), x, times(4), 8, {**STOCHASTIC, "full": 3}[mode], STEPS[name],
+                                 NOISE, rng)
         if credit == "brightness":
             reward = x0.mean((-3, -2, -1))
             advantage = group_advantage(reward)
@@ -819,7 +864,7 @@ def train_toy(credit, mode, name, sign, updates=40):
         history.append(reward.mean().item())
         loss = 0.0
         for taken in steps:
-            each = advantage if mode == "branch" else advantage.flatten(0, 1)[:, None]
+            each = advantage if len(taken.x) == 1 else advantage.flatten(0, 1)[:, None]
             v = net(taken.x)
             loss = loss + grpo.step_loss(v, v.detach(), taken, STEPS[name], NOISE, each, 0.1, 0.0)[0] / len(steps)
         optimizer.zero_grad()

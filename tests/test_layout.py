@@ -18,6 +18,7 @@ LAYERS = {  # module: project modules it may import; a module that is not listed
     "benchmarks": {"data", "formats", "metrics", "scenes"},
     "protocols": {"benchmarks", "data", "metrics", "scenes"},
     "grpo": {"kernels", "relations"},
+    "rewards": {"grpo", "kernels", "relations", "scenes"},
     "bank": {"relations", "data", "runtime"},
     "checkpoints": {"lora", "runtime"},
     "prepare": {"config", "data", "formats", "questions", "relations", "runtime", "scenes"},
@@ -28,6 +29,7 @@ LAYERS = {  # module: project modules it may import; a module that is not listed
     "predictor": {"relations", "scenes", "metrics", "config", "runtime", "data", "lora", "kernels", "marigold"},
     "marigold": {"relations", "scenes", "metrics", "config", "runtime", "data", "lora", "kernels", "sd2"},
     "predictions": {"benchmarks", "data", "formats", "protocols", "predictor", "runtime", "scenes"},
+    "baselines": {"predictor", "relations", "rewards"},
     "eval": NAMES - {"train", "grpo"},
     "train": NAMES,
 }

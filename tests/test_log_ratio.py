@@ -196,14 +196,14 @@ def test_the_coefficients_reproduce_the_step(name, t, s):
     assert std == want[2].item()
 
 
-@pytest.mark.parametrize("mode", ["full", "branch"])
-def test_rollout_and_loss_are_the_same_on_both_paths_and_the_first_ratio_is_one(triton_path, mode):
+@pytest.mark.parametrize("stochastic", [2, 1], ids=["full", "branch"])
+def test_rollout_and_loss_are_the_same_on_both_paths_and_the_first_ratio_is_one(triton_path, stochastic):
     """fp32 states through three steps: rounding of fma against product and sum."""
     net = lambda x, t: torch.tanh(x.roll(1, -1)) * (0.5 + t)                     # noqa: E731
     x, results = torch.randn(2, 2, 5, 7, generator=torch.Generator().manual_seed(0)).to(DEVICE), []
     for path in ("triton", "torch"):
         kernels.use(path)
-        x0, steps = grpo.rollout(net, x, [1.0, 0.75, 0.5, 0.0], 3, mode, grpo.STEPS["flow"], 0.7,
+        x0, steps = grpo.rollout(net, x, [1.0, 0.75, 0.5, 0.0], 3, stochastic, grpo.STEPS["flow"], 0.7,
                                  torch.Generator().manual_seed(1))
         taken = steps[-1]
         v = net(taken.x, taken.t).requires_grad_()

@@ -21,6 +21,7 @@ import grpo
 import lora
 import marigold
 import predictor
+import rewards
 import runtime
 import sd2
 import train
@@ -507,7 +508,7 @@ def test_the_last_step_is_deterministic_and_not_trained(models):
     def velocity(x, t):
         seen.append((x, 0.1 * x))
         return seen[-1][1]
-    x0, taken = grpo.rollout(velocity, noise, grid, 3, "full", grpo.STEPS["ddim"], 1.0, seeded(1))
+    x0, taken = grpo.rollout(velocity, noise, grid, 3, 3, grpo.STEPS["ddim"], 1.0, seeded(1))
     assert [(s.t, s.s) for s in taken] == [(grid[i], grid[i + 1]) for i in range(3)]
     x, v = seen[-1]
     assert torch.equal(x0.flatten(0, 1), x + (grid[4] - grid[3]) * v)
@@ -791,7 +792,7 @@ def test_the_ratio_is_exactly_one_at_the_first_update(folders, flags):
     one = training(folders["small"], *flags.split())
     taken, advantage, _ = train.explore(one.policy, one.rows, one.cfg, one.step, seeded(5))
     assert len(taken) == (1 if "branch" in flags else 2)
-    stats, gradients = learn(one, taken, torch.ones_like(advantage))
+    stats, gradients = learn(one, taken, [torch.ones_like(a) for a in advantage])
     assert stats["policy/ratio_min"] == stats["policy/ratio_max"] == 1
     assert any(g.any() for g in gradients.values())
     assert all(("lora_" in k) == ("--lora" in flags) and k.startswith("unet.") for k in gradients)
@@ -811,7 +812,8 @@ def scored(folder, *flags):
     """Rollout with the whole batch at once and an advantage that does not depend on the reward."""
     one = training(folder, "--batch", 2, "--group", 4, *flags)
     taken, advantage, _ = train.explore(one.policy, one.rows, one.cfg, one.step, seeded(5))
-    return one, taken, torch.tensor([[1.0, -1.0, 0.5, -0.5], [-1.5, 0.2, 0.3, 1.0]]) * torch.ones_like(advantage)
+    values = torch.tensor([[1.0, -1.0, 0.5, -0.5], [-1.5, 0.2, 0.3, 1.0]])
+    return one, taken, [values * torch.ones_like(a) for a in advantage]
 
 
 @pytest.mark.parametrize("extra", [(), ("--lora", 2)])
@@ -857,7 +859,7 @@ def test_only_the_drawn_modality_is_decoded(folders, monkeypatch):
     monkeypatch.setattr(one.policy.vae, "decode", lambda z, *tile: (seen.append(tuple(z.shape)), real(z, *tile))[1])
     _, advantage, stats = train.explore(one.policy, one.rows, one.cfg, one.step, seeded(5))
     assert len(one.rows.names) == 1 and f"reward/{one.rows.names[0]}" in stats
-    assert seen == [(6, 4, 4, 4)] and advantage.shape == (3, 2)                 # 3 photos x 2 samples, one target
+    assert seen == [(6, 4, 4, 4)] and advantage[0].shape == (3, 2)                # 3 photos x 2 samples, one target
 
 
 def test_joint_modalities_decode_each_once(folders, monkeypatch):
@@ -922,14 +924,14 @@ def test_an_update_makes_samples_with_positive_advantage_likelier(folders, rollo
         for k, p in one.policy.named_parameters():
             p -= rate * gradients.get(k, 0)
         cond, gain = one.rows.encode(one.policy), 0.0
-        for step in taken:
+        for step, adv in zip(taken, advantage, strict=True):
             mean = one.step(step.x, one.rows.all_velocities(one.policy, cond, step.x, step.t), step.t, step.s,
                             one.cfg.noise, torch.zeros_like(step.x))[1]
             many = [(step.x_next[:, k].double(), m.double()) for k in range(step.x_next.shape[1])
                     for m in (mean, step.mean)]
             change = [grpo.log_prob(*new, step.std) - grpo.log_prob(*old, step.std)
                       for new, old in zip(many[::2], many[1::2], strict=True)]
-            gain += float((torch.stack(change, 1).reshape(advantage.shape) * advantage).mean()) / len(taken)
+            gain += float((torch.stack(change, 1).reshape(adv.shape) * adv).mean()) / len(taken)
     expected = rate * float(sum(g.square().sum() for g in gradients.values()))
     assert gain == pytest.approx(expected, rel=0.1) and gain > 0                # first order in the step
 
@@ -943,8 +945,8 @@ def test_a_few_steps_with_a_reward_for_bright_maps_brighten_the_maps(folders, mo
 
     def bright(pred, pts, prob, modality, cfg):
         agree = pred.mean((2, 3, 4))[..., None].expand(-1, -1, prob.shape[1])
-        return agree, torch.full_like(prob, 1 / prob.shape[1])
-    monkeypatch.setattr(train, "agreement_of", bright)
+        return agree, torch.full_like(prob, 1 / prob.shape[1]), agree.mean(2)
+    monkeypatch.setattr(rewards, "judged", bright)
     monkeypatch.setattr(one.policy.vae, "decode", lambda z, tile=0: torch.nn.functional.interpolate(
         0.05 * z[:, :3], scale_factor=8.0))
     noise, (m,) = torch.randn(8, 12, 4, 4, generator=seeded(8)), one.rows.names

@@ -1,0 +1,54 @@
+"""What is not reinforcement learning, for honest comparison: two losses on the same rows, predictor and trainer.
+
+ranking     the pairwise loss -(2p - 1) tanh(margin / tau) through a differentiable one-step prediction x_0 = x_t - t v
+            from a state of the policy's own ODE, with an anchor |v - v_ref|^2 weighted by kl_weight. No sampling
+            noise, no group: what a judge's answers are worth by plain backpropagation
+supervised  flow matching on the photos' true maps, which procedural photos have: the upper reference
+"""
+import torch
+
+import rewards
+from predictor import NAMES
+from relations import soft_relation
+
+
+def ranking(policy, ref, rows, cfg, rng):
+    """Ranking loss of the judge's answers through a one-step prediction.
+
+    rows     train.Rows;  returns a scalar with gradient, dict of what the log shows
+    """
+    n, B = len(rows.index), len(rows.rgb)
+    cond, grid = rows.encode(policy), policy.times(cfg.sample_steps)
+    at = int(torch.randint(cfg.sample_steps, (1,), generator=rng))
+    with torch.no_grad():
+        cond_ref = rows.encode(ref)
+        noise = torch.randn(n, *policy.shape(rows.rgb), generator=rng).to(rows.rgb.device)
+        x = policy.start(noise, cfg.sample_steps)
+        for t, s in zip(grid[:at], grid[1:at + 1], strict=True):
+            x = x + (s - t) * rows.all_velocities(policy, cond, x, t)
+        v_ref = rows.all_velocities(ref, cond_ref, x, grid[at])
+    v = rows.all_velocities(policy, cond, x, grid[at])
+    anchor, loss, stats = (v - v_ref).square().mean(), 0.0, {}
+    for m, part in zip(rows.names, (x - grid[at] * v).split(B), strict=True):
+        prob = rows.prob[..., NAMES.index(m)]
+        with rows.amp:
+            pred = policy.decode(part, m).float()                               # (B, C, H, W)
+        agree = 0.5 + 0.5 * soft_relation(pred, rows.pts, m, cfg.tau, cfg.window) * (2 * prob - 1)
+        reward = (agree * rewards.pair_weights(prob, m, cfg)).sum(1).mean()
+        loss, stats[f"reward/{m}"] = loss - 2 * reward, reward.detach()
+    return loss / len(rows.names) + cfg.kl_weight * anchor, {"policy/anchor": anchor.detach(), **stats}
+
+
+def supervised(policy, truth, rows, rng):
+    """Flow-matching loss on the true maps of the photos: truth is their data.ScenePool; returns as `ranking`."""
+    with rows.amp:
+        loss = policy.loss(truth.pick(rows.picked, rows.rgb.device), rows.names, rng)
+    return loss, {"loss/flow": loss.detach()}
+
+
+def loss(policy, ref, truth, rows, cfg, rng, backward):
+    """One step of --method ranking or supervised: gathers the gradient; returns the loss and two dicts for the log."""
+    value, stats = ranking(policy, ref, rows, cfg, rng) if cfg.method == "ranking" else supervised(
+        policy, truth, rows, rng)
+    backward(value)
+    return value.detach(), {}, stats
