@@ -72,6 +72,7 @@ class Config:
     sample_steps: int = 15           # T, denoising steps in training (paper: 15)
     eval_steps: int = 50             # denoising steps in evaluation (paper: 50)
     noise: float = 0.7               # a of the exploration noise, or eta for ddim (paper: 0.7)
+    noise_blocks: str = "1"          # px, blocks that share exploration noise, a size drawn per step: 1: white (paper)
     exploration: str = "auto"        # flow (Flow-GRPO, paper), ddim (eta form), or the predictor's own: Marigold ddim
     init_noise: str = "shared"       # a group starts from shared or independent noise (the paper does not say which)
     rollout: str = "full"            # full: every step but the last stochastic (paper); branch: one; window: a few
@@ -81,7 +82,7 @@ class Config:
     credit_mix: float = 0.5          # share of the global credit in mix
     credit_width: float = 1.0        # px of the state, width of the splat around a point
     credit_growth: float = 0.0       # px by which the splat is wider at noise level 1
-    reward: str = "hard"             # hard: relation vs answer (paper); soft: tanh(margin/tau) vs 2p-1; confidence
+    reward: str = "hard"             # hard: relation vs answer (paper); soft, brier: tanh(margin/tau) vs 2p-1; ...
     tau: float = 0.1                 # softness of the soft reward, in units of the margin
     window: int = 0                  # px, radius of the mean read at a point (paper: 0, one pixel)
     mine: int = 0                    # 1: of all judged pairs those that split the group most are scored (paper: 0)
@@ -135,7 +136,8 @@ CHOICES = {
     "exploration": ("auto", "flow", "ddim"), "credit": ("global", "pair", "mix"),
     "rollout": ("full", "branch", "window"),
     "init_noise": ("shared", "independent"), "method": ("grpo", "ranking", "supervised"),
-    "reward": ("hard", "soft", "confidence"), "modalities": ("one", "joint"), "norm": ("group", "global", "none"),
+    "reward": ("hard", "soft", "confidence", "brier"), "modalities": ("one", "joint"),
+    "norm": ("group", "global", "none"),
 }
 
 
@@ -208,6 +210,8 @@ def problem(cfg, preset="mini"):
         return f"--group {cfg.group}: a group of one has no advantage; want at least 2"
     if cfg.sample_steps < 2:
         return f"--sample-steps {cfg.sample_steps}: the last step is deterministic; want at least 2"
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", cfg.noise_blocks):
+        return f"--noise-blocks {cfg.noise_blocks!r}: want sizes in px between commas, such as 1,2,4"
     if cfg.rollout == "window" and cfg.stochastic >= cfg.sample_steps:
         return f"--stochastic {cfg.stochastic} of --sample-steps {cfg.sample_steps}: the last step is deterministic"
     if cfg.credit_mix > 1:

@@ -10,6 +10,8 @@ s = 0       is deterministic (x_0-hat) and is not trained: its noise would stay 
 log p       = -(x_next - mean)^2 / (2 std^2) - log std - log(2 pi) / 2, MEAN over elements, fp32 (or fp64) always
 log-ratio   = d (2 (x_next - mean_old) - d) / (2 std^2), d = mean - mean_old: exactly 0 while the policy is the old one
 KL          = (mean - mean_ref)^2 / (2 std^2), mean over elements: contains |dt| (Flow-GRPO's published code omits it)
+blocks      with noise that is one number per square of k x k pixels, density and ratio are those of the squares' means:
+            a coarse change of the map has k times the signal. The KL stays that of white noise and holds all of v
 reward      of sample g: mean over pairs of the agreement of relation(map_g) with the judge
 credit      one advantage per sample (paper), or one per pixel that weighs the log-ratio there (rewards.py)
 rollout     `full` (paper): every step but the last is stochastic. `branch`: the group shares noise and an ODE prefix,
@@ -21,6 +23,7 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 
 from kernels.log_ratio import log_ratio_kl
 from kernels.sde_step import sde_step
@@ -162,14 +165,17 @@ class Step:
     x_next: torch.Tensor     # (R, K, c, h, w)
     mean: torch.Tensor       # (R, c, h, w) of the policy that acted
     std: float
+    block: int = 1           # px, side of the squares that shared their noise
+    v: torch.Tensor = None   # (R, c, h, w) velocity of the policy that acted, where block > 1
 
     def rows(self, part):
         """The step of some rows only (index)."""
-        return replace(self, x=self.x[part], x_next=self.x_next[part], mean=self.mean[part])
+        return replace(self, x=self.x[part], x_next=self.x_next[part], mean=self.mean[part],
+                       v=None if self.v is None else self.v[part])
 
 
 @torch.no_grad()
-def rollout(velocity, x, grid, group, stochastic, step, noise, rng, tail=0):
+def rollout(velocity, x, grid, group, stochastic, step, noise, rng, tail=0, block=1):
     """Sample a group of maps per row: an ODE prefix, `stochastic` consecutive SDE steps, an ODE tail.
 
     velocity    (x (N, c, h, w), t float) -> v; the N / R samples of a row lie side by side
@@ -178,6 +184,7 @@ def rollout(velocity, x, grid, group, stochastic, step, noise, rng, tail=0):
     stochastic  K in 1 .. T - 1, in a place drawn from rng. T - 1: every step but the last (`full`, paper); 1: `branch`
     step        one of STEPS.values();  noise: its scale (a or eta)
     tail        steps from the last stochastic state to the map, at most those of the grid; 0: those of the grid
+    block       px of the state, side of the squares in which the noise is one number: 1 is white noise (paper)
     returns     x_0 (R, G, c, h, w), list of K Steps
     raises      ValueError  K or T out of range
     """
@@ -196,12 +203,20 @@ def rollout(velocity, x, grid, group, stochastic, step, noise, rng, tail=0):
             x = x + (s - t) * v
             continue
         many = group if shared and i == first else 1                            # a shared state branches here
-        eps = torch.randn(many, *x.shape, generator=rng).to(x.device).transpose(0, 1)
+        *lead, h, w = x.shape
+        eps = torch.randn(many, *lead, -(-h // block), -(-w // block), generator=rng).to(x.device).transpose(0, 1)
+        eps = eps.repeat_interleave(block, -1).repeat_interleave(block, -2)[..., :h, :w] if block > 1 else eps
         A, B, std = coefficients(step, t, s, noise)
         x_next, mean, _ = sde_step(x, v, eps, A, B, std)                        # (R, K, c, h, w)
-        steps.append(Step(t, s, x, x_next, mean, std))
+        steps.append(Step(t, s, x, x_next, mean, std, block, v if block > 1 else None))
         x = x_next.flatten(0, 1)
     return x.unflatten(0, (R, group)), steps
+
+
+def block_means(z, block):
+    """Means over squares of `block` pixels, smaller at the border: (..., h, w) -> (..., ceil(h / k), ceil(w / k))."""
+    flat = F.avg_pool2d(z.flatten(0, -3)[:, None], block, ceil_mode=True)[:, 0]
+    return flat.view(*z.shape[:-2], *flat.shape[-2:])
 
 
 def step_loss(v, v_ref, taken, step, noise, advantage, clip, kl_weight):
@@ -212,8 +227,15 @@ def step_loss(v, v_ref, taken, step, noise, advantage, clip, kl_weight):
     returns    scalar loss, dict of 0-dim diagnostics (ratio_min, ratio_max, clip_frac, kl)
     """
     A, B, _ = coefficients(step, taken.t, taken.s, noise)
-    log_ratio, kl = log_ratio_kl(taken.x_next, taken.x, v, taken.mean, v_ref, A, B, float(taken.std),
-                                 per_pixel=advantage.ndim > 2)
+    local = advantage.ndim > 2
+    if taken.block == 1:
+        log_ratio, kl = log_ratio_kl(taken.x_next, taken.x, v, taken.mean, v_ref, A, B, float(taken.std), local)
+    else:                                                                       # the same around a mean of zero
+        drawn, moved = (block_means(z, taken.block) for z in (taken.x_next - taken.mean[:, None], v - taken.v))
+        zero = torch.zeros_like(moved)
+        log_ratio, _ = log_ratio_kl(drawn, zero, moved, zero, zero, 0.0, B, float(taken.std), local)
+        kl = gaussian_kl(B * _fp32(v), B * _fp32(v_ref), taken.std)
+        advantage = block_means(advantage, taken.block) if local else advantage
     policy, kl = clipped_loss(log_ratio, 0.0, advantage, clip), kl.mean()
     ratio = log_ratio.detach().exp()
     stats = dict(ratio_min=ratio.min(), ratio_max=ratio.max(), kl=kl.detach(),

@@ -1,7 +1,8 @@
 """What sampled maps are worth: agreement with the judge, consistency with each other, and who is credited for it.
 
 agreement    relation(map) against the judge's answer, per pair. `hard` (paper), `soft`: tanh(margin / tau) against
-             2p - 1, `confidence`: hard, each pair weighted by |2p - 1|
+             2p - 1, `confidence`: hard, each pair weighted by |2p - 1|, `brier`: 1 - (tanh(margin / tau) - (2p - 1))^2
+             / 4, a proper score: best when the map is as sure as the judge, where soft wants every margin larger
 credit       the reward is a sum of known per-pair terms, so it can be given back whole or in place:
              `global` (paper)  A[g] = centred reward of sample g, one number
              `pair`            A[g, y, x]: each pair's centred agreement, splatted around its two points
@@ -19,6 +20,8 @@ import grpo
 from kernels.pair_credit import pair_credit
 from kernels.pair_reward import pair_reward
 from scenes import srgb_decode
+
+FORM = dict(hard="hard", confidence="hard", soft="soft", brier="brier")
 
 
 def pair_weights(prob, modality, cfg):
@@ -40,7 +43,7 @@ def judged(pred, pts, prob, modality, cfg):
     returns  agree (B, G, P) in [0, 1], weight (B, P) of each pair, reward (B, G) = their weighted sum
     """
     weight = pair_weights(prob, modality, cfg)
-    _, agree, reward = pair_reward(pred, pts, prob, weight, modality, cfg.reward != "soft", cfg.tau, cfg.window)
+    _, agree, reward = pair_reward(pred, pts, prob, weight, modality, FORM[cfg.reward], cfg.tau, cfg.window)
     return agree, weight, reward
 
 

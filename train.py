@@ -10,6 +10,7 @@ Each stage is one loop; the same command again resumes. A group stays on one ran
 import copy
 import json
 import math
+import time
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -252,9 +253,11 @@ def explore(policy, rows, cfg, step, rng):
     cond, B, n = rows.encode(policy), len(rows.rgb), len(rows.index)
     many = () if cfg.init_noise == "shared" else (cfg.group,)
     noise = torch.randn(n, *many, *policy.shape(rows.rgb), generator=rng).to(rows.rgb.device)
+    sizes = [int(k) for k in cfg.noise_blocks.split(",")]
+    block = sizes[int(torch.randint(len(sizes), (1,), generator=rng))]
     x0, taken = grpo.rollout(lambda x, t: rows.all_velocities(policy, cond, x, t),
                              policy.start(noise, cfg.sample_steps), policy.times(cfg.sample_steps), cfg.group,
-                             STOCHASTIC[cfg.rollout](cfg), step, cfg.noise, rng, cfg.tail)          # (M*B, G, c, h, w)
+                             STOCHASTIC[cfg.rollout](cfg), step, cfg.noise, rng, cfg.tail, block)   # (M*B, G, c, h, w)
     size, pred, credit, stats = x0.shape[-2:], {}, {}, {}
     for m, part in zip(rows.names, x0.split(B), strict=True):
         with rows.amp:                                                          # only the drawn modality is decoded
@@ -327,7 +330,7 @@ def tune(cfg, device):
         replay = data.ScenePool("synthetic", "train", cfg.base_scenes, cfg.size) if cfg.replay else None
         truth = data.ScenePool("wild", "train", cfg.photos, cfg.size) if cfg.method == "supervised" else None
     for step in run.loop("grpo", cfg.stop_at):
-        rng = run.rng(step, SEEDS["grpo"])
+        rng, began = run.rng(step, SEEDS["grpo"]), time.perf_counter()
         rows = Rows(cfg, policy.modalities, photos, bank_pts, bank_prob, batch, rng, device)
         if cfg.method == "grpo":
             taken, advantage, stats = explore(policy, rows, cfg, sde, rng)
@@ -344,6 +347,7 @@ def tune(cfg, device):
                     run.backward(cfg.replay * policy.loss(replay.draw(batch, rng, device), rows.names, rng))
             norm = run.update(None, [params], cosine(step, cfg.steps, warmup=10))
         ema_update(averaged, learnt, min(cfg.ema, (step + 1) / (step + 10)))
+        parts["time/step"] = time.perf_counter() - began
         if cfg.eval_every and ((step + 1) % cfg.eval_every == 0 or step == 0) and runtime.rank() == 0:
             stats |= evaluation.diagnose(average, cfg.size, cfg.eval_steps, cfg.val_images, batch=cfg.micro or 64)
         run.log(step, show=("reward", "policy/kl"), **stats, **parts, **{"grad/norm": norm, "loss": loss})

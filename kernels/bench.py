@@ -53,17 +53,17 @@ def points(B, P, size, device):
 
 def pair_reward_cases(device):
     """B*G = 64 with P = 4096, an odd size, and 10 M pairs: one 32-byte sector per point and channel."""
-    for label, m, B, G, P, side, hard, last in (
-            ("64 x 512 px, P 4096", "albedo", 8, 8, 4096, 512, True, False),
-            ("the same, channels_last", "albedo", 8, 8, 4096, 512, True, True),
-            ("the same, depth", "depth", 8, 8, 4096, 512, False, False),
-            ("9 x 371 px, P 1271", "irradiance", 3, 3, 1271, 371, False, False),
-            ("10 M pairs, no check of points", "albedo", 8, 8, 156_250, 512, True, False)):
+    for label, m, B, G, P, side, form, last in (
+            ("64 x 512 px, P 4096", "albedo", 8, 8, 4096, 512, "hard", False),
+            ("the same, channels_last", "albedo", 8, 8, 4096, 512, "hard", True),
+            ("the same, depth", "depth", 8, 8, 4096, 512, "soft", False),
+            ("9 x 371 px, P 1271", "irradiance", 3, 3, 1271, 371, "soft", False),
+            ("10 M pairs, no check of points", "albedo", 8, 8, 156_250, 512, "hard", False)):
         C = MODALITIES[m].channels
         pred = torch.rand(B, G, C, side, side, generator=seeded(device), device=device) / 4
         pred = pred.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3) if last else pred
         prob = torch.rand(B, P, generator=seeded(device), device=device)
-        args = pred, points(B, P, (side, side), device), prob, torch.full_like(prob, 1 / P), m, hard, 0.1, 0
+        args = pred, points(B, P, (side, side), device), prob, torch.full_like(prob, 1 / P), m, form, 0.1, 0
         sectors = 2 * B * G * P * 32 * (1 if last else C) + (pred.nbytes if m == "depth" else 0)
         fn = partial(pair_reward.pair_reward, check=P < 100_000)
         yield Case(label, pair_reward.pair_reward_ref, fn, args, sectors)

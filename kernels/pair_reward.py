@@ -1,7 +1,8 @@
 """Relation, agreement and reward of a group of maps at thousands of point pairs, read straight from the maps.
 
 math       m = margin of the modality (relations.py owns formulas and thresholds), relation in {-1, 0, +1}
-           agree = 1/2 + relation sign(2 p - 1) / 2 (hard),  1/2 + tanh(m / tau) (2 p - 1) / 2 (soft),  p = prob
+           agree = 1/2 + relation sign(2 p - 1) / 2 (hard),  1/2 + tanh(m / tau) (2 p - 1) / 2 (soft),
+                   1 - (tanh(m / tau) - (2 p - 1))^2 / 4 (brier),  p = prob
            reward = sum over pairs of weight agree
 gradient   none needed: the reward scores samples. A call that wants one takes the reference, which has it
 why fused  eager gathers (B, G, P, 2, C), then reads it back in a dozen small kernels; here each map value goes from
@@ -17,20 +18,22 @@ from relations import LUMA, MODALITIES, SAME_ALBEDO, relation, soft_relation
 
 from . import check_points, exact_div, exact_sqrt, on, tl, triton
 
+FORMS = ("hard", "soft", "brier")
 BLOCK = 256                                            # pairs of a program; fixed: it decides the summation order
 PARTS, RANGE_BLOCK = 16, 1024                          # programs per map and pixels of a step, for the range of a map
 
 
-def pair_reward_ref(pred, pts, prob, weight, modality, hard=False, tau=0.1, window=0):
+def pair_reward_ref(pred, pts, prob, weight, modality, form="soft", tau=0.1, window=0):
     """Plain torch. The definition; every other path must match it."""
     acc = torch.promote_types(pred.dtype, torch.float32)
     pred, prob, weight = pred.to(acc), prob.to(acc), weight.to(acc)
     rel = relation(pred, pts[:, None], modality, window)                                       # (B, G, P)
     answer = 2 * prob - 1
-    if hard:
+    if form == "hard":
         agree = 0.5 + 0.5 * rel * answer.sign()[:, None]
     else:
-        agree = 0.5 + 0.5 * soft_relation(pred, pts[:, None], modality, tau, window) * answer[:, None]
+        vote, answer = soft_relation(pred, pts[:, None], modality, tau, window), answer[:, None]
+        agree = 0.5 + 0.5 * vote * answer if form == "soft" else 1 - 0.25 * (vote - answer).square()
     return rel, agree, (agree * weight[:, None]).sum(-1)
 
 
@@ -77,7 +80,7 @@ def _pair_reward_kernel(
     rel_ptr, agree_ptr, part_ptr,                         # (B*G, P) x2, (B*G, n_parts)
     G, P, H, W, n_parts,
     stride_b, stride_g, stride_c, stride_h, stride_w,
-    MODALITY: tl.constexpr, HARD: tl.constexpr, TAU: tl.constexpr, WINDOW: tl.constexpr,
+    MODALITY: tl.constexpr, FORM: tl.constexpr, TAU: tl.constexpr, WINDOW: tl.constexpr,
     DEAD: tl.constexpr, SAME: tl.constexpr, LUMA_R: tl.constexpr, LUMA_G: tl.constexpr, LUMA_B: tl.constexpr,
     PARTS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):
@@ -117,20 +120,23 @@ def _pair_reward_kernel(
     tl.store(rel_ptr + bg * P + pair, rel.to(tl.int8), mask=ok)
 
     answer = 2 * tl.load(prob_ptr + b * P + pair, mask=ok, other=0.5).to(ACC) - 1
-    if HARD:
+    if FORM == "hard":
         vote = rel.to(ACC)
         answer = tl.where(answer > 0, 1.0, tl.where(answer < 0, -1.0, answer))
     else:
         decay = tl.exp(-2 * tl.abs(margin) / TAU)                      # tanh is odd: 1 - decay over 1 + decay
         vote = tl.where(margin > 0, 1 - decay, decay - 1) / (1 + decay)
         vote = tl.where(finite, vote, 0.0)
-    agree = 0.5 + 0.5 * vote * answer
+    if FORM == "brier":
+        agree = 1 - 0.25 * (vote - answer) * (vote - answer)
+    else:
+        agree = 0.5 + 0.5 * vote * answer
     tl.store(agree_ptr + bg * P + pair, agree, mask=ok)
     weight = tl.load(weight_ptr + b * P + pair, mask=ok, other=0.0).to(ACC)
     tl.store(part_ptr + bg * n_parts + part, tl.sum(agree * weight, 0))  # partial sums, added in torch
 
 
-def _launch(pred, pts, prob, weight, modality, hard, tau, window):
+def _launch(pred, pts, prob, weight, modality, form, tau, window):
     B, G, _, H, W = pred.shape
     P = pts.shape[1]
     acc = torch.promote_types(pred.dtype, torch.float32)
@@ -147,7 +153,7 @@ def _launch(pred, pts, prob, weight, modality, hard, tau, window):
     _pair_reward_kernel[(B * G, n_parts)](
         pred, pts.contiguous(), prob.contiguous(), weight.contiguous(), low, high, rel, agree, part,
         G, P, H, W, n_parts, stride_b, stride_g, stride_c, stride_h, stride_w,
-        **_constants(modality), HARD=hard, TAU=float(tau), WINDOW=window, ACC=ACC)
+        **_constants(modality), FORM=form, TAU=float(tau), WINDOW=window, ACC=ACC)
     return rel, agree, part[..., 0] if n_parts == 1 else part.sum(-1)
 
 
@@ -157,18 +163,21 @@ def _constants(modality):
                 LUMA_B=LUMA[2], PARTS=PARTS, BLOCK=BLOCK)
 
 
-def pair_reward(pred, pts, prob, weight, modality, hard=False, tau=0.1, window=0, check=True):
+def pair_reward(pred, pts, prob, weight, modality, form="soft", tau=0.1, window=0, check=True):
     """Compare maps with a judge's answers at point pairs (ReasonX, reward).
 
     pred      (B, G, C, H, W)  maps of one modality in its encoding, any strides; nothing is copied
     pts       (B, P, 2, 2)     integer (row, col), red first, shared by the group
     prob      (B, P)           the judge's probability of the first answer
     weight    (B, P)           share of each pair in the reward
-    hard      True: the relation votes; False: tanh(margin / tau).  window: radius in px of the mean read at a point
+    form      "hard": the relation votes; "soft": tanh(margin / tau) does; "brier": so, and is best at 2 prob - 1
+    window    radius in px of the mean read at a point
     check     False: the points are known to lie inside (the check waits for the GPU)
     returns   relation int8 (B, G, P), agreement (B, G, P) in [0, 1], reward (B, G); fp32, fp64 for fp64 maps
-    raises    ValueError       shapes that do not fit, unknown modality, points outside the map
+    raises    ValueError       shapes that do not fit, unknown modality or form, points outside the map
     """
+    if form not in FORMS:
+        raise ValueError(f"pair_reward: got form {form!r}, want one of {', '.join(FORMS)}")
     if modality not in MODALITIES:
         raise ValueError(f"pair_reward: got modality {modality!r}, want one of {', '.join(MODALITIES)}")
     B, C = len(pred), MODALITIES[modality].channels
@@ -183,8 +192,8 @@ def pair_reward(pred, pts, prob, weight, modality, hard=False, tau=0.1, window=0
         check_points("pair_reward", pts, pred.shape[-2:])
     wants_gradient = torch.is_grad_enabled() and pred.requires_grad
     if not on(pred) or wants_gradient or not pred.numel() or not pts.numel():
-        return pair_reward_ref(pred, pts, prob, weight, modality, hard, tau, window)
-    return _launch(pred.detach(), pts, prob.detach(), weight.detach(), modality, hard, tau, window)
+        return pair_reward_ref(pred, pts, prob, weight, modality, form, tau, window)
+    return _launch(pred.detach(), pts, prob.detach(), weight.detach(), modality, form, tau, window)
 
 
 SIZES = {k: "i32" for k in ("G", "P", "H", "W", "n_parts", "n", "stride_b", "stride_g", "stride_c", "stride_h",
@@ -193,6 +202,7 @@ TYPES = {"pred_ptr": "*bf16", "pts_ptr": "*i64", "prob_ptr": "*fp32", "weight_pt
          "high_ptr": "*fp32", "rel_ptr": "*i8", "agree_ptr": "*fp32", "part_ptr": "*fp32", **SIZES}
 AOT = [  # (kernel, argument types, constexprs); compiled for each target in tests/test_aot.py
     (_range_kernel, TYPES, dict(PARTS=PARTS, BLOCK=RANGE_BLOCK, ACC=tl.float32)),
-    *((_pair_reward_kernel, TYPES, dict(**_constants(m), HARD=hard, TAU=0.1, WINDOW=window, ACC=tl.float32))
-      for m, hard, window in (("depth", True, 1), ("normal", False, 0), ("albedo", True, 0), ("irradiance", False, 2))),
+    *((_pair_reward_kernel, TYPES, dict(**_constants(m), FORM=form, TAU=0.1, WINDOW=window, ACC=tl.float32))
+      for m, form, window in (("depth", "hard", 1), ("normal", "soft", 0), ("albedo", "brier", 0),
+                              ("irradiance", "soft", 2))),
 ]

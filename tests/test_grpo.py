@@ -594,14 +594,14 @@ class Net(nn.Module):
 STOCHASTIC = dict(full=T - 1, branch=1, window=2)
 
 
-def roll(net, mode, name, R=2, noise=NOISE, seed=0, group=GROUP, tail=0, starts=1):
+def roll(net, mode, name, R=2, noise=NOISE, seed=0, group=GROUP, tail=0, starts=1, block=1):
     """Rollout of R rows with conditions 0, 1, ... (one start a row, or `starts`), the starts, and those conditions."""
     cond = torch.arange(R).float()
     x = normal(R, 3, 6, 7, seed=11, dtype=torch.float32)
     x = x if starts == 1 else normal(R, starts, 3, 6, 7, seed=12, dtype=torch.float32)
     rng = generator(seed)
     return grpo.rollout(lambda x, t: net(x, t, cond), x, GRID, group, STOCHASTIC[mode], STEPS[name], noise, rng,
-                        tail), x, cond
+                        tail, block), x, cond
 
 
 def ode(net, x, cond):
@@ -723,6 +723,60 @@ def test_a_tail_as_long_as_the_grid_is_the_grid():
     assert torch.equal(roll(net, "branch", "flow", tail=T)[0][0], roll(net, "branch", "flow")[0][0])
 
 
+@every_rollout
+@every_step
+@pytest.mark.parametrize("block", [2, 4])
+@pytest.mark.parametrize("credit", ["scalar", "pixel"])
+def test_block_noise_is_one_number_per_square_and_the_first_ratio_is_exactly_one(mode, name, block, credit):
+    """States of 6 x 7 px: the last squares are smaller."""
+    net = Net()
+    (_, steps), _, cond = roll(net, mode, name, block=block)
+    for taken in steps:
+        noise = (taken.x_next - taken.mean[:, None])[..., :block, :block]
+        torch.testing.assert_close(noise, noise[..., :1, :1].expand_as(noise), rtol=0, atol=1e-5)
+        assert (taken.x_next - taken.mean[:, None]).std((3, 4)).min() > 0.01
+        v = net(taken.x, taken.t, cond)
+        shape = taken.x_next.shape[:2]
+        advantage = torch.ones(*shape, 6, 7) if credit == "pixel" else torch.ones(shape)
+        _, stats = grpo.step_loss(v, v.detach(), taken, STEPS[name], NOISE, advantage, 1e-4, 0.0)
+        assert (stats["ratio_min"], stats["ratio_max"], stats["clip_frac"], stats["kl"]) == (1.0, 1.0, 0.0, 0.0)
+
+
+@every_step
+def test_the_ratio_of_block_noise_is_that_of_the_densities_of_the_squares_means(name):
+    net = Net()
+    (_, [taken]), _, cond = roll(net, "branch", name, block=3)
+    v = (net(taken.x, taken.t, cond) + 0.05 * normal(2, 3, 6, 7, seed=5, dtype=torch.float32)).detach()
+    stats = grpo.step_loss(v, v, taken, STEPS[name], NOISE, torch.ones(2, GROUP), 1e-4, 0.0)[1]
+    moved = STEPS[name](taken.x, v, taken.t, taken.s, NOISE, torch.zeros_like(v))[1]
+    means = [torch.stack([z[..., i:i + 3, j:j + 3].double().mean((-2, -1)) for i in (0, 3) for j in (0, 3, 6)], -1)
+             for z in (taken.x_next, moved[:, None], taken.mean[:, None])]
+    density = [torch.distributions.Normal(m, float(taken.std)).log_prob(means[0]).flatten(2).mean(2) for m in means[1:]]
+    ratio = (density[0] - density[1]).exp()
+    assert stats["ratio_min"].item() == pytest.approx(ratio.min().item(), rel=1e-4)
+    assert stats["ratio_max"].item() == pytest.approx(ratio.max().item(), rel=1e-4)
+
+
+def test_block_noise_of_one_pixel_is_white_noise():
+    net = Net()
+    assert torch.equal(roll(net, "branch", "flow", block=1)[0][0], roll(net, "branch", "flow")[0][0])
+
+
+def test_the_kl_of_block_noise_holds_the_fine_part_of_the_velocity_too():
+    net = Net()
+    (_, [taken]), _, cond = roll(net, "branch", "flow", block=2)
+    v = net(taken.x, taken.t, cond).detach()
+    fine = v + torch.tensor([1.0, -1.0]).repeat(4)[:7] * torch.tensor([1.0, -1.0]).repeat(3)[:, None]
+    assert grpo.block_means(fine[..., :6, :6] - v[..., :6, :6], 2).abs().max() < 1e-6
+    white = roll(net, "branch", "flow")[0][1][0]
+    want = grpo.gaussian_kl(*(grpo.coefficients(STEPS["flow"], taken.t, taken.s, NOISE)[1] * z for z in (fine, v)),
+                            taken.std).mean()
+    for one in (taken, white):
+        one.t, one.s, one.std = taken.t, taken.s, taken.std
+        stats = grpo.step_loss(fine, v, one, STEPS["flow"], NOISE, torch.zeros(2, GROUP), 1e-4, 0.0)[1]
+        torch.testing.assert_close(stats["kl"], want, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("count", [0, T, -1])
 def test_a_number_of_stochastic_steps_that_the_grid_has_not_is_refused(count):
     with pytest.raises(ValueError, match=f"got {count} stochastic of {T} steps; want 1 to T - 1"):
@@ -839,7 +893,7 @@ def toy_agreement(x0, pts):
     return torch.sigmoid(2 * (at[..., 0] - at[..., 1]))
 
 
-def train_toy(credit, mode, name, sign, updates=40):
+def train_toy(credit, mode, name, sign, updates=40, block=1):
     """Mean reward over the first and the last five updates."""
     net, rng = ToyNet(), generator(1)
     optimizer = torch.optim.Adam(net.parameters(), lr=0.05)
@@ -847,10 +901,10 @@ def train_toy(credit, mode, name, sign, updates=40):
     pts = torch.stack((pixels // TOY, pixels % TOY), -1)                        # (1, P, 2, 2), fixed
     weight = torch.full((1, 12), 1 / 12)
     history = []
-    for _ in range(updates):
+    for i in range(updates):
         x = torch.randn(1, 1, TOY, TOY, generator=rng)
         x0, steps = grpo.rollout(lambda x, t: net(x), x, times(4), 8, {**STOCHASTIC, "full": 3}[mode], STEPS[name],
-                                 NOISE, rng)
+                                 NOISE, rng, block=1 + i % block)
         if credit == "brightness":
             reward = x0.mean((-3, -2, -1))
             advantage = group_advantage(reward)

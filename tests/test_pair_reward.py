@@ -4,7 +4,7 @@ import torch
 
 import kernels
 from kernels import pair_reward as pr
-from relations import MODALITIES, agreement, relation
+from relations import MODALITIES, agreement, relation, soft_relation
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = list(MODALITIES)
@@ -40,36 +40,36 @@ def assert_same(got, want):
 
 @every_modality
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("hard, window", [(True, 0), (False, 1)])
-def test_kernel_equals_ref(triton_path, m, dtype, hard, window):
+@pytest.mark.parametrize("form, window", [("hard", 0), ("soft", 1), ("brier", 0)])
+def test_kernel_equals_ref(triton_path, m, dtype, form, window):
     args = case(m, dtype=dtype)
-    want = pr.pair_reward_ref(*args, m, hard, 0.1, window)
+    want = pr.pair_reward_ref(*args, m, form, 0.1, window)
     assert {-1, 1} <= set(want[0].flatten().tolist())
-    assert_same(pr.pair_reward(*args, m, hard, 0.1, window), want)
+    assert_same(pr.pair_reward(*args, m, form, 0.1, window), want)
 
 
 @every_modality
 @pytest.mark.parametrize("P, window", [(1271, 0), (37, 3)])
 def test_more_pairs_than_one_program_holds_and_a_wide_window(triton_path, m, P, window):
     args = case(m, P=P, size=(9, 11), B=1, G=2 if P > 256 else 1)
-    assert_same(pr.pair_reward(*args, m, False, 0.05, window), pr.pair_reward_ref(*args, m, False, 0.05, window))
+    assert_same(pr.pair_reward(*args, m, "soft", 0.05, window), pr.pair_reward_ref(*args, m, "soft", 0.05, window))
 
 
 def test_a_map_larger_than_one_step_of_the_range(triton_path):
     """18,285 pixels: more than the 16 programs of 1,024 pixels read at once; the extremes lie in the last row."""
     pred, pts, prob, weight = case("depth", size=(115, 159), B=1, G=2)
     pred[0, :, 0, -1, -1], pred[0, :, 0, -1, -2] = 9.0, -9.0
-    assert_same(pr.pair_reward(pred, pts, prob, weight, "depth", True),
-                pr.pair_reward_ref(pred, pts, prob, weight, "depth", True))
+    assert_same(pr.pair_reward(pred, pts, prob, weight, "depth", "hard"),
+                pr.pair_reward_ref(pred, pts, prob, weight, "depth", "hard"))
 
 
 @every_modality
 @pytest.mark.parametrize("P", [0, 1])
 def test_no_pair_and_one_pair(triton_path, m, P):
     args = case(m, P=P)
-    got = pr.pair_reward(*args, m, True)
+    got = pr.pair_reward(*args, m, "hard")
     assert got[0].shape == (2, 3, P) and got[2].shape == (2, 3)
-    assert_same(got, pr.pair_reward_ref(*args, m, True))
+    assert_same(got, pr.pair_reward_ref(*args, m, "hard"))
 
 
 def test_no_map():
@@ -120,7 +120,7 @@ def test_the_edge_of_the_dead_zone_and_ties_are_decided_as_by_the_definition(tri
     pred, pts, prob, weight = (z.to(DEVICE) for z in (pred, pts, prob, weight))
     want = relation(pred, pts[:, None], m)
     assert len(set(want[0, 0, 1:].tolist())) == 2                                # both sides of the edge occur
-    assert torch.equal(pr.pair_reward(pred, pts, prob, weight, m, True)[0], want)
+    assert torch.equal(pr.pair_reward(pred, pts, prob, weight, m, "hard")[0], want)
 
 
 @every_modality
@@ -130,10 +130,10 @@ def test_non_finite_pixels_give_no_answer_and_do_not_widen_the_range(triton_path
     pred, pts, prob, weight = case(m)
     pred[0, 0, :, ::3, ::2] = bad
     pred[1, 2] = bad                                                             # nothing finite at all
-    for hard in (True, False):
-        want = pr.pair_reward_ref(pred, pts, prob, weight, m, hard, 0.1, window)
+    for form in ("hard", "soft"):
+        want = pr.pair_reward_ref(pred, pts, prob, weight, m, form, 0.1, window)
         assert 0 < (want[0][0, 0] == 0).float().mean() and (want[1][1, 2] == 0.5).all()
-        assert_same(pr.pair_reward(pred, pts, prob, weight, m, hard, 0.1, window), want)
+        assert_same(pr.pair_reward(pred, pts, prob, weight, m, form, 0.1, window), want)
 
 
 @every_modality
@@ -150,7 +150,7 @@ def test_the_hard_reward_of_sure_answers_is_the_share_of_agreement(triton_path, 
     pred, pts, prob, weight = case(m)
     answer = torch.where(prob > 0.5, 1, -1)
     uniform = torch.full_like(weight, 1 / weight.shape[1])
-    reward = pr.pair_reward(pred, pts, (answer > 0).float(), uniform, m, True)[2]
+    reward = pr.pair_reward(pred, pts, (answer > 0).float(), uniform, m, "hard")[2]
     torch.testing.assert_close(reward, agreement(relation(pred, pts[:, None], m), answer[:, None]), **TOL)
 
 
@@ -174,7 +174,7 @@ def test_same_bits_in_two_runs_and_inputs_are_never_written(triton_path):
 
 def test_a_soft_reward_that_wants_a_gradient_has_the_right_one(triton_path):
     pred, pts, prob, weight = case("irradiance", P=5, dtype=torch.float64, size=(3, 4), B=1, G=2)
-    reward = lambda z: pr.pair_reward(z, pts, prob.double(), weight.double(), "irradiance", False, 0.5)[2]  # noqa: E731
+    reward = lambda z: pr.pair_reward(z, pts, prob.double(), weight.double(), "irradiance", "soft", 0.5)[2]  # noqa: E731
     assert torch.autograd.gradcheck(reward, (pred.requires_grad_(),))
 
 
@@ -197,9 +197,24 @@ def test_arguments_that_do_not_fit_name_got_and_want():
     pred, pts, prob, weight = case("normal")
     with pytest.raises(ValueError, match="got modality 'colour', want one of depth, "):
         pr.pair_reward(pred, pts, prob, weight, "colour")
+    with pytest.raises(ValueError, match="got form 'harder', want one of hard, soft, brier"):
+        pr.pair_reward(pred, pts, prob, weight, "depth", "harder")
     with pytest.raises(ValueError, match=r"got pred \(2, 3, 3, 13, 17\), want \(B, G, 1, H, W\) for 'depth'"):
         pr.pair_reward(pred, pts, prob, weight, "depth")
     with pytest.raises(ValueError, match=r"got pts \(1, 37, 2, 2\), want \(2, P, 2, 2\)"):
         pr.pair_reward(pred, pts[:1], prob, weight, "normal")
     with pytest.raises(ValueError, match=r"got weight \(2, 36\), want \(2, 37\), one per pair"):
         pr.pair_reward(pred, pts, prob, weight[:, 1:], "normal")
+
+
+@every_modality
+def test_the_brier_reward_is_best_for_a_map_as_sure_as_the_judge(m):
+    """A proper score: of all answers of the map the expected reward is largest at tanh(margin / tau) = 2 p - 1."""
+    pred, pts, _, weight = (z.double() if z.is_floating_point() else z for z in case(m, dtype=torch.float64))
+    vote = soft_relation(pred, pts[:, None], m, 0.1)                  # (B, G, P)
+    sure = 0.5 + 0.5 * vote[:, 0]
+    agree = pr.pair_reward(pred, pts, sure, weight, m, "brier")[1]
+    torch.testing.assert_close(agree[:, 0], torch.ones_like(sure))
+    want = 1 - (vote - vote[:, :1]).square() / 4
+    torch.testing.assert_close(agree, want)
+    assert (agree >= 0).all() and (agree[:, 1:] <= agree[:, :1]).all()

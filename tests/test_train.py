@@ -186,8 +186,8 @@ def test_a_rollout_has_the_asked_steps_group_and_noise(run, tmp_path, monkeypatc
     seen = []
     real = grpo.rollout
 
-    def spy(velocity, x, grid, group, stochastic, step, noise, rng, tail):
-        out = real(velocity, x, grid, group, stochastic, step, noise, rng, tail)
+    def spy(velocity, x, grid, group, stochastic, step, noise, rng, tail, block):
+        out = real(velocity, x, grid, group, stochastic, step, noise, rng, tail, block)
         seen.append((len(grid) - 1, group, tail, step, noise, len(out[1]), tuple(out[0].shape)))
         return out
     monkeypatch.setattr(grpo, "rollout", spy)

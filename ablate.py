@@ -1,0 +1,247 @@
+"""Ablate GRPO: what each departure from the paper is worth at equal compute, beside losses that are not RL.
+
+    python ablate.py                                     seeds 0 1 2 of preset mini, every row, table, plot, raw JSON
+    python ablate.py --seeds 7 --rows paper all          a quick look
+Rows are flags of train.py, each on top of the row above it; all rows of a seed share its base predictor, judge and
+judgement bank, so the judge is asked once. Equal compute: each row takes as many steps as cost what `all` costs,
+counted in floating-point operations of its own first steps. Scores on held-out `wild` scenes; curves on validation
+scenes. The same command again goes on where it was interrupted.
+"""
+import json
+import math
+from dataclasses import asdict, replace
+from multiprocessing import get_context
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import data
+import eval as evaluation
+import runtime
+import train
+from config import PRESETS, Config, Parser
+from plots import Line, figure
+from predictor import load_predictor
+
+PAPER = dict(credit="global", rollout="full", tail=0, reward="hard", norm="group", modalities="one", balance=0,
+             window=0, mine=0, clip=1e-4, credit_growth=0.0)
+STEPS = [  # (row, flags that it adds to the row above)
+    ("paper", PAPER),
+    ("+branch", dict(rollout="branch")),
+    ("+pair", dict(credit="pair", norm="global", clip=0.1)),
+    ("+soft", dict(reward="soft")),
+    ("+joint", dict(modalities="joint")),
+]
+BESIDE = {  # rows that start from the preset
+    "all": {},
+    "all, oracle judge": dict(judge="oracle"),
+    "ranking loss": dict(method="ranking"),
+    "supervised": dict(method="supervised"),
+}
+SHOWN = ("depth/abs_rel", "albedo/whdr10", "irradiance/si_mse", "normal/angle")
+T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+
+
+def rows_of(preset):
+    """Flags of every row on top of a preset: dict name -> dict."""
+    rows, flags = {}, {}
+    for name, more in STEPS:
+        flags = {**flags, **more}
+        rows[name] = flags
+    return {**rows, **BESIDE}
+
+
+def row_config(args, row, seed):
+    """train.Config of one run."""
+    shared = Path(args.out) / f"seed{seed}"
+    cfg = replace(Config(), **{**PRESETS[args.preset], **args.flags})
+    cfg = replace(cfg, stage="grpo", seed=seed, threads=args.threads, device=args.device, policy=str(shared / "base"),
+                  judge=str(shared / "judge"), bank=str(shared / "bank"), val_images=args.val_images, band=0, forget=0,
+                  out=str(Path(args.out) / f"seed{seed}" / row.replace(" ", "-").replace(",", "")))
+    cfg = replace(cfg, **rows_of(args.preset)[row])
+    return replace(cfg, **({"lr": args.paper_lr} if row in dict(STEPS) else {}))
+
+
+def flops_per_step(cfg, device, steps=8):
+    """Floating-point operations of a training step, the mean of the first few; products inside attention included."""
+    with TemporaryDirectory() as folder, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        train.tune(replace(cfg, out=folder, eval_every=0, stop_at=steps), device)
+    return counter.get_total_flops() / steps
+
+
+def prepare(args, seed):
+    """Base predictor, judge and bank of a seed, and the cost of a step of each row: dict row -> flops."""
+    cfg = row_config(args, "all", seed)
+    out = Path(cfg.policy).parent
+    shared = replace(cfg, out=str(out), policy="", judge="", bank="")
+    device = runtime.setup(shared)
+    for stage, sign in (("base", "predictor.json"), ("judge", "judge.json")):
+        if not (out / stage / sign).is_file():
+            dict(base=train.base, judge=train.judge)[stage](replace(shared, stage=stage), device)
+    train.judged_photos(cfg, device)
+    path = out / "flops.json"
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    for row in {"all", *args.rows}:
+        if row not in known:
+            known[row] = flops_per_step(row_config(args, row, seed), device)
+            runtime.write_json(path, known)
+    return known
+
+
+def run_row(job):
+    """Train one row of one seed and score it on held-out scenes; writes figures.json in its folder, or reads it."""
+    args, row, seed, steps = job
+    cfg = row_config(args, row, seed)
+    cfg = replace(cfg, steps=steps, eval_every=max(1, steps // args.points))
+    path = Path(cfg.out) / "figures.json"
+    if path.is_file():
+        return json.loads(path.read_text())
+    device = runtime.setup(cfg)
+    train.tune(cfg, device)
+    before, after = load_predictor(cfg.policy).to(device), load_predictor(Path(cfg.out) / "grpo").to(device)
+    figures = dict(row=row, seed=seed, steps=steps, photos=steps * cfg.batch, settings=asdict(cfg),
+                   about=runtime.about(), start=evaluation.diagnose(before, cfg.size, cfg.eval_steps, cfg.val_images))
+    for domain in ("wild", "synthetic"):
+        maps = data.ScenePool(domain, args.split, cfg.eval_images, cfg.size).all()
+        pairs = evaluation.eval_pairs(maps, evaluation.PAIRS, 1, 0)
+        values = [evaluation.score(evaluation.predict(p, maps["rgb"], cfg.eval_steps, 0), maps, pairs)
+                  for p in (before, after)]
+        figures[domain] = evaluation.compare(*values)
+    log = [json.loads(line) for line in (Path(cfg.out) / "grpo" / "metrics.jsonl").read_text().splitlines()]
+    seconds = np.cumsum([r["time/step"] for r in log])
+    figures["seconds"] = float(seconds[-1])
+    figures["curve"] = [dict(photos=(r["step"] + 1) * cfg.batch, seconds=float(s),
+                             **{k: r[f"wild/{k}"] / figures["start"][f"wild/{k}"] - 1 for k in SHOWN})
+                        for r, s in zip(log, seconds, strict=True) if f"wild/{SHOWN[0]}" in r and r["step"]]
+    runtime.write_json(path, figures)
+    return figures
+
+
+def interval(values):
+    """Mean and half width of the 95 % interval over seeds (Student's t; nan for one seed)."""
+    n = len(values)
+    half = T_975.get(n - 1, 1.96) * np.std(values, ddof=1) / math.sqrt(n) if n > 1 else float("nan")
+    return float(np.mean(values)), float(half)
+
+
+def photos_for(curve, metric, change):
+    """Photos after which a curve first reaches a relative change (negative is better), interpolated; None if never."""
+    last = dict(photos=0, **{metric: 0.0})
+    for point in curve:
+        if point[metric] <= change:
+            share = (last[metric] - change) / max(last[metric] - point[metric], 1e-12)
+            return last["photos"] + share * (point["photos"] - last["photos"])
+        last = point
+    return None
+
+
+def fewer_photos(runs, metric):
+    """How many times fewer photos `all` needs for the best change that the paper's estimator reaches, per seed.
+
+    None where the paper's estimator never improves, or `all` never gets there
+    """
+    found = []
+    for paper, ours in zip(runs["paper"], runs["all"], strict=True):
+        best = min(paper["curve"], key=lambda p: p[metric])
+        need = photos_for(ours["curve"], metric, best[metric]) if best[metric] < 0 else None
+        found.append(best["photos"] / need if need else None)
+    return found
+
+
+def summary(runs):
+    """Mean change and interval of every row: dict row -> dict of "wild/..." and "synthetic/..." -> (mean, half)."""
+    return {row: {f"{domain}/{k}": interval([r[domain][k]["change"] for r in many])
+                  for domain in ("wild", "synthetic") for k in many[0][domain]} for row, many in runs.items()}
+
+
+def table(runs, means):
+    """Markdown of the summary: a row per setting, changes in percent."""
+    shown = [f"wild/{k}" for k in SHOWN] + [f"synthetic/{k}" for k in SHOWN]
+    lines = ["| row | photos | seconds | " + " | ".join(shown) + " |", "|---" * (3 + len(shown)) + "|"]
+    for row, many in runs.items():
+        cells = [f"{100 * means[row][k][0]:+.1f} +- {100 * means[row][k][1]:.1f}" for k in shown]
+        lines.append(f"| {row} | {np.mean([r['photos'] for r in many]):.0f} | "
+                     f"{np.mean([r['seconds'] for r in many]):.0f} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def draw(path, runs):
+    """SVG: the mean change over seeds against photos seen and against seconds, one panel per metric."""
+    panels = []
+    for axis in ("photos", "seconds"):
+        for metric in SHOWN:
+            lines = []
+            for row, many in runs.items():
+                points = list(zip(*(r["curve"] for r in many), strict=False))
+                lines.append(Line(row, [0.0] + [float(np.mean([p[axis] for p in at])) for at in points],
+                                  [0.0] + [100 * float(np.mean([p[metric] for p in at])) for at in points]))
+            panels.append((f"{metric}, change in %", axis + (" seen" if axis == "photos" else ""), lines))
+    Path(path).write_text(figure(panels, columns=len(SHOWN)))
+
+
+def arguments(argv):
+    """Parse the command line."""
+    p = Parser(prog="ablate.py", allow_abbrev=False, description=__doc__.splitlines()[0])
+    p.add_argument("--preset", choices=[k for k in PRESETS if k != "paper"], default="mini", help="settings [mini]")
+    names = list(rows_of("mini"))
+    p.add_argument("--rows", nargs="+", choices=names, default=names, metavar="ROW", help=f"of: {', '.join(names)}")
+    p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="each has its own base and judge [0 1 2]")
+    p.add_argument("--split", choices=("test", "val"), default="test",
+                   help="scenes that are scored; choose settings on val [test]")
+    p.add_argument("--steps", type=int, default=0, help="steps of `all`; they set the budget; 0: the preset's [0]")
+    p.add_argument("--points", type=int, default=6, help="evaluations along each curve [6]")
+    p.add_argument("--val-images", type=int, default=64, help="validation scenes of the curves [64]")
+    p.add_argument("--paper-lr", type=float, default=1e-4, help="learning rate of the rows from paper to +joint [1e-4]")
+    p.add_argument("--out", default="out/ablate", help="folder of everything [out/ablate]")
+    p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="[auto]")
+    p.add_argument("--threads", type=int, default=1, help="CPU threads of a run [1]")
+    p.add_argument("--jobs", type=int, default=1, help="runs at a time [1]")
+    p.add_argument("--set", nargs="*", default=[], metavar="FLAG=VALUE", help="train.py flags of every row")
+    args = p.parse_args(argv)
+    p.at_least(args, 1, "points", "val_images", "threads", "jobs")
+    types = {k: type(v) for k, v in asdict(Config()).items()}
+    unknown = [s for s in args.set if s.partition("=")[0].replace("-", "_") not in types]
+    if unknown:
+        p.error(f"--set {unknown[0]}: want FLAG=VALUE with a flag of train.py")
+    pairs = [s.partition("=")[::2] for s in args.set]
+    args.flags = {k.replace("-", "_"): types[k.replace("-", "_")](v) for k, v in pairs}
+    args.rows = [r for r in names if r in args.rows]
+    return args
+
+
+def main(argv=None):
+    """Command line: run what is missing, then the table, the plot and the raw numbers."""
+    args = arguments(argv)
+    jobs = []
+    for seed in args.seeds:
+        flops = prepare(args, seed)
+        own = row_config(args, "all", seed)
+        budget = (args.steps or own.steps) * flops["all"]
+        jobs += [(args, row, seed, max(1, round(budget / flops[row]))) for row in args.rows]
+    if args.jobs == 1:
+        done = [run_row(job) for job in jobs]
+    else:
+        with get_context("spawn").Pool(args.jobs) as pool:
+            done = pool.map(run_row, jobs, chunksize=1)
+    runs = {row: [f for f in done if f["row"] == row] for row in args.rows}
+    means = summary(runs)
+    result = dict(about=runtime.about(), seeds=args.seeds, split=args.split, means=means, runs=runs)
+    text = table(runs, means)
+    print(f"\nchange in % on {args.split} scenes, mean over seeds {args.seeds} +- 95 % (Student's t); equal compute\n"
+          + text)
+    if {"paper", "all"} <= runs.keys():
+        result["fewer_photos"] = {k: fewer_photos(runs, k) for k in SHOWN}
+        for k, many in result["fewer_photos"].items():
+            print(f"{k}: `all` needs "
+                  + ", ".join("-" if x is None else f"{x:.1f}" for x in many) + " times fewer photos than `paper`")
+    runtime.write_json(Path(args.out) / "ablation.json", result)
+    (Path(args.out) / "ablation.md").write_text(text + "\n")
+    draw(Path(args.out) / "ablation.svg", runs)
+    print(f"written: {args.out}/ablation.json, ablation.md, ablation.svg")
+
+
+if __name__ == "__main__":
+    runtime.run_command(main, "ablate.py")

@@ -1,0 +1,69 @@
+"""Line plots as self-contained SVG text: panels in a grid, one legend."""
+import html
+import math
+from dataclasses import dataclass
+
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 300, 230, 48, 10, 28, 38
+COLOURS = ("#777777", "#4477aa", "#66ccee", "#228833", "#ccbb44", "#ee6677", "#aa3377", "#000000", "#ff8800", "#8866cc")
+
+
+@dataclass
+class Line:
+    """One line of a panel: x and y of equal length, in data units."""
+
+    label: str
+    x: list
+    y: list
+
+
+def ticks(low, high, n=4):
+    """About n round numbers that span low .. high."""
+    span = max(high - low, 1e-9)
+    step = 10 ** math.floor(math.log10(span / n))
+    step *= next(k for k in (1, 2, 5, 10) if span / (k * step) <= n + 0.5)
+    return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def _text(x, y, words, anchor="middle", size=11):
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}">{html.escape(words)}</text>'
+
+
+def _panel(title, label, lines, colours):
+    xs, ys = [x for one in lines for x in one.x] or [0, 1], [y for one in lines for y in one.y] or [0, 1]
+    (x0, x1), (y0, y1) = (min(xs), max(xs)), (min(ys), max(ys))
+    x1, y1 = (x1 if x1 > x0 else x0 + 1), (y1 if y1 > y0 else y0 + 1)
+    at_x = lambda x: LEFT + (x - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT)  # noqa: E731
+    at_y = lambda y: TOP + (y1 - y) / (y1 - y0) * (HEIGHT - TOP - BOTTOM)  # noqa: E731
+    out = [_text(WIDTH / 2, 16, title, size=12), _text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, label)]
+    for x in ticks(x0, x1):
+        out += [f'<path d="M{at_x(x):.1f} {TOP}V{HEIGHT - BOTTOM}" stroke="#eeeeee"/>',
+                _text(at_x(x), HEIGHT - BOTTOM + 14, f"{x:g}")]
+    for y in ticks(y0, y1):
+        out += [f'<path d="M{LEFT} {at_y(y):.1f}H{WIDTH - RIGHT}" stroke="{"#999999" if y == 0 else "#eeeeee"}"/>',
+                _text(LEFT - 5, at_y(y) + 4, f"{y:g}", "end")]
+    for one in lines:
+        path = " ".join(f"{at_x(x):.1f},{at_y(y):.1f}" for x, y in zip(one.x, one.y, strict=True))
+        out.append(f'<polyline points="{path}" fill="none" stroke="{colours[one.label]}" stroke-width="1.8"/>')
+    return "".join(out)
+
+
+def figure(panels, columns):
+    """SVG of panels in rows of `columns`.
+
+    panels  list of (title, label of the x axis, list of Line); lines of one label share a colour and a legend entry
+    """
+    labels = list(dict.fromkeys(one.label for _, _, lines in panels for one in lines))
+    colours = {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(labels)}
+    rows, width = -(-len(panels) // columns), columns * WIDTH
+    per_row = max(1, width // 160)
+    height = rows * HEIGHT + 20 * -(-len(labels) // per_row) + 10
+    out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
+           f'font-family="sans-serif"><rect width="{width}" height="{height}" fill="white"/>']
+    for i, panel in enumerate(panels):
+        out.append(f'<g transform="translate({i % columns * WIDTH} {i // columns * HEIGHT})">'
+                   f'{_panel(*panel, colours)}</g>')
+    for i, label in enumerate(labels):
+        x, y = i % per_row * 160 + 12, rows * HEIGHT + 20 * (i // per_row) + 14
+        out.append(f'<path d="M{x} {y}h22" stroke="{colours[label]}" stroke-width="3"/>'
+                   + _text(x + 28, y + 4, label, "start", 12))
+    return "".join(out) + "</svg>\n"
