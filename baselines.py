@@ -33,7 +33,7 @@ def ranking(policy, ref, rows, cfg, rng):
         prob = rows.prob[..., NAMES.index(m)]
         with rows.amp:
             pred = policy.decode(part, m).float()                               # (B, C, H, W)
-        agree = 0.5 + 0.5 * soft_relation(pred, rows.pts, m, cfg.tau, cfg.window) * (2 * prob - 1)
+        agree = 0.5 + 0.5 * soft_relation(pred, rows.pts, m, rewards.softness(cfg, m), cfg.window) * (2 * prob - 1)
         reward = (agree * rewards.pair_weights(prob, m, cfg)).sum(1).mean()
         loss, stats[f"reward/{m}"] = loss - 2 * reward, reward.detach()
     return loss / len(rows.names) + cfg.kl_weight * anchor, {"policy/anchor": anchor.detach(), **stats}

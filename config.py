@@ -72,7 +72,7 @@ class Config:
     sample_steps: int = 15           # T, denoising steps in training (paper: 15)
     eval_steps: int = 50             # denoising steps in evaluation (paper: 50)
     noise: float = 0.7               # a of the exploration noise, or eta for ddim (paper: 0.7)
-    noise_blocks: str = "1"          # px, blocks that share exploration noise, a size drawn per step: 1: white (paper)
+    noise_blocks: str = "1"          # px, squares that share exploration noise, a size drawn per row: 1: white (paper)
     exploration: str = "auto"        # flow (Flow-GRPO, paper), ddim (eta form), or the predictor's own: Marigold ddim
     init_noise: str = "shared"       # a group starts from shared or independent noise (the paper does not say which)
     rollout: str = "full"            # full: every step but the last stochastic (paper); branch: one; window: a few
@@ -83,7 +83,8 @@ class Config:
     credit_width: float = 1.0        # px of the state, width of the splat around a point
     credit_growth: float = 0.0       # px by which the splat is wider at noise level 1
     reward: str = "hard"             # hard: relation vs answer (paper); soft, brier: tanh(margin/tau) vs 2p-1; ...
-    tau: float = 0.1                 # softness of the soft reward, in units of the margin
+    tau: str = "0.1"                 # softness of soft and brier, in units of the margin: one, or one per modality
+    jitter: int = 1                  # px, side of the square around a judged point in which the map is read (paper: 1)
     window: int = 0                  # px, radius of the mean read at a point (paper: 0, one pixel)
     mine: int = 0                    # 1: of all judged pairs those that split the group most are scored (paper: 0)
     modalities: str = "one"          # one drawn per step (paper), or joint: all four at every step
@@ -210,6 +211,9 @@ def problem(cfg, preset="mini"):
         return f"--group {cfg.group}: a group of one has no advantage; want at least 2"
     if cfg.sample_steps < 2:
         return f"--sample-steps {cfg.sample_steps}: the last step is deterministic; want at least 2"
+    if not re.fullmatch(r"(\d*\.?\d+,){3}\d*\.?\d+|\d*\.?\d+", cfg.tau) or any(
+            float(t) == 0 for t in cfg.tau.split(",")):
+        return f"--tau {cfg.tau!r}: want one number above 0, or four between commas: depth, normal, albedo, irradiance"
     if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", cfg.noise_blocks):
         return f"--noise-blocks {cfg.noise_blocks!r}: want sizes in px between commas, such as 1,2,4"
     if cfg.rollout == "window" and cfg.stochastic >= cfg.sample_steps:

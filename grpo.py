@@ -165,17 +165,30 @@ class Step:
     x_next: torch.Tensor     # (R, K, c, h, w)
     mean: torch.Tensor       # (R, c, h, w) of the policy that acted
     std: float
-    block: int = 1           # px, side of the squares that shared their noise
-    v: torch.Tensor = None   # (R, c, h, w) velocity of the policy that acted, where block > 1
+    v: torch.Tensor          # (R, c, h, w) of the policy that acted
+    block: torch.Tensor      # (R,) px, side of the squares that shared their noise
 
     def rows(self, part):
         """The step of some rows only (index)."""
-        return replace(self, x=self.x[part], x_next=self.x_next[part], mean=self.mean[part],
-                       v=None if self.v is None else self.v[part])
+        return replace(self, **{k: getattr(self, k)[part] for k in ("x", "x_next", "mean", "v", "block")})
+
+
+def block_noise(many, x, block, rng):
+    """Standard normal noise that is one number per square of block[r] pixels in row r.
+
+    x (R, c, h, w), block (R,) int64 on the CPU;  returns (R, many, c, h, w) on x's device; for block 1 white noise
+    """
+    *_, h, w = x.shape
+    eps = x.new_empty(len(x), many, *x.shape[1:])
+    for k in block.unique().tolist():
+        rows = (block == k).nonzero()[:, 0]
+        draw = torch.randn(many, len(rows), x.shape[1], -(-h // k), -(-w // k), generator=rng).transpose(0, 1)
+        eps[rows.to(x.device)] = draw.repeat_interleave(k, -1).repeat_interleave(k, -2)[..., :h, :w].to(eps)
+    return eps
 
 
 @torch.no_grad()
-def rollout(velocity, x, grid, group, stochastic, step, noise, rng, tail=0, block=1):
+def rollout(velocity, x, grid, group, stochastic, step, noise, rng, tail=0, block=None):
     """Sample a group of maps per row: an ODE prefix, `stochastic` consecutive SDE steps, an ODE tail.
 
     velocity    (x (N, c, h, w), t float) -> v; the N / R samples of a row lie side by side
@@ -184,7 +197,7 @@ def rollout(velocity, x, grid, group, stochastic, step, noise, rng, tail=0, bloc
     stochastic  K in 1 .. T - 1, in a place drawn from rng. T - 1: every step but the last (`full`, paper); 1: `branch`
     step        one of STEPS.values();  noise: its scale (a or eta)
     tail        steps from the last stochastic state to the map, at most those of the grid; 0: those of the grid
-    block       px of the state, side of the squares in which the noise is one number: 1 is white noise (paper)
+    block       (R,) px of the state, side of the squares in which a row's noise is one number; None: 1, white (paper)
     returns     x_0 (R, G, c, h, w), list of K Steps
     raises      ValueError  K or T out of range
     """
@@ -197,18 +210,18 @@ def rollout(velocity, x, grid, group, stochastic, step, noise, rng, tail=0, bloc
     left = min(tail or T, T - last)
     walk = [*grid[:last], *(grid[last + (T - last) * k // left] for k in range(left + 1))]
     steps, x = [], x if shared else x.flatten(0, 1)
+    block = torch.ones(R, dtype=torch.int64) if block is None else block
     for i, (t, s) in enumerate(zip(walk, walk[1:], strict=False)):
         v = velocity(x, t)
         if not first <= i < last:
             x = x + (s - t) * v
             continue
         many = group if shared and i == first else 1                            # a shared state branches here
-        *lead, h, w = x.shape
-        eps = torch.randn(many, *lead, -(-h // block), -(-w // block), generator=rng).to(x.device).transpose(0, 1)
-        eps = eps.repeat_interleave(block, -1).repeat_interleave(block, -2)[..., :h, :w] if block > 1 else eps
+        size = block.repeat_interleave(len(x) // R)                             # of the squares, per state
+        eps = block_noise(many, x, size, rng)
         A, B, std = coefficients(step, t, s, noise)
         x_next, mean, _ = sde_step(x, v, eps, A, B, std)                        # (R, K, c, h, w)
-        steps.append(Step(t, s, x, x_next, mean, std, block, v if block > 1 else None))
+        steps.append(Step(t, s, x, x_next, mean, std, v, size))
         x = x_next.flatten(0, 1)
     return x.unflatten(0, (R, group)), steps
 
@@ -219,6 +232,16 @@ def block_means(z, block):
     return flat.view(*z.shape[:-2], *flat.shape[-2:])
 
 
+def block_ratio(v, taken, k, B, local):
+    """Log-ratio of a step whose noise is one number per square of k pixels: that of the squares' means.
+
+    returns (R, K), or per square (R, K, ceil(h / k), ceil(w / k)) if local; exactly 0 while v is taken.v
+    """
+    drawn, moved = (block_means(z, k) for z in (taken.x_next - taken.mean[:, None], _fp32(v) - _fp32(taken.v)))
+    zero = torch.zeros_like(moved)                                              # the same around a mean of zero
+    return log_ratio_kl(drawn, zero, moved, zero, zero, 0.0, B, float(taken.std), local)[0]
+
+
 def step_loss(v, v_ref, taken, step, noise, advantage, clip, kl_weight):
     """Loss of one trained step: clipped objective plus kl_weight times the KL to the reference.
 
@@ -227,17 +250,19 @@ def step_loss(v, v_ref, taken, step, noise, advantage, clip, kl_weight):
     returns    scalar loss, dict of 0-dim diagnostics (ratio_min, ratio_max, clip_frac, kl)
     """
     A, B, _ = coefficients(step, taken.t, taken.s, noise)
-    local = advantage.ndim > 2
-    if taken.block == 1:
-        log_ratio, kl = log_ratio_kl(taken.x_next, taken.x, v, taken.mean, v_ref, A, B, float(taken.std), local)
-    else:                                                                       # the same around a mean of zero
-        drawn, moved = (block_means(z, taken.block) for z in (taken.x_next - taken.mean[:, None], v - taken.v))
-        zero = torch.zeros_like(moved)
-        log_ratio, _ = log_ratio_kl(drawn, zero, moved, zero, zero, 0.0, B, float(taken.std), local)
-        kl = gaussian_kl(B * _fp32(v), B * _fp32(v_ref), taken.std)
-        advantage = block_means(advantage, taken.block) if local else advantage
-    policy, kl = clipped_loss(log_ratio, 0.0, advantage, clip), kl.mean()
-    ratio = log_ratio.detach().exp()
-    stats = dict(ratio_min=ratio.min(), ratio_max=ratio.max(), kl=kl.detach(),
-                 clip_frac=((ratio - 1).abs() > clip).float().mean())
-    return policy + kl_weight * kl, stats
+    local, policy, ratios, outside = advantage.ndim > 2, 0.0, [], 0.0
+    log_ratio, kl = log_ratio_kl(taken.x_next, taken.x, v, taken.mean, v_ref, A, B, float(taken.std), local)
+    for k in taken.block.unique().tolist():
+        rows = (taken.block == k).nonzero()[:, 0].to(v.device)
+        if k == 1:
+            part, credit = log_ratio[rows], advantage[rows]
+        else:
+            part = block_ratio(v[rows], taken.rows(rows), k, B, local)
+            credit = block_means(advantage[rows], k) if local else advantage[rows]
+        share, ratio = len(rows) / len(v), part.detach().exp()
+        policy = policy + share * clipped_loss(part, 0.0, credit, clip)
+        ratios += ratio.min(), ratio.max()
+        outside = outside + share * ((ratio - 1).abs() > clip).float().mean()
+    kl = kl.mean()
+    return policy + kl_weight * kl, dict(ratio_min=min(ratios), ratio_max=max(ratios), kl=kl.detach(),
+                                         clip_frac=outside)

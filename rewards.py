@@ -19,9 +19,16 @@ import torch.nn.functional as F
 import grpo
 from kernels.pair_credit import pair_credit
 from kernels.pair_reward import pair_reward
+from relations import MODALITIES
 from scenes import srgb_decode
 
 FORM = dict(hard="hard", confidence="hard", soft="soft", brier="brier")
+
+
+def softness(cfg, modality):
+    """--tau of a modality: one number for all, or one each in the order of MODALITIES."""
+    values = [float(t) for t in cfg.tau.split(",")]
+    return values[list(MODALITIES).index(modality) % len(values)]
 
 
 def pair_weights(prob, modality, cfg):
@@ -43,7 +50,8 @@ def judged(pred, pts, prob, modality, cfg):
     returns  agree (B, G, P) in [0, 1], weight (B, P) of each pair, reward (B, G) = their weighted sum
     """
     weight = pair_weights(prob, modality, cfg)
-    _, agree, reward = pair_reward(pred, pts, prob, weight, modality, FORM[cfg.reward], cfg.tau, cfg.window)
+    _, agree, reward = pair_reward(pred, pts, prob, weight, modality, FORM[cfg.reward], softness(cfg, modality),
+                                   cfg.window)
     return agree, weight, reward
 
 

@@ -218,6 +218,10 @@ class Rows:
         self.index = torch.tensor([NAMES.index(m) for m in self.names], device=device).repeat_interleave(batch)
         self.pts = bank_pts[self.picked[:, None], chosen].to(device)
         self.prob = bank_prob[self.picked[:, None], chosen].to(device)
+        if cfg.jitter > 1:                                                      # the answer holds around the point too
+            near = torch.randint(cfg.jitter, self.pts.shape, generator=rng) - cfg.jitter // 2
+            last = torch.tensor(self.rgb.shape[-2:]) - 1
+            self.pts = (self.pts + near.to(device)).clamp_min(0).minimum(last.to(device))
         self.amp, self.micro = runtime.autocast(cfg.precision, device, not cfg.checkpointing), cfg.micro
 
     def encode(self, net):
@@ -244,6 +248,16 @@ class Rows:
 STOCHASTIC = dict(full=lambda cfg: cfg.sample_steps - 1, branch=lambda cfg: 1, window=lambda cfg: cfg.stochastic)
 
 
+def noise_blocks(cfg, names, B, rng):
+    """Side of the squares that share exploration noise, drawn for each row: (M*B,) int64.
+
+    White for albedo: whether two colours are the same is a matter of fine differences, which coarse noise drowns.
+    """
+    sizes = torch.tensor([int(k) for k in cfg.noise_blocks.split(",")])
+    return torch.cat([torch.ones(B, dtype=torch.int64) if m == "albedo" else
+                      sizes[torch.randint(len(sizes), (B,), generator=rng)] for m in names])
+
+
 @torch.no_grad()
 def explore(policy, rows, cfg, step, rng):
     """Sample a group per row, compare it with the judge.
@@ -253,11 +267,10 @@ def explore(policy, rows, cfg, step, rng):
     cond, B, n = rows.encode(policy), len(rows.rgb), len(rows.index)
     many = () if cfg.init_noise == "shared" else (cfg.group,)
     noise = torch.randn(n, *many, *policy.shape(rows.rgb), generator=rng).to(rows.rgb.device)
-    sizes = [int(k) for k in cfg.noise_blocks.split(",")]
-    block = sizes[int(torch.randint(len(sizes), (1,), generator=rng))]
     x0, taken = grpo.rollout(lambda x, t: rows.all_velocities(policy, cond, x, t),
                              policy.start(noise, cfg.sample_steps), policy.times(cfg.sample_steps), cfg.group,
-                             STOCHASTIC[cfg.rollout](cfg), step, cfg.noise, rng, cfg.tail, block)   # (M*B, G, c, h, w)
+                             STOCHASTIC[cfg.rollout](cfg), step, cfg.noise, rng, cfg.tail,
+                             noise_blocks(cfg, rows.names, B, rng))                                 # (M*B, G, c, h, w)
     size, pred, credit, stats = x0.shape[-2:], {}, {}, {}
     for m, part in zip(rows.names, x0.split(B), strict=True):
         with rows.amp:                                                          # only the drawn modality is decoded

@@ -490,7 +490,8 @@ def taken_step(name="flow", R=2, K=4, dtype=DOUBLE):
     x, v = normal(R, 3, H, W, seed=1, dtype=dtype), normal(R, 3, H, W, seed=2, dtype=dtype)
     eps = normal(K, R, 3, H, W, seed=3, dtype=dtype)
     x_next, mean, std = STEPS[name](x, v, 0.6, 0.5, NOISE, eps)
-    return grpo.Step(0.6, 0.5, x, x_next.transpose(0, 1), mean, std), v.requires_grad_()
+    white = torch.ones(R, dtype=torch.int64)
+    return grpo.Step(0.6, 0.5, x, x_next.transpose(0, 1), mean, std, v.clone(), white), v.requires_grad_()
 
 
 def gradient(v, taken, advantage, name="flow", kl_weight=0.0):
@@ -601,7 +602,7 @@ def roll(net, mode, name, R=2, noise=NOISE, seed=0, group=GROUP, tail=0, starts=
     x = x if starts == 1 else normal(R, starts, 3, 6, 7, seed=12, dtype=torch.float32)
     rng = generator(seed)
     return grpo.rollout(lambda x, t: net(x, t, cond), x, GRID, group, STOCHASTIC[mode], STEPS[name], noise, rng,
-                        tail, block), x, cond
+                        tail, torch.full((R,), block)), x, cond
 
 
 def ode(net, x, cond):
@@ -757,9 +758,30 @@ def test_the_ratio_of_block_noise_is_that_of_the_densities_of_the_squares_means(
     assert stats["ratio_max"].item() == pytest.approx(ratio.max().item(), rel=1e-4)
 
 
-def test_block_noise_of_one_pixel_is_white_noise():
-    net = Net()
-    assert torch.equal(roll(net, "branch", "flow", block=1)[0][0], roll(net, "branch", "flow")[0][0])
+@every_rollout
+def test_each_row_has_the_squares_it_asked_for_and_their_share_of_the_loss(mode):
+    net, cond = Net(), torch.arange(3.0)
+    block, x = torch.tensor([1, 2, 3]), normal(3, 3, 6, 6, seed=11, dtype=torch.float32)
+    _, steps = grpo.rollout(lambda x, t: net(x, t, cond), x, GRID, GROUP, STOCHASTIC[mode], STEPS["flow"], NOISE,
+                            generator(), block=block)
+    for taken in steps:
+        noise = (taken.x_next - taken.mean[:, None]).flatten(0, 1).unflatten(0, (3, GROUP))
+        distinct = [len(noise[r, 0, 0].div(1e-4).round().unique()) for r in range(3)]
+        assert distinct[0] > 30 and distinct[1:] == [9, 4]
+        v = net(taken.x, taken.t, cond).detach()
+        moved = v + 0.01 * torch.randn(v.shape, generator=generator(5))
+        advantage = torch.randn(taken.x_next.shape[:2], generator=generator(6))
+        whole = grpo.step_loss(moved, v, taken, STEPS["flow"], NOISE, advantage, 10.0, 0.0)[0]
+        parts = [grpo.step_loss(moved[r:r + 1], v[r:r + 1], taken.rows(slice(r, r + 1)), STEPS["flow"], NOISE,
+                                advantage[r:r + 1], 10.0, 0.0)[0] for r in range(len(v))]
+        torch.testing.assert_close(whole, torch.stack(parts).mean(), rtol=1e-4, atol=1e-6)
+
+
+def test_block_noise_has_unit_variance_and_rows_differ():
+    eps = grpo.block_noise(500, torch.zeros(3, 1, 4, 4), torch.tensor([1, 2, 4]), generator())
+    torch.testing.assert_close(eps.square().mean((1, 2)), torch.ones(3, 4, 4), rtol=0, atol=0.35)
+    torch.testing.assert_close(eps.square().mean((1, 2, 3, 4)), torch.ones(3), rtol=0, atol=0.15)
+    assert (eps[2] == eps[2, :, :, :1, :1]).all() and not (eps[1] == eps[1, :, :, :1, :1]).all()
 
 
 def test_the_kl_of_block_noise_holds_the_fine_part_of_the_velocity_too():
@@ -904,7 +926,7 @@ def train_toy(credit, mode, name, sign, updates=40, block=1):
     for i in range(updates):
         x = torch.randn(1, 1, TOY, TOY, generator=rng)
         x0, steps = grpo.rollout(lambda x, t: net(x), x, times(4), 8, {**STOCHASTIC, "full": 3}[mode], STEPS[name],
-                                 NOISE, rng, block=1 + i % block)
+                                 NOISE, rng, block=torch.tensor([1 + i % block]))
         if credit == "brightness":
             reward = x0.mean((-3, -2, -1))
             advantage = group_advantage(reward)
