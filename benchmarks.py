@@ -14,6 +14,7 @@ sample    name; photos [(3, H, W) float32 sRGB in [0, 1]]; and, by task, depth (
 import csv
 import io
 import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -274,7 +275,8 @@ def _maw_items(files):
             raise ValueError(f"{files.where(meta)} line {line}: got {len(row)} columns, want 6 separated by tabs; "
                              "fetch it again")
     photos = [f"images_png/{r[2]}/{r[3]}.png" for r in rows]                    # results are kept by name
-    return [dict(name=p if photos.count(p) == 1 else f"{p} {r[0]} {r[1]}", rgb=p, colors=f"labels/{r[0]}",
+    times = Counter(photos)
+    return [dict(name=p if times[p] == 1 else f"{p} {r[0]} {r[1]}", rgb=p, colors=f"labels/{r[0]}",
                  mask=f"labels/{r[1]}") for p, r in zip(photos, rows, strict=True)]
 
 

@@ -25,8 +25,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -35,9 +34,11 @@ from config import Parser
 from marigold import Marigold
 from relations import MODALITIES, relative_depth
 from runtime import load_strict, pick_device, run_command
+from untrusted import LAYERS, read_json, read_tensors, refuse, whole
 
 DATA_STD = 0.5                     # s, standard deviation of maps in [-1, 1]
 ARCHITECTURE = "reasonx-dit"
+LARGEST = 1 << 14                  # of each size in predictor.json
 NAMES = tuple(MODALITIES)
 
 
@@ -235,12 +236,7 @@ def load_predictor(path):
         if not (path / name).is_file():
             raise FileNotFoundError(f"predictor.load_predictor: got no {name} in {path}; want a folder written by "
                                     "`python train.py` (out/mini/base or out/mini/grpo), or a Marigold folder")
-    try:
-        about = json.loads((path / "predictor.json").read_text())
-        state = load_file(path / "predictor.safetensors")
-    except (json.JSONDecodeError, SafetensorError) as error:
-        raise ValueError(f"predictor.load_predictor: {path} cannot be read ({error}); "
-                         "want a folder written by train.py") from None
+    about, state = read_json(path / "predictor.json"), read_tensors(path / "predictor.safetensors")
     if about.get("architecture") != ARCHITECTURE:
         raise ValueError(f"predictor.load_predictor: got architecture {about.get('architecture')!r} in {path}; "
                          f"want {ARCHITECTURE!r}")
@@ -249,8 +245,15 @@ def load_predictor(path):
     if not isinstance(sizes, dict) or set(sizes) - known:
         raise ValueError(f"predictor.load_predictor: got config {sizes} in {path}; "
                          f"want the sizes {', '.join(sorted(known))}")
-    model = DiT(DiTConfig(**sizes))
-    load_strict(model, state, path)
+    cfg, where = DiTConfig(**sizes), f"predictor.load_predictor: {path}"
+    for name, value in asdict(cfg).items():
+        whole(value, 1, LAYERS if "layers" in name else LARGEST, name, where)
+    if cfg.width % (4 * cfg.heads) or cfg.size % cfg.patch:
+        refuse(where, f"width {cfg.width}, heads {cfg.heads}, size {cfg.size}, patch {cfg.patch}",
+               "a width in multiples of 4 heads, a size in multiples of the patch", "use another checkpoint")
+    with torch.device("meta"):                                                  # before any memory is asked for
+        model = DiT(cfg)
+    load_strict(model, {k: v.float() for k, v in state.items()}, path, assign=True)
     return model.eval()
 
 
@@ -328,6 +331,7 @@ def main(argv=None):
     p.add_argument("--vae-tile", type=int, default=0,
                    help="latent pixels, side of the tiles a VAE decodes on a small GPU; 0: whole [0]")
     p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="[auto]")
+    p.limits()
     args = p.parse_args(argv)
     p.at_least(args, 0, "denoise_steps", "processing_res", "vae_tile")
     p.at_least(args, 1, "ensemble_size")
@@ -341,7 +345,7 @@ def main(argv=None):
     for path in tqdm(paths, desc="photos", disable=len(paths) < 3):
         try:
             rgb = data.read_rgb(path)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             if len(paths) == 1:
                 raise
             print(f"skipped: {error}", file=sys.stderr)
