@@ -348,13 +348,13 @@ def page(bench, missing=()):
 def _chw(pixels):
     """(H, W, 3) uint8 or float -> (3, H, W) float32 tensor in [0, 1]."""
     tensor = torch.from_numpy(np.array(pixels)).permute(2, 0, 1).contiguous()
-    return tensor.float() / 255 if pixels.dtype == np.uint8 else tensor.float()
+    return tensor.float().div_(255) if pixels.dtype == np.uint8 else tensor.float()
 
 
 def _linear(files, name):
     """A linear colour map, .exr or .npy -> (3, H, W) float32."""
     decode = formats.decode_exr if name.endswith(".exr") else formats.decode_npy
-    array = decode(files.read(name), files.where(name)).astype(np.float32)
+    array = decode(files.read(name), files.where(name)).astype(np.float32, copy=False)
     if not array.size or array.ndim != 3 or array.shape[2] != 3:
         raise ValueError(f"{files.where(name)}: got shape {array.shape}, want (H, W, 3); fetch it again")
     return array.transpose(2, 0, 1)

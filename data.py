@@ -64,9 +64,11 @@ def read_rgb(path, max_pixels=None):
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))     # (H, W, 3) uint8
-    rgb = torch.empty(3, *pixels.shape[:2])                                       # no further copy: it may be large
-    return rgb.copy_(torch.from_numpy(pixels).permute(2, 0, 1)).div_(255)
+        image = image if image.mode == "RGB" else image.convert("RGB")
+        rgb = torch.empty(3, image.height, image.width)
+        for k in range(3):                                                        # one at a time: it may be large
+            rgb[k] = torch.from_numpy(np.array(image.getchannel(k)))
+    return rgb.div_(255)
 
 
 def find_images(folder):

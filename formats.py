@@ -20,7 +20,7 @@ from PIL import Image, UnidentifiedImageError
 from untrusted import Refusing, decode_json, limit, refuse  # noqa: F401
 
 PICTURES = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")      # never EPS, which Pillow gives to another program
-SCANS = 100                                      # of a JPEG; each costs a pass over all its pixels
+SCANS = 20                                       # of a JPEG, 10 are usual; each costs a pass over all its pixels
 EXR_MAGIC, EXR_FLAGS = 20000630, {0x200: "tiles", 0x800: "deep data", 0x1000: "several parts"}
 EXR_LINES = {0: 1, 2: 1, 3: 16}                  # scan lines a block: none, ZIPS, ZIP
 EXR_TYPES = {0: "<u4", 1: "<f2", 2: "<f4"}       # uint, half, float
@@ -138,8 +138,8 @@ def open_picture(source, where, smallest=1, max_pixels=None):
         if image.format in ("JPEG", "MPO"):
             image.fp.seek(0)
             scans = image.fp.read().count(b"\xff\xda")
-        if scans > SCANS:
-            refuse(where, f"a JPEG of {scans} scans", f"at most {SCANS}", "save it again")
+        if scans > SCANS and scans * width * height > SCANS * limit["pixels"] // 10:
+            refuse(where, f"a JPEG of {scans} scans of {width} x {height} pixels", f"at most {SCANS}", "save it again")
         wide = image.mode not in ("I", "I;16", "I;16B", "F") and any("16" in str(t[3]) for t in image.tile)
         with image:
             image.load()
@@ -185,10 +185,16 @@ def decode_png_linear(content, where):
         refuse(where, f"a {image.mode} image", "8- or 16-bit gray or RGB", "fetch the original file")
     if not wide:
         pixels = np.asarray(image.convert("L") if image.mode == "1" else image)
-        return pixels.astype(np.float32) / (255 if pixels.dtype == np.uint8 else 65535)
+        stored = pixels.astype(np.float32)
+        stored /= 255 if pixels.dtype == np.uint8 else 65535                    # in place: it may be large
+        return stored
     low = Image.open(io.BytesIO(content), formats=PICTURES)
     low.tile = [(*tile[:3], "RGB;16L") for tile in low.tile]     # the second byte of each big-endian sample
-    return (np.asarray(image).astype(np.float32) * 256 + np.asarray(low)) / 65535
+    stored = np.asarray(image).astype(np.float32)
+    stored *= 256
+    stored += np.asarray(low)
+    stored /= 65535
+    return stored
 
 
 def decode_npy(content, where):

@@ -105,6 +105,11 @@ class Judge(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
         self.head_ids, self.blocks, self.answer_ids, self.sentences = prompt_ids(
             tokenizer, system, ADAPTERS[self.kind], image_tokens, text)
+        rows = model.get_input_embeddings().weight.shape[0]
+        most = max(max(part) for part in (self.head_ids, *self.blocks.values(), *self.answer_ids.values()))
+        if most >= rows:
+            raise ValueError(f"judge: the tokenizer gives token {most} to a model that knows {rows}; want the tokenizer "
+                             "of that model")
 
     # pixels -> features -> hidden states ------------------------------------------------------------------------
 

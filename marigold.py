@@ -35,7 +35,7 @@ PIPELINES = {"MarigoldIntrinsicsPipeline": None, "MarigoldDepthPipeline": ["dept
              "MarigoldNormalsPipeline": ["normals"]}
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 WEIGHTS = "diffusion_pytorch_model"
-EDGE, STEPS = 1 << 13, 10_000          # largest processing resolution, px; largest number of timesteps
+EDGE, STEPS = 1 << 12, 10_000          # largest processing resolution, px; largest number of timesteps
 
 # what the file may say besides; anything else is refused by name
 SCHEDULER_CONFIG = dict(
@@ -391,7 +391,13 @@ def empty_prompt(folder, width):
         state = _state(folder / "text_encoder", "model")
         with torch.device("meta"):
             fits(CLIPTextModel(config), state, folder / "text_encoder")
-        encoder = CLIPTextModel.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32)
+        encoder, found = CLIPTextModel.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32,
+                                                       output_loading_info=True)
+        wrong = [str(k) for kind in ("missing_keys", "mismatched_keys", "unexpected_keys") for k in found[kind]
+                 if not str(k).endswith("position_ids")]                        # of older files; no weight
+        if wrong:
+            refuse(folder / "text_encoder", f"{len(wrong)} weights that do not fit config.json (first: {wrong[0]})",
+                   "a complete checkpoint")
         for path in (folder / "tokenizer").glob("*.json"):                      # before any other reader sees them
             read_json(path)
         ids = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)("", return_tensors="pt")

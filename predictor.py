@@ -38,7 +38,7 @@ from untrusted import LAYERS, read_json, read_tensors, refuse, whole
 
 DATA_STD = 0.5                     # s, standard deviation of maps in [-1, 1]
 ARCHITECTURE = "reasonx-dit"
-LARGEST = 1 << 14                  # of each size in predictor.json
+LARGEST = 1 << 12                  # of each size in predictor.json
 NAMES = tuple(MODALITIES)
 
 

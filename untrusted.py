@@ -12,6 +12,7 @@ import warnings
 import zlib
 from pathlib import Path
 
+from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -22,7 +23,8 @@ SIZE, LAYERS = 1 << 24, 256           # largest number in a network's config; la
 # what a file makes its reader raise: OSError (cut off), SyntaxError (PNG structure), the others (absurd fields)
 BROKEN = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, MemoryError, ArithmeticError,
           AttributeError, AssertionError, NotImplementedError, RecursionError, struct.error, zlib.error,
-          tokenize.TokenError, tarfile.TarError, SafetensorError, Image.DecompressionBombError)
+          tokenize.TokenError, tarfile.TarError, SafetensorError, StrictDataclassError,
+          Image.DecompressionBombError)
 # what a config leaves to chance in transformers: code of others, kernels of others, other files
 OPEN = ("auto_map", "attn_implementation", "_attn_implementation", "_attn_implementation_internal",
         "experts_implementation", "_experts_implementation", "transformers_weights", "fusion_config", "kernel_config")
