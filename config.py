@@ -31,7 +31,7 @@ class Config:
     judge: str = ""                  # judge folder or hub id; empty: OUT/judge. Or the model to tune
     scenes: str = ""                 # scene folder (or .jsonl) with ground truth on which a given judge is tuned
     bank: str = ""                   # folder of the judgement bank; empty: OUT/bank
-    max_pixels: int = 100_000_000    # photos and maps of more pixels are refused before they are decoded
+    max_pixels: int = 80_000_000    # photos and maps of more pixels are refused before they are decoded
     eval_images: int = 128           # held-out scenes per domain in tables
 
     width: int = 768                 # width of the DiT

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import formats
 import scenes
-from untrusted import Refusing
+from untrusted import Refusing, limit, refuse
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 SMALLEST = 8                                    # px: a photo with a shorter side is refused
@@ -36,7 +36,10 @@ def _open(path, max_pixels=None):
     if not path.is_file():
         raise FileNotFoundError(f"data.py: no file {str(path)!r}; want an existing image; check the path")
     where = f"data.py: cannot read {str(path)!r}"
-    image, wide = formats.open_picture(path, where, SMALLEST, max_pixels)
+    most = 8 * (max_pixels or limit["pixels"]) + (1 << 20)                        # 16-bit RGBA, and what describes it
+    if path.stat().st_size > most:
+        refuse(where, f"{path.stat().st_size} bytes", f"at most {most}", "remove it, or raise --max-pixels")
+    image, wide = formats.open_picture(path.read_bytes(), where, SMALLEST, max_pixels)
     with Refusing(where, "a damaged image", "a whole one"):
         ImageOps.exif_transpose(image, in_place=True)
     image.info["wide"] = wide

@@ -33,6 +33,13 @@ def _plain(name):
     return None if "\0" in name or path.is_absolute() or ".." in path.parts or not path.parts else str(path)
 
 
+class _Short(io.FileIO):
+    """A tar to be indexed: a header that announces gigabytes is read, and memory asked for, up to a megabyte."""
+
+    def read(self, size=-1):
+        return super().read(min(size, 1 << 20) if size >= 0 else 1 << 20)
+
+
 class Files:
     """Read-only access by relative name to a folder or to an uncompressed tar.
 
@@ -47,7 +54,7 @@ class Files:
         if not self.path.is_file():
             raise FileNotFoundError(f"no {str(path)!r}; want a folder or a tar; check the path")
         with Refusing(self.path, "a file that is no plain tar", "a folder or an uncompressed .tar",
-                      "decompress or unpack it"), tarfile.open(self.path, "r:") as tar:
+                      "decompress or unpack it"), _Short(self.path) as file, tarfile.open(None, "r:", file) as tar:
             self.index = self._members(tar)
         self.fd = os.open(self.path, os.O_RDONLY)
 
@@ -119,25 +126,23 @@ class Files:
         return b"".join(parts)
 
 
-def open_picture(source, where, smallest=1, max_pixels=None):
+def open_picture(content, where, smallest=1, max_pixels=None):
     """Decode with Pillow -> (image, wide): wide says that the file holds 16 bits for each of several channels.
 
-    source    path or binary stream; its sizes are checked before it is decoded: sides of at least `smallest`, at most
-              `max_pixels` (None: --max-pixels) in all, and of a JPEG the number of scans
+    content   bytes, decoded after a look at their size: sides of at least `smallest`, at most `max_pixels` (None:
+              --max-pixels) in all, and the number of scans of a JPEG
     """
     most = limit["pixels"] if max_pixels is None else max_pixels
     with Refusing(where, "a damaged image", "a whole one"):
         try:
-            image = Image.open(source, formats=PICTURES)
+            image = Image.open(io.BytesIO(content), formats=PICTURES)
         except UnidentifiedImageError:
             refuse(where, "a damaged file or one that is not an image", "jpg, png or webp", "remove it")
-        (width, height), scans = image.size, 0
+        width, height = image.size
         if min(width, height) < smallest or width * height > most:
             refuse(where, f"{width} x {height} pixels", f"sides >= {smallest} and at most {most} pixels in all",
                    "resize or remove it, or raise --max-pixels")
-        if image.format in ("JPEG", "MPO"):
-            image.fp.seek(0)
-            scans = image.fp.read().count(b"\xff\xda")
+        scans = content.count(b"\xff\xda") if image.format in ("JPEG", "MPO") else 0
         if scans > SCANS and scans * width * height > SCANS * limit["pixels"] // 10:
             refuse(where, f"a JPEG of {scans} scans of {width} x {height} pixels", f"at most {SCANS}", "save it again")
         wide = image.mode not in ("I", "I;16", "I;16B", "F") and any("16" in str(t[3]) for t in image.tile)
@@ -146,13 +151,9 @@ def open_picture(source, where, smallest=1, max_pixels=None):
     return image, wide
 
 
-def _picture(content, where):
-    return open_picture(io.BytesIO(content), where)
-
-
 def decode_rgb(content, where):
     """8-bit photo or map -> (H, W, 3) uint8; gray is repeated. Refuses alpha, palettes and 16-bit colour."""
-    image, wide = _picture(content, where)
+    image, wide = open_picture(content, where)
     if wide:
         refuse(where, "a 16-bit RGB image, which would be cut to 8 bits", "8 bits a channel", "convert it")
     clear = "transparency" in image.info                                        # a PNG's tRNS
@@ -164,7 +165,7 @@ def decode_rgb(content, where):
 
 def decode_gray(content, where):
     """8- or 16-bit gray image -> (H, W) uint8 or uint16 (bilevel as 0, 255)."""
-    image, _ = _picture(content, where)
+    image, _ = open_picture(content, where)
     if image.mode == "1":
         image = image.convert("L")
     if image.mode not in ("L", "I", "I;16", "I;16B"):
@@ -180,7 +181,7 @@ def decode_png_linear(content, where):
 
     Pillow keeps one byte of a 16-bit RGB sample; decoded once for the high and once for the low byte none is lost.
     """
-    image, wide = _picture(content, where)
+    image, wide = open_picture(content, where)
     if image.mode not in ("RGB", "L", "I", "I;16", "I;16B", "1"):
         refuse(where, f"a {image.mode} image", "8- or 16-bit gray or RGB", "fetch the original file")
     if not wide:
@@ -191,6 +192,7 @@ def decode_png_linear(content, where):
     low = Image.open(io.BytesIO(content), formats=PICTURES)
     low.tile = [(*tile[:3], "RGB;16L") for tile in low.tile]     # the second byte of each big-endian sample
     stored = np.asarray(image).astype(np.float32)
+    del image
     stored *= 256
     stored += np.asarray(low)
     stored /= 65535

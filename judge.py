@@ -108,8 +108,8 @@ class Judge(nn.Module):
         rows = model.get_input_embeddings().weight.shape[0]
         most = max(max(part) for part in (self.head_ids, *self.blocks.values(), *self.answer_ids.values()))
         if most >= rows:
-            raise ValueError(f"judge: the tokenizer gives token {most} to a model that knows {rows}; want the tokenizer "
-                             "of that model")
+            raise ValueError(f"judge: the tokenizer gives token {most} to a model that knows {rows}; want the "
+                             "tokenizer of that model")
 
     # pixels -> features -> hidden states ------------------------------------------------------------------------
 

@@ -17,7 +17,10 @@ The interface that grpo.py, train.py and eval.py use, and that any other predict
 Source: ours. PRISM, the paper's rectified-flow base model, has no public code or weights (differs). The c_* are the
 variance-preserving coefficients of EDM (Karras et al. 2022) for this path.
 """
+import hashlib
+import itertools
 import json
+import os
 import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -313,6 +316,15 @@ def predict_photo(policy, rgb, processing_res=0, steps=0, seed=0, ensemble=1):
     return {m: maps[m] for m in policy.modalities}
 
 
+def output_name(path, done):
+    """Name of a photo's maps from its relative path, unlike those in `done`: a.jpg, a.png and folders stay apart."""
+    name = "_".join(path.with_suffix("").parts)
+    if len(os.fsencode(name)) > 200:                                            # a file name may have 255 bytes
+        name = f"{name[:40]}_{hashlib.sha256(os.fsencode(name)).hexdigest()[:16]}"
+    choices = itertools.chain((name, f"{name}_{path.suffix[1:]}"), (f"{name}_{k}" for k in itertools.count(2)))
+    return next(choice for choice in choices if choice not in done)
+
+
 def main(argv=None):
     """Command line: maps of photos."""
     p = Parser(prog="predictor.py", allow_abbrev=False,
@@ -353,8 +365,7 @@ def main(argv=None):
             continue
         native = policy.photo_maps(rgb, args.processing_res, args.denoise_steps, args.seed, args.ensemble_size)
         maps = policy.tabled(native)
-        name = "_".join((path.relative_to(root) if root.is_dir() else Path(path.name)).with_suffix("").parts)
-        name = f"{name}_{path.suffix[1:]}" if name in done else name             # a.jpg and a.png keep their own files
+        name = output_name(path.relative_to(root) if root.is_dir() else Path(path.name), done)
         done.add(name)
         for (m, value), own in zip(maps.items(), native.values(), strict=True):
             data.save_map(args.out, name, m, value.numpy(), own.numpy())

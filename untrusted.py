@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-PIXELS = 100_000_000                  # of a photo or map; --max-pixels
+PIXELS = 80_000_000                   # of a photo or map, 1.5 GB while it is read; --max-pixels
 JSON_BYTES = 1 << 27                  # a tokenizer of 260,000 words has 33 MB
 SIZE, LAYERS = 1 << 24, 256           # largest number in a network's config; largest number of layers
 # what a file makes its reader raise: OSError (cut off), SyntaxError (PNG structure), the others (absurd fields)
@@ -38,7 +38,8 @@ class Refused(ValueError):
 
 def allow(max_pixels):
     """Set the largest photo or map that any reader opens (--max-pixels)."""
-    limit["pixels"] = Image.MAX_IMAGE_PIXELS = max_pixels                       # Pillow's own check is at twice of it
+    limit["pixels"] = max_pixels
+    Image.MAX_IMAGE_PIXELS = max(max_pixels, PIXELS)                            # Pillow's, also of what is drawn
 
 
 def refuse(where, got, want, do="fetch it again"):

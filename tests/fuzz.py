@@ -36,7 +36,6 @@ import numpy as np
 import official
 import torch
 from PIL import Image
-from safetensors.torch import save
 from test_marigold import SMALL, VAE_CONFIG, ZERO_SNR, fill, index_of, text_parts, unet_config
 
 import benchmarks
@@ -58,8 +57,8 @@ SECONDS, MEMORY = 10, 2 << 30         # of one input: CPU time (six times as muc
 USER = (UserError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError, ValueError)
 NUMBERS = (0, 1, -1, 2, 7, 255, 256, 65535, 65536, 99_999, 10**6, 2**31 - 1, -2**31, 2**32 - 1, 2**63, 10**12)
 VALUES = (*NUMBERS, None, True, False, "", "a", "../../etc/passwd", "/etc/passwd", "a\0b", "\ud800", "\u2028\n", [], {},
-          [[]], {"a": 1}, 0.5, -0.5, 1e308, float("nan"), float("inf"), "x" * 5000, [0] * 1000, ["a"], "flash_attention_2",
-          "evil/kernels", {"auto_map": {"AutoConfig": "evil.Evil"}})
+          [[]], {"a": 1}, 0.5, -0.5, 1e308, float("nan"), float("inf"), "x" * 5000, [0] * 1000, ["a"],
+          "flash_attention_2", "evil/kernels", {"auto_map": {"AutoConfig": "evil.Evil"}})
 
 
 class Slow(BaseException):
@@ -165,8 +164,12 @@ def spoil_png(content, rng):
         chunks.insert(min(k + 1, len(chunks)), [name, rng.choice((bomb, rng.randbytes(12), b""))])
     else:
         chunks[k][0] = rng.choice(chunks)[0]
-    pack = lambda name, body: struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))  # noqa: E731, E501
-    return content[:8] + b"".join(pack(*c) for c in chunks)
+    return content[:8] + b"".join(chunk(*c) for c in chunks)
+
+
+def chunk(name, body):
+    """One chunk of a PNG."""
+    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
 
 
 def spoil_jpeg(content, rng):
@@ -198,8 +201,8 @@ def spoil_npy(content, rng):
     return content[:8] + len(head.encode("latin1")).to_bytes(2, "little") + head.encode("latin1") + content[10 + size:]
 
 
-DTYPES = ("'|O'", "'<f2'", "'<f8'", "'>i8'", "'<c16'", "'|S100000'", "'<M8[s]'", "[('a', '<f4')]", "'|V0'", "'<U0'", "'|b1'",
-          "('<f4', (1000000,))", "'<f16'", "'|S0'", "None", "1 + 1", "__import__('os')")
+DTYPES = ("'|O'", "'<f2'", "'<f8'", "'>i8'", "'<c16'", "'|S100000'", "'<M8[s]'", "[('a', '<f4')]", "'|V0'", "'<U0'",
+          "'|b1'", "('<f4', (1000000,))", "'<f16'", "'|S0'", "None", "1 + 1", "__import__('os')")
 
 
 def spoil_tar(content, rng):
@@ -207,8 +210,9 @@ def spoil_tar(content, rng):
     at = 512 * rng.randrange(max(1, len(content) // 512))
     b = bytearray(content)
     start, width = rng.choice(((0, 100), (124, 12), (156, 1), (157, 100), (345, 155), (257, 8), (100, 8)))
-    fields = (b"../../climbed", b"/absolute", b"a/../../b", b"\x80" + b"\xff" * 11, b"77777777777", b"-1", b"1", b"2", b"5",
-              b"x", b"g", b"L", b"S", b"K", b"\xff" * 12, b"\x80\0\0\0\0\0\0\0\0\0\2\0", b"", b"\xff\xfe.npy", rng.randbytes(12))
+    fields = (b"../../climbed", b"/absolute", b"a/../../b", b"\x80" + b"\xff" * 11, b"77777777777", b"-1", b"1", b"2",
+              b"5", b"x", b"g", b"L", b"S", b"K", b"\xff" * 12, b"\x80" + bytes(9) + b"\2\0", b"", b"\xff\xfe.npy",
+              rng.randbytes(12))
     b[at + start:at + start + width] = rng.choice(fields)[:width].ljust(width, b"\0")
     if len(b) >= at + 512:
         b[at + 148:at + 156] = b" " * 8
@@ -216,7 +220,8 @@ def spoil_tar(content, rng):
     return bytes(b)
 
 
-BY_NAME = {".json": spoil_json, ".jsonl": spoil_json, ".safetensors": spoil_tensors, ".npy": spoil_npy, ".tar": spoil_tar}
+BY_NAME = {".json": spoil_json, ".jsonl": spoil_json, ".safetensors": spoil_tensors, ".npy": spoil_npy,
+           ".tar": spoil_tar}
 
 
 def mutate(name, content, rng):
@@ -253,12 +258,16 @@ def make_pictures(folder):
     exif[0x0112], exif[0x010F] = 6, "maker"
     wide = rgb.astype(np.uint16) * 257
     found = dict(
-        png=encoded(color, "PNG", exif=exif), gray=encoded(gray, "PNG"), palette=encoded(color.convert("P"), "PNG", transparency=1),
-        rgba=encoded(color.convert("RGBA"), "PNG"), bits=encoded(gray.convert("1"), "PNG"), wide=official.png16(wide),
-        wide_gray=official.png16(wide[..., 0]), jpeg=encoded(color, "JPEG", exif=exif), progressive=encoded(color, "JPEG", progressive=True),
-        cmyk=encoded(color.convert("CMYK"), "JPEG"), webp=encoded(color, "WEBP"), webp_clear=encoded(color.convert("RGBA"), "WEBP", lossless=True),
-        tiff=encoded(color, "TIFF", compression="tiff_lzw"), tiff_float=encoded(Image.fromarray(rgb[..., 0] / np.float32(255)), "TIFF"),
-        bmp=encoded(color, "BMP"), gif=encoded(color, "GIF"), apng=encoded(color, "PNG", save_all=True, append_images=[color.rotate(180)]),
+        png=encoded(color, "PNG", exif=exif), gray=encoded(gray, "PNG"),
+        palette=encoded(color.convert("P"), "PNG", transparency=1), rgba=encoded(color.convert("RGBA"), "PNG"),
+        bits=encoded(gray.convert("1"), "PNG"), wide=official.png16(wide), wide_gray=official.png16(wide[..., 0]),
+        jpeg=encoded(color, "JPEG", exif=exif), progressive=encoded(color, "JPEG", progressive=True),
+        cmyk=encoded(color.convert("CMYK"), "JPEG"), webp=encoded(color, "WEBP"),
+        webp_clear=encoded(color.convert("RGBA"), "WEBP", lossless=True),
+        tiff=encoded(color, "TIFF", compression="tiff_lzw"),
+        tiff_float=encoded(Image.fromarray(rgb[..., 0] / np.float32(255)), "TIFF"),
+        bmp=encoded(color, "BMP"), gif=encoded(color, "GIF"),
+        apng=encoded(color, "PNG", save_all=True, append_images=[color.rotate(180)]),
         eps=b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 12\n%%EndComments\n(x) run\n",
         pfm=b"PF\n12 16\n-1.0\n" + bytes(12 * 16 * 12), pfm_gray=b"Pf\n12 16\n-1.0\n" + bytes(12 * 16 * 4))
     for name, content in found.items():
@@ -277,8 +286,9 @@ def scene(folder, name="room.0"):
     maps = official.pool()
     for m in data.MAPS:
         x = maps[m][0][..., :24, :24]
-        data.save_png(folder / f"{name}_{m}.png", Image.fromarray((x.clip(0, 20) * 3000).astype(np.uint16)) if m == "depth"
-                      else (x + 1) / 2 if m == "normal" else x)
+        x = (x + 1) / 2 if m == "normal" else x
+        data.save_png(folder / f"{name}_{m}.png",
+                      Image.fromarray((x.clip(0, 20) * 3000).astype(np.uint16)) if m == "depth" else x)
 
 
 def make_arrays(folder):
@@ -324,8 +334,9 @@ def read_benchmark(folder, path):
 
     def load(bench):
         files, items, _ = benchmarks.find(bench, folder / name)
+        changed = path.relative_to(files.path).as_posix()
         for item in items:
-            if benchmarks.complete(files, item) and (path.relative_to(files.path).as_posix() in item.values() or path.suffix == ".csv"):
+            if benchmarks.complete(files, item) and (changed in item.values() or path.suffix == ".csv"):
                 benchmarks.load(bench, files, item, axes=True)
     calls = [lambda b=b: load(b) for b in benchmarks.BENCHMARKS if b.dataset == name]
     if path.suffix in (".npy", ".png"):
@@ -341,14 +352,16 @@ def make_lists(folder):
     rows = questions.build(root, 2, 24, 0)
     questions.export(rows, root, folder, 24, "q.jsonl")
     (folder / "cached.json").write_text(json.dumps(dict(key=[str(root), 2, 24, 0, None, 1, 1], rows=rows)))
-    (folder / "results.jsonl").write_text("".join(json.dumps(dict(name=n, abs_rel=0.1, delta1=0.9, scale=1.0)) + "\n" for n in "abc"))
+    (folder / "results.jsonl").write_text("".join(
+        json.dumps(dict(name=n, abs_rel=0.1, delta1=0.9, scale=1.0)) + "\n" for n in "abc"))
     head = ["scene_name", *(f"M_cam_from_uv_{i}{j}" for i in range(3) for j in range(3))]
     (folder / "cameras.csv").write_text(",".join(head) + "\nai_001_001," + ",".join("123456789") + "\n")
 
 
 def read_lists(folder, path):
     def cached():
-        return questions.marked(questions.cached(path, folder / "scenes", 2, 24, 0, None, False)[:1], folder / "scenes", 24)
+        rows = questions.cached(path, folder / "scenes", 2, 24, 0, None, False)
+        return questions.marked(rows[:1], folder / "scenes", 24)
 
     def asked():
         return questions.marked(questions.read_jsonl(path)[:2], folder, 24)
@@ -414,7 +427,8 @@ def make_marigold(folder):
     text_parts(folder / "text")
     parts = fill(UNet(unet_config(1) | SMALL)), fill(VAE(VAE_CONFIG | dict(layers_per_block=1)))
     text = marigold.empty_prompt(folder / "text", 12)
-    marigold.Marigold(*parts, marigold.Schedule(ZERO_SNR), text, index_of("depth"), folder / "text").save(folder / "model")
+    model = marigold.Marigold(*parts, marigold.Schedule(ZERO_SNR), text, index_of("depth"), folder / "text")
+    model.save(folder / "model")
     (folder / "model" / "README.md").unlink()
     shutil.rmtree(folder / "text")
 
@@ -567,8 +581,8 @@ def run(n, seed=0, only="", report=print):
                 inputs = n if only else -(-int(n * reader.share) // int(total))
                 counts, wrong, slowest = attack(name, inputs, seed, root)
                 failures += [(name, *w) for w in wrong]
-                report(f"{name:11} {inputs:6} inputs: {dict(sorted(counts.items()))}, {time.monotonic() - began:.1f} s, slowest "
-                       f"{slowest:.2f} s, peak {pages('VmHWM') / 2**30:.2f} GiB", flush=True)
+                report(f"{name:11} {inputs:6} inputs: {dict(sorted(counts.items()))}, {time.monotonic() - began:.1f} s, "
+                       f"slowest {slowest:.2f} s, peak {pages('VmHWM') / 2**30:.2f} GiB", flush=True)
     return failures
 
 
@@ -586,6 +600,7 @@ if __name__ == "__main__":
         kind = (reader, what.strip().splitlines()[-1][:80])
         kinds[kind] += 1
         if kinds[kind] <= args.show:
-            print(f"\n{reader} input {i} ({path}), seed {args.seed}:", *(x[:200] for x in what.splitlines()[-20:]), sep="\n")
+            print(f"\n{reader} input {i} ({path}), seed {args.seed}:")
+            print(*(line[:200] for line in what.splitlines()[-20:]), sep="\n")
     print(f"{len(found)} failures of {len(kinds)} kinds")
     sys.exit(bool(found))
