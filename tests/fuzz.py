@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import math
 import os
 import random
 import re
@@ -242,7 +243,6 @@ class Reader:
     share: float
     make: callable
     read: callable
-    only: str = "*"                   # files that are mutated
 
 
 def encoded(image, kind, **options):
@@ -472,18 +472,18 @@ def read_judge(folder, path):
 READERS = {
     "pictures": Reader(6, make_pictures, read_pictures),
     "scenes": Reader(1, scene, lambda folder, path: [lambda: data.read_scene(folder, "room.0", 16)]),
-    "npy": Reader(3, make_arrays, lambda folder, path: [lambda: formats.decode_npy(path.read_bytes(), str(path))]),
-    "exr": Reader(2, make_exr, lambda folder, path: [lambda: formats.decode_exr(path.read_bytes(), str(path))]),
-    "tar": Reader(2, make_tar, read_tar),
-    "benchmarks": Reader(2, make_benchmarks, read_benchmark),
+    "npy": Reader(4, make_arrays, lambda folder, path: [lambda: formats.decode_npy(path.read_bytes(), str(path))]),
+    "exr": Reader(3, make_exr, lambda folder, path: [lambda: formats.decode_exr(path.read_bytes(), str(path))]),
+    "tar": Reader(3, make_tar, read_tar),
+    "benchmarks": Reader(0.5, make_benchmarks, read_benchmark),
     "lists": Reader(2, make_lists, read_lists),
     "hypersim": Reader(0.3, make_hypersim, lambda folder, path: [lambda: prepare.read_hdf5(path)]),
     "bank": Reader(1.5, make_bank, read_bank),
-    "adapter": Reader(1.5, make_adapter, lambda folder, path: [lambda: lora.load_adapter(linears(), folder)]),
-    "predictor": Reader(1.2, lambda folder: DiT(DiTConfig(16, 8, 16, 1, 1, 2)).save(folder),
+    "adapter": Reader(2, make_adapter, lambda folder, path: [lambda: lora.load_adapter(linears(), folder)]),
+    "predictor": Reader(1, lambda folder: DiT(DiTConfig(16, 8, 16, 1, 1, 2)).save(folder),
                         lambda folder, path: [lambda: predicted(load_predictor(folder))]),
-    "marigold": Reader(0.4, make_marigold, read_marigold),
-    "judge": Reader(0.4, make_judges, read_judge),
+    "marigold": Reader(0.15, make_marigold, read_marigold),
+    "judge": Reader(0.25, make_judges, read_judge),
 }
 
 
@@ -578,11 +578,12 @@ def run(n, seed=0, only="", report=print):
         for name, reader in READERS.items():
             if only in ("", name):
                 began = time.monotonic()
-                inputs = n if only else -(-int(n * reader.share) // int(total))
+                inputs = n if only else math.ceil(n * reader.share / total)
                 counts, wrong, slowest = attack(name, inputs, seed, root)
                 failures += [(name, *w) for w in wrong]
-                report(f"{name:11} {inputs:6} inputs: {dict(sorted(counts.items()))}, {time.monotonic() - began:.1f} s, "
-                       f"slowest {slowest:.2f} s, peak {pages('VmHWM') / 2**30:.2f} GiB", flush=True)
+                took = f"{time.monotonic() - began:.0f} s, slowest {slowest:.2f} s"
+                report(f"{name:11} {inputs:6} inputs: {dict(sorted(counts.items()))}, {took}, "
+                       f"peak {pages('VmHWM') / 2**30:.2f} GiB", flush=True)
     return failures
 
 
