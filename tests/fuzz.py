@@ -187,7 +187,8 @@ def spoil_tensors(content, rng):
     """The JSON header of a safetensors file, its length mended or not."""
     size = int.from_bytes(content[:8], "little")
     if rng.randrange(6) == 0 or 8 + size > len(content):
-        return rng.choice((0, 1, 10**8, 2**63, min(size + 1, 2**63), max(0, size - 1))).to_bytes(8, "little") + content[8:]
+        length = rng.choice((0, 1, 10**8, 2**63, size + 1, size - 1)) % 2**64
+        return length.to_bytes(8, "little") + content[8:]
     head = spoil_json(content[8:8 + size], rng)
     return len(head).to_bytes(8, "little") + head + content[8 + size:]
 
