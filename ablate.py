@@ -25,6 +25,7 @@ import train
 from config import PRESETS, Config, Parser
 from plots import Line, figure
 from predictor import load_predictor
+from untrusted import read_json
 
 PAPER = dict(credit="global", rollout="full", tail=0, reward="hard", norm="group", modalities="one", balance=0,
              window=0, mine=0, clip=1e-4, credit_growth=0.0)
@@ -83,7 +84,7 @@ def prepare(args, seed):
             dict(base=train.base, judge=train.judge)[stage](replace(shared, stage=stage), device)
     train.judged_photos(cfg, device)
     path = out / "flops.json"
-    known = json.loads(path.read_text()) if path.is_file() else {}
+    known = read_json(path) if path.is_file() else {}
     for row in {"all", *args.rows}:
         if row not in known:
             known[row] = flops_per_step(row_config(args, row, seed), device)
@@ -98,7 +99,7 @@ def run_row(job):
     cfg = replace(cfg, steps=steps, eval_every=max(1, steps // args.points))
     path = Path(cfg.out) / "figures.json"
     if path.is_file():
-        return json.loads(path.read_text())
+        return read_json(path)
     device = runtime.setup(cfg)
     train.tune(cfg, device)
     before, after = load_predictor(cfg.policy).to(device), load_predictor(Path(cfg.out) / "grpo").to(device)

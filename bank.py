@@ -17,12 +17,12 @@ import uuid
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 import relations
 from relations import MODALITIES, sample_pairs
+from untrusted import Refused, Refusing, read_tensors
 
 PACK = 64                         # single entries written by one call that are worth a pack
 
@@ -60,12 +60,26 @@ class Bank:
 
     def _load(self, path):
         try:
-            return load_file(path)
+            return self._checked(read_tensors(path), path)
         except FileNotFoundError:
             return None
-        except SafetensorError:
+        except Refused:
             print(f"bank: {path} is unreadable; asking the judge again", flush=True)
             return None
+
+    def _checked(self, entry, path):
+        """An entry or a pack as it was read. raises Refused for tensors that are neither."""
+        with Refusing(path, "no judgements", "pts, prob, in a pack also keys, counts", "remove it"):
+            pts, prob, n = entry["pts"], entry["prob"], len(entry["prob"])
+            good = (pts.dtype == torch.int16 and pts.shape == (n, 2, 2) and prob.shape == (n, len(MODALITIES))
+                    and ((pts >= 0) & (pts < self.judge.size)).all() and ((prob >= 0) & (prob <= 1)).all())
+            if path.name.startswith("pack-"):
+                keys, counts = entry["keys"], entry["counts"]
+                good = good and (keys.dtype == torch.uint8 and keys.ndim == 2 and counts.shape == keys.shape[:1]
+                                 and counts.dtype == torch.int64 and (counts >= 0).all() and counts.sum() == n)
+            if not good:
+                raise ValueError("other shapes or values")
+        return entry
 
     def _packed(self):
         """All entries of all packs: dict key -> (pts, prob); the longer of two for one photo."""

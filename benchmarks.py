@@ -14,6 +14,7 @@ sample    name; photos [(3, H, W) float32 sRGB in [0, 1]]; and, by task, depth (
 import csv
 import io
 import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -274,7 +275,8 @@ def _maw_items(files):
             raise ValueError(f"{files.where(meta)} line {line}: got {len(row)} columns, want 6 separated by tabs; "
                              "fetch it again")
     photos = [f"images_png/{r[2]}/{r[3]}.png" for r in rows]                    # results are kept by name
-    return [dict(name=p if photos.count(p) == 1 else f"{p} {r[0]} {r[1]}", rgb=p, colors=f"labels/{r[0]}",
+    times = Counter(photos)
+    return [dict(name=p if times[p] == 1 else f"{p} {r[0]} {r[1]}", rgb=p, colors=f"labels/{r[0]}",
                  mask=f"labels/{r[1]}") for p, r in zip(photos, rows, strict=True)]
 
 
@@ -346,13 +348,13 @@ def page(bench, missing=()):
 def _chw(pixels):
     """(H, W, 3) uint8 or float -> (3, H, W) float32 tensor in [0, 1]."""
     tensor = torch.from_numpy(np.array(pixels)).permute(2, 0, 1).contiguous()
-    return tensor.float() / 255 if pixels.dtype == np.uint8 else tensor.float()
+    return tensor.float().div_(255) if pixels.dtype == np.uint8 else tensor.float()
 
 
 def _linear(files, name):
     """A linear colour map, .exr or .npy -> (3, H, W) float32."""
     decode = formats.decode_exr if name.endswith(".exr") else formats.decode_npy
-    array = decode(files.read(name), files.where(name)).astype(np.float32)
+    array = decode(files.read(name), files.where(name)).astype(np.float32, copy=False)
     if not array.size or array.ndim != 3 or array.shape[2] != 3:
         raise ValueError(f"{files.where(name)}: got shape {array.shape}, want (H, W, 3); fetch it again")
     return array.transpose(2, 0, 1)

@@ -8,19 +8,16 @@ traps     the original is untied, the native default ties; a position table of 1
 Source: OpenGVLab/InternVL2_5-4B's config.json and tensor names; transformers' InternVL classes.
 """
 import hashlib
-import json
 import re
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from transformers import (
     CONFIG_MAPPING,
-    AutoModelForImageTextToText,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     InternVLConfig,
     InternVLForConditionalGeneration,
     InternVLVisionConfig,
@@ -31,11 +28,13 @@ from transformers import (
 
 import lora
 import runtime
+from untrusted import Refusing, Tensors, fits, read_json, refuse, sober, whole
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 SYSTEM = ("你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的"
           "多模态大语言模型。")
+TILE = 1 << 12                        # px, largest side of a tile
 PATTERNS = ["*.safetensors", "*.json", "merges.txt"]
 
 
@@ -198,18 +197,17 @@ def read_config(folder):
     if not path.is_file():
         raise FileNotFoundError(f"checkpoints.py: got no config.json in {folder}; want a judge folder written by "
                                 "`python train.py --stage judge`, an InternVL chat folder or a native one")
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"checkpoints.py: {path} is no JSON ({error}); fetch it again") from None
+    return sober(read_json(path), path)
 
 
 def weight_files(folder):
     """Safetensors files that hold a folder's weights, in order. raises FileNotFoundError naming what is missing."""
     folder = Path(folder)
     index = folder / "model.safetensors.index.json"
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else [
-        "model.safetensors"]
+    names = read_json(index).get("weight_map") if index.is_file() else {"": "model.safetensors"}
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        refuse(index, "no weight_map", "the file of each tensor")
+    names = sorted(set(names.values()))
     for name in names:
         if Path(name).name != name or not (folder / name).is_file():
             raise FileNotFoundError(f"checkpoints.py: got no {name} in {folder}; want the weights that config.json "
@@ -217,20 +215,10 @@ def weight_files(folder):
     return [folder / name for name in names]
 
 
-@contextmanager
-def _opened(path):
-    """An open safetensors file. raises ValueError for a damaged one."""
-    try:
-        with safe_open(path, "pt") as f:
-            yield f
-    except SafetensorError as error:
-        raise ValueError(f"checkpoints.py: {path} cannot be read ({error}); fetch it again") from None
-
-
 def _tensors(folder):
     """Yield (name on disk, tensor) of all weights of a folder. raises ValueError for a damaged file."""
     for path in weight_files(folder):
-        with _opened(path) as f:
+        with Tensors(path) as f:
             for key in f.keys():  # noqa: SIM118
                 yield key, f.get_tensor(key)
 
@@ -238,6 +226,8 @@ def _tensors(folder):
 def load_tokenizer(folder):
     """The tokenizer of a folder, from its files alone: tokenizer.json, or vocab.json and merges.txt."""
     folder = Path(folder)
+    for path in (*folder.glob("*token*.json"), *folder.glob("vocab.json")):     # before any other reader sees them
+        read_json(path)
     if (folder / "tokenizer.json").is_file():
         return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
     for name in ("vocab.json", "merges.txt"):
@@ -272,7 +262,8 @@ def set_tile(config, size=0):
     vision, ratio = config.vision_config, config.downsample_ratio
     size = size or vision.image_size[0]
     side = size // vision.patch_size[0]                                         # 512 px: 36 patches of 14, 8 px unseen
-    if not side or (side * ratio) % 1:
+    whole(size, 1, TILE, "tile size", "checkpoints.py")
+    if not side or not 0 < ratio <= 1 or (side * ratio) % 1:
         raise ValueError(f"checkpoints.py: got tile size {size}, {side} patches a side; want a multiple of "
                          f"{int(1 / ratio)} patches of {vision.patch_size[0]} px, such as 448 or 512 px")
     vision.image_size, config.image_seq_length = [size] * 2, int(side * ratio) ** 2
@@ -306,16 +297,17 @@ def _internvl(folder, config, tokenizer, size):
     return model
 
 
-def _other(folder):
-    """Network of any other native folder that transformers knows, weights as stored."""
-    weight_files(folder)
-    try:
-        model, found = AutoModelForImageTextToText.from_pretrained(
-            folder, local_files_only=True, output_loading_info=True, use_safetensors=True, trust_remote_code=False,
-            dtype="auto")
-    except (SafetensorError, RuntimeError, OSError) as error:
-        raise ValueError(f"checkpoints.py: the weights in {folder} cannot be read ({' '.join(str(error).split())}); "
-                         "want safetensors that fit config.json") from None
+def _other(folder, config):
+    """Network of any other native folder that transformers knows, weights as stored.
+
+    transformers gets the config and the tensors, not the folder, where it would also follow an adapter_config.json
+    """
+    state, config = dict(_tensors(folder)), outline(folder, config)
+    network = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
+    with torch.device("meta"):
+        fits(network._from_config(config), state, f"checkpoints.py: {folder}")
+    model, found = network.from_pretrained(None, config=config, state_dict=state, output_loading_info=True,
+                                           dtype="auto")
     wrong = [str(k) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for k in found.get(kind, ())]
     if wrong:
         raise ValueError(f"{len(wrong)} weights in {folder} do not fit config.json (first: {wrong[0]}); "
@@ -327,8 +319,8 @@ def locate(name):
     """Folders of a judge: (folder of the weights, adapter folder or None); a hub id is downloaded."""
     folder = runtime.hub_folder(name, PATTERNS)
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
-        if not base:
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        if not base or not isinstance(base, str):
             raise ValueError(f"checkpoints.py: {folder} is an adapter that names no base model; "
                              "open the merged folder beside it")
         return runtime.hub_folder(base, PATTERNS), folder
@@ -339,7 +331,10 @@ def describe(folder, config):
     """judge.json of a folder, or what its family implies: dict system, grid (see judge.Judge), size (0: config's)."""
     extra = Path(folder) / "judge.json"
     implied = dict(system=ADAPTERS[family_of(folder, config)].system, grid=1, size=0)
-    return implied | (json.loads(extra.read_text()) if extra.is_file() else {})
+    about = implied | (read_json(extra) if extra.is_file() else {})
+    if not isinstance(about["system"], str):
+        refuse(extra, f"system = {about['system']!r}", "a text")
+    return about | {k: whole(about[k], least, TILE, k, extra) for k, least in (("grid", 1), ("size", 0))}
 
 
 def open_network(name, size=0):
@@ -349,11 +344,22 @@ def open_network(name, size=0):
     raises  FileNotFoundError, ValueError: one line that names the file or the key
     """
     folder, adapter = locate(name)
+    with damaged(folder):
+        return _open_network(folder, adapter, size)
+
+
+def damaged(folder):
+    """With-block in which a checkpoint's folder is read: what its damage raises becomes one line."""
+    return Refusing(f"checkpoints.py: {folder}", "a checkpoint that cannot be read", "a whole one",
+                    keep=(ValueError, FileNotFoundError))
+
+
+def _open_network(folder, adapter, size):
     config = read_config(folder)
     kind, tokenizer = family_of(folder, config), load_tokenizer(folder)
     about = describe(adapter or folder, config)
     size = size or about.pop("size")
-    model = _internvl(folder, config, tokenizer, size) if kind == "internvl" else _other(folder)
+    model = _internvl(folder, config, tokenizer, size) if kind == "internvl" else _other(folder, config)
     if adapter:
         lora.load_adapter(model, adapter)
         lora.merge(model)
@@ -369,10 +375,10 @@ def files_digest(name, start):
     rename = native_name if family_of(folder, config) == "internvl" and "llm_config" not in config else str
     places = {}
     for path in weight_files(folder):
-        with _opened(path) as f:
+        with Tensors(path) as f:
             places |= {rename(key): (path, key) for key in f.keys()}  # noqa: SIM118
     for key, (path, on_disk) in sorted(places.items()):
-        with _opened(path) as f:
+        with Tensors(path) as f:
             update(h, key, f.get_tensor(on_disk))
     if adapter:
         h.update(Path(adapter, "adapter_model.safetensors").read_bytes())

@@ -9,6 +9,8 @@ import re
 import sys
 from dataclasses import dataclass
 
+import untrusted
+
 
 @dataclass
 class Config:
@@ -29,6 +31,7 @@ class Config:
     judge: str = ""                  # judge folder or hub id; empty: OUT/judge. Or the model to tune
     scenes: str = ""                 # scene folder (or .jsonl) with ground truth on which a given judge is tuned
     bank: str = ""                   # folder of the judgement bank; empty: OUT/bank
+    max_pixels: int = 80_000_000    # photos and maps of more pixels are refused before they are decoded
     eval_images: int = 128           # held-out scenes per domain in tables
 
     width: int = 768                 # width of the DiT
@@ -155,6 +158,20 @@ class Parser(argparse.ArgumentParser):
         print(f"{self.prog}: {message}; see --help", file=sys.stderr)
         raise SystemExit(2)
 
+    def limits(self):
+        """Add the flags of a command that reads pictures."""
+        self.add_argument("--max-pixels", type=int, default=untrusted.PIXELS,
+                          help=f"refuse a photo or map of more pixels before it is decoded [{untrusted.PIXELS}]")
+
+    def parse_args(self, *args):
+        """As ArgumentParser's; the limit on pictures is set."""
+        found = super().parse_args(*args)
+        if (most := getattr(found, "max_pixels", None)) is not None:
+            if most < 1:
+                self.error(f"--max-pixels {most}: want at least 1")
+            untrusted.allow(most)
+        return found
+
     def at_least(self, args, least, *names):
         """Refuse a flag below a bound; one that was not given (None) passes."""
         for name in names:
@@ -182,6 +199,7 @@ def parse(argv=None):
     wrong = problem(cfg, preset)
     if wrong:
         p.error(wrong)
+    untrusted.allow(cfg.max_pixels)
     return preset, cfg, dry_run
 
 

@@ -9,66 +9,52 @@ writes    to a temporary name, then os.replace: an interrupted run leaves no hal
 """
 import io
 import os
-import struct
 import sys
-import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
+import formats
 import scenes
+from untrusted import Refusing, limit, refuse
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 SMALLEST = 8                                    # px: a photo with a shorter side is refused
 MAPS = ("rgb", "depth", "normal", "albedo", "irradiance")
-# what Pillow raises on a broken file: OSError (cut off), SyntaxError (PNG structure), the next three (fields
-# cut off or absurd), DecompressionBombError (more pixels than Pillow opens at all)
-BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 # colour map, near to far: pale yellow, orange, red, plum, violet, indigo, navy, near black; luma falls evenly
 ANCHORS = np.array([[254, 246, 190], [253, 205, 106], [243, 150, 70], [216, 96, 86],
                     [165, 62, 118], [108, 44, 124], [56, 28, 98], [16, 12, 44]]) / 255
 
 
-def _open(path, max_pixels=100_000_000):
-    """Decode one image file completely -> PIL image, EXIF orientation applied; sizes are checked first."""
+def _open(path, max_pixels=None):
+    """Decode one image file completely -> PIL image, EXIF orientation applied, info["wide"] as in formats."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"data.py: no file {str(path)!r}; want an existing image; check the path")
-    refuse = f"data.py: cannot read {str(path)!r}: got "
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="PIL")      # max_pixels decides; odd metadata may stay
-            with Image.open(path) as image:
-                width, height = image.size
-                tiles = [tile.args for tile in image.tile]                        # load() clears them
-                good = SMALLEST <= min(width, height) and width * height <= max_pixels
-                if good:
-                    image.load()
-                    image = ImageOps.exif_transpose(image)
-    except UnidentifiedImageError:
-        raise ValueError(f"{refuse}a file that is not an image, want jpg, png or webp; remove it") from None
-    except BROKEN as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{refuse}a damaged image ({reason}), want a whole one; save it again") from None
-    if not good:
-        raise ValueError(f"{refuse}{width} x {height} pixels, want sides >= {SMALLEST} and at most "
-                         f"{max_pixels} pixels in all; resize or remove it")
-    image.info["wide"] = any(isinstance(args, str) and "16" in args for args in tiles)
+    where = f"data.py: cannot read {str(path)!r}"
+    most = 8 * (max_pixels or limit["pixels"]) + (1 << 20)                        # 16-bit RGBA, and what describes it
+    if path.stat().st_size > most:
+        refuse(where, f"{path.stat().st_size} bytes", f"at most {most}", "remove it, or raise --max-pixels")
+    image, wide = formats.open_picture(path.read_bytes(), where, SMALLEST, max_pixels)
+    with Refusing(where, "a damaged image", "a whole one"):
+        ImageOps.exif_transpose(image, in_place=True)
+    image.info["wide"] = wide
     return image
 
 
-def read_rgb(path, max_pixels=100_000_000):
+def read_rgb(path, max_pixels=None):
     """Read any photo as sRGB.
 
     path     jpg, png, webp, bmp, tiff: RGB, gray, palette, bilevel, CMYK, 16-bit gray (over 65535), EXIF
              orientation applied, transparency composited on white, first frame only; no colour management.
              A 16-bit *RGB* PNG is read by Pillow with 8 bits: fine for photos, not for measured data
     returns  (3, H, W) float32 in [0, 1]
-    raises   FileNotFoundError; ValueError for a file that is damaged, no image, above max_pixels, below 8 x 8
+    raises   FileNotFoundError; ValueError for a file that is damaged, no image, below 8 x 8, above max_pixels
+             (None: --max-pixels)
     """
     image = _open(path, max_pixels)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
@@ -77,11 +63,15 @@ def read_rgb(path, max_pixels=100_000_000):
             raise ValueError(f"data.py: cannot read {str(path)!r}: got {image.mode} values outside 0..65535, "
                              "want 8- or 16-bit; convert it")
         return torch.from_numpy(gray).expand(3, -1, -1).contiguous()
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    pixels = np.array(image.convert("RGB"))                                       # (H, W, 3) uint8
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous().float() / 255
+    with Refusing(f"data.py: cannot read {str(path)!r}", "a damaged image", "a whole one"):
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = image if image.mode == "RGB" else image.convert("RGB")
+        rgb = torch.empty(3, image.height, image.width)
+        for k in range(3):                                                        # one at a time: it may be large
+            rgb[k] = torch.from_numpy(np.array(image.getchannel(k)))
+    return rgb.div_(255)
 
 
 def find_images(folder):

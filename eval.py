@@ -452,6 +452,7 @@ def arguments(argv):
     p.add_argument("--panels", type=int, default=0,
                    help="benchmark images to picture, best and worst first, in OUT/eval/DATASET-TASK.png [0]")
     p.add_argument("--json", default="", help="file for every printed number; an infinite PSNR is the string \"inf\"")
+    p.limits()
     args = p.parse_args(argv)
     if args.list_datasets:
         return args

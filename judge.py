@@ -105,6 +105,11 @@ class Judge(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
         self.head_ids, self.blocks, self.answer_ids, self.sentences = prompt_ids(
             tokenizer, system, ADAPTERS[self.kind], image_tokens, text)
+        rows = model.get_input_embeddings().weight.shape[0]
+        most = max(max(part) for part in (self.head_ids, *self.blocks.values(), *self.answer_ids.values()))
+        if most >= rows:
+            raise ValueError(f"judge: the tokenizer gives token {most} to a model that knows {rows}; want the "
+                             "tokenizer of that model")
 
     # pixels -> features -> hidden states ------------------------------------------------------------------------
 
@@ -368,10 +373,11 @@ def load_judge(folder, device="cpu", dtype=None, size=0, text=False):
     size    px of the tile, if not the checkpoint's own (InternVL only)
     raises  FileNotFoundError, ValueError: one line that names the file or key
     """
-    model, tokenizer, about = checkpoints.open_network(folder, size)
-    dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else None)
-    model = model.to(device, dtype) if dtype else model.to(device)
-    return Judge(model, tokenizer, **about, origin="" if size else str(folder), text=text).to(device).eval()
+    with checkpoints.damaged(folder):
+        model, tokenizer, about = checkpoints.open_network(folder, size)
+        dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else None)
+        model = model.to(device, dtype) if dtype else model.to(device)
+        return Judge(model, tokenizer, **about, origin="" if size else str(folder), text=text).to(device).eval()
 
 
 class Closed:
@@ -383,6 +389,10 @@ class Closed:
     def __init__(self, folder, device="cpu"):
         self.folder, self.device, self.opened = str(folder), device, None
         where, adapter = checkpoints.locate(folder)
+        with checkpoints.damaged(where):
+            self._read(where, adapter)
+
+    def _read(self, where, adapter):
         config = checkpoints.read_config(where)
         kind, tokenizer = checkpoints.family_of(where, config), checkpoints.load_tokenizer(where)
         about, outline = checkpoints.describe(adapter or where, config), checkpoints.outline(where, config)
@@ -443,6 +453,7 @@ def arguments(argv):
     p.add_argument("--bank", default="", help="fill this judgement bank from the photos under IMAGE instead")
     p.add_argument("--pairs", type=int, default=40, help="with --bank: pairs per photo [40]")
     p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="[auto]")
+    p.limits()
     args = p.parse_args(argv)
     if not args.bank and not (args.red and args.green):
         p.error("want --red X Y and --green X Y, two points of the photo")

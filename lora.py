@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+
+from untrusted import read_json, read_tensors, refuse, whole
 
 PREFIX = "base_model.model."
 REFUSED = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform")
@@ -122,14 +123,11 @@ def load_adapter(network, folder):
     raises  FileNotFoundError: no adapter there; ValueError: another kind of adapter, keys that fit no linear layer
     """
     folder = Path(folder)
+    where = f"lora.load_adapter: {folder}"
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"lora.load_adapter: got no {name} in {folder}; want a PEFT adapter folder")
-    try:
-        cfg = json.loads((folder / "adapter_config.json").read_text())
-        state = load_file(folder / "adapter_model.safetensors")
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"lora.load_adapter: {folder} cannot be read ({error}); copy it again") from None
+    cfg, state = read_json(folder / "adapter_config.json"), read_tensors(folder / "adapter_model.safetensors")
     odd = [k for k in REFUSED if cfg.get(k)]
     if cfg.get("peft_type") != "LORA" or odd:
         raise ValueError(f"lora.load_adapter: got {cfg.get('peft_type')!r} with {odd or 'no further options'} in "
@@ -141,11 +139,16 @@ def load_adapter(network, folder):
     if wrong:
         raise ValueError(f"lora.load_adapter: {len(wrong)} of {len(state)} keys in {folder} match no linear layer "
                          f"(first: {wrong[0]}); was it trained from another base?")
-    inject(network, paths, cfg["r"], cfg["lora_alpha"], cfg.get("lora_dropout", 0.0))
+    r, alpha, dropout = whole(cfg.get("r"), 1, 1 << 14, "r", where), cfg.get("lora_alpha"), cfg.get("lora_dropout", 0.0)
+    for name, value, most in (("lora_alpha", alpha, 1e6), ("lora_dropout", dropout, 1)):
+        if not isinstance(value, (int, float)) or not 0 <= value <= most:
+            refuse(where, f"{name} = {value!r}", f"a number in 0..{most:g}", "copy it again")
+    for path, base in network.named_modules():                                  # before any memory is asked for
+        for k, want in (("lora_A", (r, base.in_features)), ("lora_B", (base.out_features, r))) if path in paths else ():
+            got = tuple(state[f"{PREFIX}{path}.{k}.weight"].shape)
+            if got != want:
+                raise ValueError(f"{where}: {path}.{k}: got {got}, want {want}; was it trained from another base?")
+    inject(network, paths, r, alpha, dropout)
     for path, layer in adapters(network).items():
         for k in ("lora_A", "lora_B"):
-            value, own = state[f"{PREFIX}{path}.{k}.weight"], getattr(layer, k)
-            if value.shape != own.shape:
-                raise ValueError(f"lora.load_adapter: {path}.{k} in {folder}: got {tuple(value.shape)}, "
-                                 f"want {tuple(own.shape)}; was it trained from another base?")
-            own.data.copy_(value)
+            getattr(layer, k).data.copy_(state[f"{PREFIX}{path}.{k}.weight"])

@@ -21,13 +21,13 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 import lora
 from runtime import hub_folder, load_strict
 from scenes import srgb_encode
 from sd2 import LATENT_SCALE, VAE, UNet, check_config
+from untrusted import Refusing, fits, read_json, read_tensors, refuse, sober, whole
 
 MODALITY = {"albedo": "albedo", "shading": "irradiance", "irradiance": "irradiance", "depth": "depth",
             "normals": "normal"}                                                # target name: modality
@@ -35,6 +35,7 @@ PIPELINES = {"MarigoldIntrinsicsPipeline": None, "MarigoldDepthPipeline": ["dept
              "MarigoldNormalsPipeline": ["normals"]}
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 WEIGHTS = "diffusion_pytorch_model"
+EDGE, STEPS = 1 << 12, 10_000          # largest processing resolution, px; largest number of timesteps
 
 # what the file may say besides; anything else is refused by name
 SCHEDULER_CONFIG = dict(
@@ -58,6 +59,11 @@ class Schedule:
         if self.spacing not in ("trailing", "leading"):
             raise ValueError(f"marigold: scheduler_config.json has timestep_spacing = {self.spacing!r}, which is not "
                              "implemented; want 'trailing' or 'leading'")
+        where = "marigold: scheduler_config.json"
+        whole(n, 2, STEPS, "num_train_timesteps", where)
+        whole(config.get("steps_offset", 0), 0, n - 1, "steps_offset", where)
+        if not 0 < config["beta_start"] <= config["beta_end"] < 1:
+            refuse(where, f"beta {config['beta_start']}..{config['beta_end']}", "0 < beta_start <= beta_end < 1")
         root = np.linspace(config["beta_start"] ** 0.5, config["beta_end"] ** 0.5, n)
         alpha = np.sqrt(np.cumprod(1 - root**2))
         if config.get("rescale_betas_zero_snr"):                                # Lin et al. 2023, algorithm 1
@@ -113,7 +119,8 @@ class Marigold(nn.Module):
             raise ValueError(f"marigold: targets {self.targets} with a U-Net of {got[0]} -> {got[1]} channels; want "
                              f"{n + 4} -> {n}: four for each target and four for the photo")
         self.modalities = tuple(MODALITY[name] for name in self.targets if name in MODALITY)
-        self.size = about.get("default_processing_resolution") or 768
+        self.size = whole(about.get("default_processing_resolution") or 768, 1, EDGE, "default_processing_resolution",
+                          "marigold: model_index.json")
         self.steps = about.get("default_denoising_steps") or 4
         self.multiple, self.vae_tile, self.exploration = vae.scale, 0, "ddim"
 
@@ -270,6 +277,12 @@ class Marigold(nn.Module):
 
         raises  FileNotFoundError: a file is missing; ValueError: what is not implemented, or keys that do not fit
         """
+        with Refusing(f"marigold: {path}", "a checkpoint that cannot be read", "a whole diffusers folder",
+                      keep=(ValueError, FileNotFoundError)):
+            return cls._load(path, dtype)
+
+    @classmethod
+    def _load(cls, path, dtype):
         folder = hub_folder(path, ["model_index.json", "*/config.json", "scheduler/*", "tokenizer/*",
                                    f"unet/{WEIGHTS}*.safetensors", f"vae/{WEIGHTS}*.safetensors",
                                    "text_encoder/model*.safetensors", "empty_text_embedding.safetensors"])
@@ -365,15 +378,28 @@ def empty_prompt(folder, width):
     """Embedding of the empty prompt, (1, 2, width): cached in the folder, or computed by its text encoder."""
     cached = folder / "empty_text_embedding.safetensors"
     if cached.is_file():
-        text = load_file(cached)["empty_text_embedding"]
+        text = read_tensors(cached).get("empty_text_embedding")
+        if text is None:
+            refuse(cached, "no empty_text_embedding", "that tensor")
     else:
-        from transformers import CLIPTextModel, CLIPTokenizer
+        from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
         if not (folder / "text_encoder" / "config.json").is_file() or not (folder / "tokenizer").is_dir():
             raise FileNotFoundError(f"marigold: got no text_encoder and tokenizer in {folder}; want the whole "
                                     "diffusers folder (or its empty_text_embedding.safetensors)")
-        plain = (folder / "text_encoder" / "model.safetensors").is_file()
-        encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", variant=None if plain else "fp16",
-                                                local_files_only=True, use_safetensors=True, dtype=torch.float32)
+        # transformers gets config and tensors, not the folder, where it would also follow an adapter_config.json
+        config = CLIPTextConfig.from_dict(_json(folder / "text_encoder" / "config.json"))
+        state = _state(folder / "text_encoder", "model")
+        with torch.device("meta"):
+            fits(CLIPTextModel(config), state, folder / "text_encoder")
+        encoder, found = CLIPTextModel.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32,
+                                                       output_loading_info=True)
+        wrong = [str(k) for kind in ("missing_keys", "mismatched_keys", "unexpected_keys") for k in found[kind]
+                 if not str(k).endswith("position_ids")]                        # of older files; no weight
+        if wrong:
+            refuse(folder / "text_encoder", f"{len(wrong)} weights that do not fit config.json (first: {wrong[0]})",
+                   "a complete checkpoint")
+        for path in (folder / "tokenizer").glob("*.json"):                      # before any other reader sees them
+            read_json(path)
         ids = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)("", return_tensors="pt")
         with torch.no_grad():
             text = encoder(ids.input_ids).last_hidden_state
@@ -387,20 +413,14 @@ def _json(path):
     if not path.is_file():
         raise FileNotFoundError(f"marigold: got no {path.name} in {path.parent}; want a diffusers-layout folder, such "
                                 "as a download of prs-eth/marigold-iid-lighting-v1-1")
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"marigold: {path} is not JSON ({error}); download it again") from None
+    return sober(read_json(path), path)
 
 
 def _state(folder, stem):
     """Tensors of STEM.safetensors or STEM.fp16.safetensors."""
     for name in (f"{stem}.safetensors", f"{stem}.fp16.safetensors"):
         if (folder / name).is_file():
-            try:
-                return load_file(folder / name)
-            except SafetensorError as error:
-                raise ValueError(f"marigold: {folder / name} cannot be read ({error}); download it again") from None
+            return read_tensors(folder / name)
     raise FileNotFoundError(f"marigold: got no {stem}[.fp16].safetensors in {folder}; want safetensors weights "
                             "(.bin files are pickles and are not read)")
 

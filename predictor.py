@@ -17,7 +17,10 @@ The interface that grpo.py, train.py and eval.py use, and that any other predict
 Source: ours. PRISM, the paper's rectified-flow base model, has no public code or weights (differs). The c_* are the
 variance-preserving coefficients of EDM (Karras et al. 2022) for this path.
 """
+import hashlib
+import itertools
 import json
+import os
 import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -25,8 +28,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -35,9 +37,11 @@ from config import Parser
 from marigold import Marigold
 from relations import MODALITIES, relative_depth
 from runtime import load_strict, pick_device, run_command
+from untrusted import LAYERS, read_json, read_tensors, refuse, whole
 
 DATA_STD = 0.5                     # s, standard deviation of maps in [-1, 1]
 ARCHITECTURE = "reasonx-dit"
+LARGEST = 1 << 12                  # of each size in predictor.json
 NAMES = tuple(MODALITIES)
 
 
@@ -235,12 +239,7 @@ def load_predictor(path):
         if not (path / name).is_file():
             raise FileNotFoundError(f"predictor.load_predictor: got no {name} in {path}; want a folder written by "
                                     "`python train.py` (out/mini/base or out/mini/grpo), or a Marigold folder")
-    try:
-        about = json.loads((path / "predictor.json").read_text())
-        state = load_file(path / "predictor.safetensors")
-    except (json.JSONDecodeError, SafetensorError) as error:
-        raise ValueError(f"predictor.load_predictor: {path} cannot be read ({error}); "
-                         "want a folder written by train.py") from None
+    about, state = read_json(path / "predictor.json"), read_tensors(path / "predictor.safetensors")
     if about.get("architecture") != ARCHITECTURE:
         raise ValueError(f"predictor.load_predictor: got architecture {about.get('architecture')!r} in {path}; "
                          f"want {ARCHITECTURE!r}")
@@ -249,8 +248,15 @@ def load_predictor(path):
     if not isinstance(sizes, dict) or set(sizes) - known:
         raise ValueError(f"predictor.load_predictor: got config {sizes} in {path}; "
                          f"want the sizes {', '.join(sorted(known))}")
-    model = DiT(DiTConfig(**sizes))
-    load_strict(model, state, path)
+    cfg, where = DiTConfig(**sizes), f"predictor.load_predictor: {path}"
+    for name, value in asdict(cfg).items():
+        whole(value, 1, LAYERS if "layers" in name else LARGEST, name, where)
+    if cfg.width % (4 * cfg.heads) or cfg.size % cfg.patch:
+        refuse(where, f"width {cfg.width}, heads {cfg.heads}, size {cfg.size}, patch {cfg.patch}",
+               "a width in multiples of 4 heads, a size in multiples of the patch", "use another checkpoint")
+    with torch.device("meta"):                                                  # before any memory is asked for
+        model = DiT(cfg)
+    load_strict(model, {k: v.float() for k, v in state.items()}, path, assign=True)
     return model.eval()
 
 
@@ -310,6 +316,15 @@ def predict_photo(policy, rgb, processing_res=0, steps=0, seed=0, ensemble=1):
     return {m: maps[m] for m in policy.modalities}
 
 
+def output_name(path, done):
+    """Name of a photo's maps from its relative path, unlike those in `done`: a.jpg, a.png and folders stay apart."""
+    name = "_".join(path.with_suffix("").parts)
+    if len(os.fsencode(name)) > 200:                                            # a file name may have 255 bytes
+        name = f"{name[:40]}_{hashlib.sha256(os.fsencode(name)).hexdigest()[:16]}"
+    choices = itertools.chain((name, f"{name}_{path.suffix[1:]}"), (f"{name}_{k}" for k in itertools.count(2)))
+    return next(choice for choice in choices if choice not in done)
+
+
 def main(argv=None):
     """Command line: maps of photos."""
     p = Parser(prog="predictor.py", allow_abbrev=False,
@@ -328,6 +343,7 @@ def main(argv=None):
     p.add_argument("--vae-tile", type=int, default=0,
                    help="latent pixels, side of the tiles a VAE decodes on a small GPU; 0: whole [0]")
     p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="[auto]")
+    p.limits()
     args = p.parse_args(argv)
     p.at_least(args, 0, "denoise_steps", "processing_res", "vae_tile")
     p.at_least(args, 1, "ensemble_size")
@@ -341,7 +357,7 @@ def main(argv=None):
     for path in tqdm(paths, desc="photos", disable=len(paths) < 3):
         try:
             rgb = data.read_rgb(path)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             if len(paths) == 1:
                 raise
             print(f"skipped: {error}", file=sys.stderr)
@@ -349,8 +365,7 @@ def main(argv=None):
             continue
         native = policy.photo_maps(rgb, args.processing_res, args.denoise_steps, args.seed, args.ensemble_size)
         maps = policy.tabled(native)
-        name = "_".join((path.relative_to(root) if root.is_dir() else Path(path.name)).with_suffix("").parts)
-        name = f"{name}_{path.suffix[1:]}" if name in done else name             # a.jpg and a.png keep their own files
+        name = output_name(path.relative_to(root) if root.is_dir() else Path(path.name), done)
         done.add(name)
         for (m, value), own in zip(maps.items(), native.values(), strict=True):
             data.save_map(args.out, name, m, value.numpy(), own.numpy())

@@ -30,6 +30,7 @@ from config import Parser
 from relations import LUMA
 from runtime import UserError, run_command
 from scenes import srgb_encode
+from untrusted import Refusing, limit, refuse
 
 FRAME = {"color": "final", "diffuse_reflectance": "final", "diffuse_illumination": "final", "depth_meters": "geometry",
          "normal_cam": "geometry"}
@@ -46,11 +47,14 @@ def read_hdf5(path):
         raise UserError("prepare.py: HyperSim is stored as HDF5 and h5py is not installed; pip install h5py") from None
     if not path.is_file():
         raise FileNotFoundError(f"prepare.py: no {path.name} in {str(path.parent)!r}; fetch that folder again")
-    try:
-        with h5py.File(path, "r") as f:
-            return np.asarray(f["dataset"], np.float32)
-    except (OSError, KeyError) as error:
-        raise ValueError(f"prepare.py: {str(path)!r} cannot be read ({error}); fetch it again") from None
+    where = f"prepare.py: {str(path)!r}"
+    with Refusing(where, "an HDF5 file that cannot be read", "a whole one"), h5py.File(path, "r") as f:
+        found = f["dataset"]
+        if not isinstance(f.get("dataset", getlink=True), h5py.HardLink) or found.is_virtual or found.external:
+            refuse(where, "an array that lies in another file", "one in its own")
+        if found.size > 4 * limit["pixels"]:
+            refuse(where, f"an array {found.shape}", f"at most {limit['pixels']} pixels", "raise --max-pixels")
+        return np.asarray(found, np.float32)
 
 
 def read_cameras(path):
@@ -270,6 +274,7 @@ def main(argv=None):
                    help="interiorverse: degrees across [120 under a folder named so, else 85]")
     p.add_argument("--pairs", type=int, default=2, help="jsonl: questions per scene and modality [2]")
     p.add_argument("--seed", type=int, default=0, help="jsonl: seed of the pairs [0]")
+    p.limits()
     args = p.parse_args(argv)
     p.at_least(args, 1, "size", "pairs")
     if not args.raw.is_dir():

@@ -21,6 +21,7 @@ from tqdm import tqdm
 import data
 from relations import LUMA, MODALITIES, draw_markers, margin, relation, sample_pairs
 from runtime import generator, write_json
+from untrusted import Refusing, decode_json, inside, read_json, refuse
 
 BLACK = 0.1                       # encoded luma (1 % linear) of an albedo that shows no light
 DRAWN = 24                        # candidates per wanted question
@@ -114,8 +115,8 @@ def cached(path, folder, n, size, seed, split, write, grid=1):
     """`build`, kept in a file: drawn once for all ranks and resumptions. `write` False: only read it."""
     key = [str(folder), n, size, seed, split, grid, len(data.list_scenes(folder))]
     if Path(path).is_file():
-        kept = json.loads(Path(path).read_text())
-        if kept["key"] == key:
+        kept = read_json(path)
+        if kept.get("key") == key:
             return kept["rows"]
     rows = build(folder, n, size, seed, split, grid)
     if write:
@@ -172,31 +173,30 @@ def read_jsonl(path):
             answer that is not the official wording
     """
     path = Path(path)
-    root = path.parent.resolve()
     if not path.is_file():
         raise FileNotFoundError(f"questions.py: no file {str(path)!r}; want a .jsonl file; check the path")
     rows = []
-    known = {m.question: (name, m.answers) for name, m in MODALITIES.items()}
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):            # a name may hold other line breaks
         where = f"questions.py: {str(path)!r} line {number}"
-        try:
-            entry = json.loads(line)
-            picture, (asked, said) = entry["image"], (c["value"] for c in entry["conversations"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{where}: got no sample ({error}); want id, image and two conversations") from None
-        place = root / picture
-        if os.path.isabs(picture) or not place.resolve().is_relative_to(root):
-            raise ValueError(f"{where}: got image {picture!r}, want a path inside {str(root)!r}; edit the line")
-        name, answers = known.get(asked.removeprefix("<image>\n"), (None, ()))
-        if name is None or said not in answers:
-            raise ValueError(f"{where}: got {(asked if name is None else said)!r}, want an official question and "
-                             "answer (relations.MODALITIES); edit the line")
-        about = entry.get("metadata") or {}
-        rows.append(dict(id=entry.get("id", number), modality=name, first=said == answers[0], image=str(place),
-                         scene=str(about.get("scene", entry.get("id", number))), margin=about.get("margin", math.nan)))
+        if line.strip():
+            with Refusing(where, "no sample", "id, image and two conversations", "edit the line"):
+                rows.append(_row(decode_json(line, where), path.parent, number, where))
     if not rows:
         raise ValueError(f"questions.py: {str(path)!r} is empty; want one sample a line; export it again")
     return rows
+
+
+def _row(entry, root, number, where):
+    known = {m.question: (name, m.answers) for name, m in MODALITIES.items()}
+    picture, (asked, said) = entry["image"], (c["value"] for c in entry["conversations"])
+    place = inside(root, picture, f"{where}: image")
+    name, answers = known.get(asked.removeprefix("<image>\n"), (None, ()))
+    if name is None or said not in answers:
+        refuse(where, repr(asked if name is None else said), "an official question and answer (relations.MODALITIES)",
+               "edit the line")
+    about, key = entry.get("metadata") or {}, str(entry.get("id", number))
+    return dict(id=key, modality=name, first=said == answers[0], image=str(place), scene=str(about.get("scene", key)),
+                margin=float(about.get("margin", math.nan)))
 
 
 def epoch_order(n, epoch, seed):

@@ -262,7 +262,7 @@ SMALL = np.zeros((8, 8), np.float32)
     ("nyuv2", "normal", put("normal", np.zeros((64, 64, 3), np.float32)), "empty mask"),
     ("nyuv2", "normal", put("normal", np.full((64, 64, 3), np.nan, np.float32)), "non-finite normals"),
     ("nyuv2", "normal", put("normal", SMALL), "want .H, W, 3."),
-    ("iiw", "", put("judgements", b"{"), "no JSON"),
+    ("iiw", "", put("judgements", b"{"), "not JSON"),
     ("hypersim", "", put("albedo", np.zeros((64, 64, 3))), "empty mask"),
     ("hypersim", "", put("shading", np.zeros((8, 8, 3))), "8 x 8 pixels"),
     ("mit", "", put("mask", official.Image.new("L", (64, 64))), "empty mask")])

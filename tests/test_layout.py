@@ -11,23 +11,25 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted([*ROOT.glob("*.py"), *(ROOT / "kernels").glob("*.py")])
 NAMES = {p.stem for p in ROOT.glob("*.py")} | {"kernels"}
 LAYERS = {  # module: project modules it may import; a module that is not listed fails
-    "relations": set(), "scenes": set(), "metrics": set(), "config": set(), "runtime": set(),
-    "lora": set(), "sd2": set(), "kernels": {"relations"},
-    "data": {"scenes", "relations"},
-    "formats": set(),
+    "untrusted": set(), "relations": set(), "scenes": set(), "metrics": set(), "runtime": set(),
+    "config": {"untrusted"}, "lora": {"untrusted"}, "sd2": set(), "kernels": {"relations"},
+    "formats": {"untrusted"},
+    "data": {"scenes", "relations", "formats", "untrusted"},
     "benchmarks": {"data", "formats", "metrics", "scenes"},
     "protocols": {"benchmarks", "data", "metrics", "scenes"},
     "grpo": {"kernels", "relations"},
     "rewards": {"grpo", "kernels", "relations", "scenes"},
-    "bank": {"relations", "data", "runtime"},
-    "checkpoints": {"lora", "runtime"},
-    "prepare": {"config", "data", "formats", "questions", "relations", "runtime", "scenes"},
-    "questions": {"data", "relations", "runtime"},
+    "bank": {"relations", "data", "runtime", "untrusted"},
+    "checkpoints": {"lora", "runtime", "untrusted"},
+    "prepare": {"config", "data", "formats", "questions", "relations", "runtime", "scenes", "untrusted"},
+    "questions": {"data", "relations", "runtime", "untrusted"},
     "reliability": {"questions", "relations"},
     "judge": {"relations", "scenes", "metrics", "config", "runtime", "data", "lora", "kernels", "checkpoints", "bank"},
     "mini_judge": {"judge", "questions", "relations"},
-    "predictor": {"relations", "scenes", "metrics", "config", "runtime", "data", "lora", "kernels", "marigold"},
-    "marigold": {"relations", "scenes", "metrics", "config", "runtime", "data", "lora", "kernels", "sd2"},
+    "predictor": {"relations", "scenes", "metrics", "config", "runtime", "data", "lora", "kernels", "marigold",
+                  "untrusted"},
+    "marigold": {"relations", "scenes", "metrics", "config", "runtime", "data", "lora", "kernels", "sd2",
+                 "untrusted"},
     "predictions": {"benchmarks", "data", "formats", "protocols", "predictor", "runtime", "scenes"},
     "baselines": {"predictor", "relations", "rewards"},
     "eval": NAMES - {"train", "grpo"},
@@ -96,6 +98,25 @@ def test_no_pickle_and_no_remote_code(path):
         assert flags.get("allow_pickle", "False") == "False", f"line {call.lineno}"
         assert flags.get("trust_remote_code", "False") == "False", f"line {call.lineno}"
         assert name not in ("eval", "exec", "torch.nan_to_num", "os.system"), f"line {call.lineno}"
+        assert name.split(".")[-1] not in UNSAFE and name not in ("np.load", "numpy.load"), f"line {call.lineno}"
+
+
+UNSAFE = {"extract", "extractall", "unpack_archive", "import_module", "__import__", "fromstring", "memmap", "ZipFile"}
+PLACES = {  # call: the modules that may make it, since they check what they read or wrote it themselves
+    "json.loads": {"untrusted", "runtime", "predictions"}, "json.load": set(), "load_file": {"untrusted"},
+    "safe_open": {"untrusted", "runtime"}, "Image.open": {"formats"}, "tarfile.open": {"formats"},
+    "h5py.File": {"prepare"}, "torch.load": set(), "snapshot_download": {"runtime"}}
+
+
+@every_source
+def test_files_from_outside_have_one_reader_each(path):
+    for name, call in calls(path):
+        assert module(path) in PLACES.get(name, {module(path)}), f"line {call.lineno}: {name}"
+        if name == "Image.open":
+            assert "formats" in {k.arg for k in call.keywords}, f"line {call.lineno}: any of Pillow's readers"
+        if name.endswith("from_pretrained"):                                    # a network gets no folder
+            assert "Tokenizer" in name or ast.unparse(call.args[0]) == "None", f"line {call.lineno}"
+        assert not re.match(r"Auto[A-Z]", name), f"line {call.lineno}: {name} follows auto_map"
 
 
 @every_source

@@ -312,7 +312,7 @@ def test_a_missing_file_is_refused_by_name(folder, name):
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
 def test_a_file_cut_short_is_refused(folder, name):
     (folder / name).write_bytes((folder / name).read_bytes()[:-20])
-    refused(ValueError, lambda: lora.load_adapter(network(), folder), str(folder), "cannot be read")
+    refused(ValueError, lambda: lora.load_adapter(network(), folder), str(folder / name), "fetch it again")
 
 
 @pytest.mark.parametrize("option, value", [("use_dora", True), ("use_rslora", True), ("rank_pattern", {"to_q": 8}),

@@ -1280,7 +1280,7 @@ def test_a_missing_or_broken_json_is_refused_by_name(copied, name):
 def test_weights_cut_short_are_refused_by_file(copied, part):
     path = copied / part / "diffusion_pytorch_model.safetensors"
     path.write_bytes(path.read_bytes()[:5000])
-    refused(ValueError, lambda: load_predictor(copied), str(path), "download it again")
+    refused(ValueError, lambda: load_predictor(copied), str(path), "fetch it again")
 
 
 @pytest.mark.parametrize("what, change", [
