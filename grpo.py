@@ -170,20 +170,21 @@ class Step:
 
 
 @torch.no_grad()
-def rollout(velocity, x, grid, group, mode, step, noise, rng):
+def rollout(velocity, x, grid, group, mode, step, noise, rng, normal=None):
     """Sample a group of maps per row.
 
     velocity  (x (N, c, h, w), t float) -> v; the N / R samples of a row lie side by side
     x         (R, c, h, w) initial state, shared by a group;  grid: T + 1 descending times, the predictor's own
     mode      "full" (paper): every step but the last is stochastic; "branch": one step, drawn from rng, is
     step      one of STEPS.values();  noise: its scale (a or eta)
+    normal    shape (K, N, c, h, w) of the noise of N states -> standard normal numbers; default: drawn from rng
     returns   x_0 (R, G, c, h, w), list of Steps
     """
     T, R = len(grid) - 1, len(x)
     if mode not in ("full", "branch") or T < 2:
         raise ValueError(f"grpo.rollout: got mode {mode!r}, {T} steps; want 'full' or 'branch' and at least 2 steps")
     branch = int(torch.randint(T - 1, (1,), generator=rng)) if mode == "branch" else 0
-    steps = []
+    steps, normal = [], normal or (lambda shape: torch.randn(shape, generator=rng))
     if mode == "full":
         x = x.repeat_interleave(group, 0)
     for i, (t, s) in enumerate(zip(grid, grid[1:], strict=False)):
@@ -192,7 +193,7 @@ def rollout(velocity, x, grid, group, mode, step, noise, rng):
             x = x + (s - t) * v
             continue
         many = group if mode == "branch" else 1
-        eps = torch.randn(many, *x.shape, generator=rng).to(x.device).transpose(0, 1)
+        eps = normal((many, *x.shape)).to(x.device).transpose(0, 1)
         A, B, std = coefficients(step, t, s, noise)
         x_next, mean, _ = sde_step(x, v, eps, A, B, std)                        # (R, K, c, h, w)
         steps.append(Step(t, s, x, x_next, mean, std))

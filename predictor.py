@@ -26,7 +26,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -34,7 +34,7 @@ import data
 from config import Parser
 from marigold import Marigold
 from relations import MODALITIES, relative_depth
-from runtime import load_strict, pick_device, run_command
+from runtime import average, load_strict, pick_device, run_command, share, world, write_json, write_tensors
 
 DATA_STD = 0.5                     # s, standard deviation of maps in [-1, 1]
 ARCHITECTURE = "reasonx-dit"
@@ -216,9 +216,8 @@ class DiT(nn.Module):
         """Write predictor.json (architecture, sizes, `about`) and predictor.safetensors."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.contiguous() for k, v in self.state_dict().items()}, folder / "predictor.safetensors")
-        (folder / "predictor.json").write_text(
-            json.dumps(dict(architecture=ARCHITECTURE, config=asdict(self.cfg), **about), indent=1))
+        write_tensors(folder / "predictor.safetensors", {k: v.cpu() for k, v in self.state_dict().items()})
+        write_json(folder / "predictor.json", dict(architecture=ARCHITECTURE, config=asdict(self.cfg), **about))
 
 
 def load_predictor(path):
@@ -277,12 +276,13 @@ def flow_loss(policy, maps, modalities, rng):
     cond = policy.encode(rgb).repeat(len(modalities), 1, 1)                     # (M*B, L, D)
     x0 = torch.cat([to_state(maps, mask, m) for m in modalities])               # (M*B, 3, H, W)
     index = torch.tensor([NAMES.index(m) for m in modalities]).repeat_interleave(len(rgb)).to(rgb.device)
-    t = torch.sigmoid(torch.randn(len(x0), generator=rng)).to(rgb.device)      # logit-normal: most weight mid-way
-    x1 = torch.randn(x0.shape, generator=rng).to(rgb.device)
+    batch = len(modalities), world() * len(rgb)                                 # every rank draws for all (runtime.py)
+    t = torch.sigmoid(share(torch.randn(batch, generator=rng), 1).flatten()).to(rgb.device)  # logit-normal
+    x1 = share(torch.randn(*batch, *x0.shape[1:], generator=rng), 1).flatten(0, 1).to(rgb.device)
     tt = t.view(-1, 1, 1, 1)
     v = policy.velocity((1 - tt) * x0 + tt * x1, t, cond, index)
     ok = mask.repeat(len(modalities), 1, 1, 1)
-    return ((v - (x1 - x0)).square() * ok).sum() / (3 * ok.sum()).clamp_min(1)
+    return ((v - (x1 - x0)).square() * ok).sum() / average(3.0 * ok.sum()).clamp_min(1)
 
 
 def times(T):

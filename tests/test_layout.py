@@ -24,7 +24,7 @@ LAYERS = {  # module: project modules it may import; a module that is not listed
     "questions": {"data", "relations", "runtime"},
     "reliability": {"questions", "relations"},
     "judge": {"relations", "scenes", "metrics", "config", "runtime", "data", "lora", "kernels", "checkpoints", "bank"},
-    "mini_judge": {"judge", "questions", "relations"},
+    "mini_judge": {"judge", "questions", "relations", "runtime"},
     "predictor": {"relations", "scenes", "metrics", "config", "runtime", "data", "lora", "kernels", "marigold"},
     "marigold": {"relations", "scenes", "metrics", "config", "runtime", "data", "lora", "kernels", "sd2"},
     "predictions": {"benchmarks", "data", "formats", "protocols", "predictor", "runtime", "scenes"},

@@ -72,12 +72,18 @@ def test_a_generator_leaves_the_global_state_alone():
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_ranks_and_streams_draw_different_numbers(tmp_path, monkeypatch):
+def test_steps_and_streams_draw_different_numbers_and_ranks_the_same(tmp_path, monkeypatch):
     run = make(tmp_path)[0]
-    one, other = run.rng(3), run.rng(3, stream=1)
+    seeds = [run.rng(3).initial_seed(), run.rng(3, stream=1).initial_seed(), run.rng(4).initial_seed()]
     monkeypatch.setenv("RANK", "1")
-    seeds = {one.initial_seed(), other.initial_seed(), run.rng(3).initial_seed(), run.rng(4).initial_seed()}
-    assert len(seeds) == 4
+    assert len(set(seeds)) == 3 and run.rng(3).initial_seed() == seeds[0]
+
+
+def test_the_shares_of_all_ranks_are_the_whole(monkeypatch):
+    x = torch.arange(24).view(2, 12)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    parts = [(monkeypatch.setenv("RANK", str(r)), runtime.share(x, 1))[1] for r in range(3)]
+    assert torch.equal(torch.cat(parts, 1), x) and all(p.shape == (2, 4) for p in parts)
 
 
 # learning rate, averaged weights ----------------------------------------------------------------------------------
@@ -197,7 +203,8 @@ def test_no_partial_file_is_left_and_saves_happen_on_time(tmp_path, monkeypatch)
     run, model, _ = make(tmp_path, steps=5, save_every=2)
     walk(run, model)
     assert saved == [2, 4, 5]
-    assert {p.name for p in tmp_path.iterdir()} == {CHECKPOINT, "run.json", "metrics.jsonl"}
+    assert {p.name for p in tmp_path.iterdir()} == {CHECKPOINT, "checkpoint-00000004.safetensors", "run.json",
+                                                    "metrics.jsonl"}
 
 
 def test_a_failed_write_keeps_the_old_checkpoint(tmp_path, monkeypatch):

@@ -188,8 +188,8 @@ def test_a_rollout_has_the_asked_steps_group_and_noise(run, tmp_path, monkeypatc
     seen = []
     real = grpo.rollout
 
-    def spy(velocity, x, grid, group, mode, step, noise, rng):
-        out = real(velocity, x, grid, group, mode, step, noise, rng)
+    def spy(velocity, x, grid, group, mode, step, noise, *draws):
+        out = real(velocity, x, grid, group, mode, step, noise, *draws)
         seen.append((len(grid) - 1, group, mode, step, noise, len(out[1]), tuple(out[0].shape)))
         return out
     monkeypatch.setattr(grpo, "rollout", spy)
@@ -406,6 +406,7 @@ def test_two_processes_with_the_same_data_are_one_process(tmp_path, monkeypatch)
     alone = after(tmp_path / "alone")
     monkeypatch.setattr(runtime, "world", lambda: 2)
     monkeypatch.setattr(runtime.dist, "all_reduce", lambda x, *_, **__: x.mul_(2))
+    monkeypatch.setattr(runtime.dist, "all_gather", lambda each, x: [y.copy_(x) for y in each])
     assert equal(alone, after(tmp_path / "together"))
 
 
