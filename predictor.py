@@ -31,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data
+import lora
 from config import Parser
 from marigold import Marigold
 from relations import MODALITIES, relative_depth
@@ -213,10 +214,10 @@ class DiT(nn.Module):
         return maps
 
     def save(self, folder, **about):
-        """Write predictor.json (architecture, sizes, `about`) and predictor.safetensors."""
+        """Write predictor.safetensors (adapters merged), then predictor.json (architecture, sizes, `about`)."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        write_tensors(folder / "predictor.safetensors", {k: v.cpu() for k, v in self.state_dict().items()})
+        write_tensors(folder / "predictor.safetensors", {k: v.cpu() for k, v in lora.merged_state(self).items()})
         write_json(folder / "predictor.json", dict(architecture=ARCHITECTURE, config=asdict(self.cfg), **about))
 
 
