@@ -83,10 +83,19 @@ def setup(cfg):
     if use_cuda:
         torch.cuda.set_device(local)
     if world() > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if use_cuda else "gloo", timeout=PATIENCE)
+        _join("nccl" if use_cuda else "gloo")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")                 # without it cuBLAS refuses to be exact
     torch.use_deterministic_algorithms(bool(cfg.deterministic))
     return torch.device("cuda", local) if use_cuda else torch.device("cpu")
+
+
+def _join(backend):
+    """Enter the process group. torchrun keeps one store over its restarts on a node, where the addresses of processes
+    that are gone would be found: each attempt has its own part of it. Several nodes count attempts each for itself."""
+    store, r, n = next(dist.rendezvous("env://", timeout=PATIENCE))
+    if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group(backend, store=store, rank=r, world_size=n, timeout=PATIENCE)
 
 
 def autocast(precision, device, cache=True):
@@ -666,7 +675,7 @@ def _speaks(error):
     try:
         return dist.distributed_c10d._get_default_store().add("failed", 1) == 1
     except RuntimeError:                                                        # the process that kept count has gone
-        return _is_peers(error)
+        return True
 
 
 def _leave(code):

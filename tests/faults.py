@@ -14,7 +14,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -62,10 +61,9 @@ def start(module, argv, log, env=None, die_at=0, after=False, nan_at=None):
 
 def ranks(n, module, argv, log, **how):
     """Fork a command as n ranks over gloo; returns their exit codes. Their output: log.0, log.1, ..."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    env = dict(WORLD_SIZE=str(n), LOCAL_WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)    # as torchrun does
+    env = dict(WORLD_SIZE=str(n), LOCAL_WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port),
+               TORCHELASTIC_USE_AGENT_STORE="True")
     started = [start(module, argv, f"{log}.{r}", env | dict(RANK=str(r), LOCAL_RANK=str(r)), **how) for r in range(n)]
     for p in started:
         p.join(120)
