@@ -134,7 +134,7 @@ def shared(values):
     """Numbers to log, by the same names on each rank: their mean over ranks; least for _min, greatest for _max."""
     if world() == 1:
         return values
-    device = next((v.device for v in values.values() if isinstance(v, torch.Tensor)), None)
+    device = "cuda" if dist.is_initialized() and dist.get_backend() == "nccl" else "cpu"        # what it can send
     mine = torch.tensor([float(v) for v in values.values()], dtype=torch.float64, device=device)
     each = [torch.empty_like(mine) for _ in range(world())]
     dist.all_gather(each, mine)

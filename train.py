@@ -339,11 +339,11 @@ def start_policy(cfg, start, device):
 
 def keep(policy, cfg, start, folder, **about):
     """Write a policy (rank 0). Where its weights are spread over the ranks, all call."""
-    if cfg.fsdp:
-        state = {k: runtime.whole(v) for k, v in policy.network.state_dict().items()}
-        policy = start_policy(cfg, start, "cpu")
-        policy.network.load_state_dict(state)
+    state = {k: runtime.whole(v) for k, v in policy.network.state_dict().items()} if cfg.fsdp else {}
     if runtime.rank() == 0:
+        if cfg.fsdp:
+            policy = start_policy(cfg, start, "cpu")
+            policy.network.load_state_dict(state)
         made = {k: v for k, v in runtime.about().items() if k in ("command", "commit")}
         policy.save(folder, base=str(start), trained_on=cfg.images or "procedural wild photos", **made, **about)
 
@@ -387,6 +387,7 @@ def tune(cfg, device):
         stats = runtime.shared({**stats, **parts, "grad/norm": norm, "loss": loss})
         if cfg.eval_every and ((step + 1) % cfg.eval_every == 0 or step == 0) and takes_part:
             figures = evaluation.diagnose(average, cfg.size, cfg.eval_steps, batch=cfg.micro or 64)
+            figures = runtime.shared(figures) if cfg.fsdp else figures          # or ranks might judge it differently
             stats |= figures
             if run.improves(figures):
                 keep(average, cfg, start, run.folder / "best", step=step + 1)
