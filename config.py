@@ -189,9 +189,8 @@ def problem(cfg, preset="mini"):
                 "--judge FOLDER (adirik/InternVL2_5-4B-Intrinsic-Judge) and "
                 "--images FOLDER (10000 photos of COCO train2017); "
                 "use --preset mini to run without any")
-    if cfg.fsdp and (cfg.stage not in ("grpo", "all") or int(os.environ.get("WORLD_SIZE", 1)) < 2):
-        return (f"--fsdp 1 with --stage {cfg.stage} and {os.environ.get('WORLD_SIZE', 1)} processes: it spreads the "
-                "policy of GRPO over the processes of torchrun --nproc_per_node=N")
+    if cfg.fsdp and cfg.stage not in ("grpo", "all"):
+        return f"--fsdp 1 with --stage {cfg.stage}: it spreads the policy of --stage grpo"
     for f in dataclasses.fields(cfg):
         value = getattr(cfg, f.name)
         if f.type in (int, float) and not value > 0 and f.name not in MAY_BE_ZERO:

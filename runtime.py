@@ -75,6 +75,9 @@ def pick_device(name, command):
 def setup(cfg):
     """Join the process group when started by torchrun, choose threads and device; returns the torch.device."""
     local = int(os.environ.get("LOCAL_RANK", 0))
+    if cfg.fsdp and world() == 1:
+        raise UserError("train.py: --fsdp 1 with one process: it spreads the policy over those of torchrun "
+                        "--nproc_per_node=N")
     use_cuda = pick_device(cfg.device, "train.py").type == "cuda"
     if cfg.threads:
         torch.set_num_threads(cfg.threads)

@@ -401,6 +401,12 @@ def test_a_judge_of_another_image_size_is_refused(run, tmp_path, capsys):
     assert "16 px" in line and "24" in line
 
 
+@pytest.mark.parametrize("stage, words", [("grpo", "one process"), ("base", "--stage grpo")])
+def test_a_policy_that_cannot_be_spread_is_refused(run, tmp_path, capsys, stage, words):
+    line = refused(capsys, *TINY, "--stage", stage, "--fsdp", "--out", tmp_path / "run")
+    assert "--fsdp" in line and words in line and not (tmp_path / "run").exists()
+
+
 def test_a_batch_that_does_not_divide_among_processes_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert train.shares(6, "batch") == 2
