@@ -7,7 +7,6 @@ judgement bank, so the judge is asked once. Equal compute: each row takes as man
 counted in floating-point operations of its own first steps. Scores on held-out `wild` scenes; curves on validation
 scenes. The same command again goes on where it was interrupted.
 """
-import json
 import math
 from dataclasses import asdict, replace
 from multiprocessing import get_context
@@ -111,7 +110,7 @@ def run_row(job):
         values = [evaluation.score(evaluation.predict(p, maps["rgb"], cfg.eval_steps, 0), maps, pairs)
                   for p in (before, after)]
         figures[domain] = evaluation.compare(*values)
-    log = [json.loads(line) for line in (Path(cfg.out) / "grpo" / "metrics.jsonl").read_text().splitlines()]
+    log = runtime.read_log(Path(cfg.out) / "grpo" / "metrics.jsonl")
     seconds = np.cumsum([r["time/step"] for r in log])
     figures["seconds"] = float(seconds[-1])
     figures["curve"] = [dict(photos=(r["step"] + 1) * cfg.batch, seconds=float(s),

@@ -6,23 +6,22 @@ an entry by the digest of the photo's pixels: a changed photo, judge or marker f
 fixed sequence drawn from its own digest, so asking for more extends it.
 
 entry   pts (P, 2, 2) int16, in pixels of the judge's image, and prob (P, M), the probability of the first answer
-files   KEY.safetensors, one entry, written under another name and renamed: a kill leaves whole entries only;
+files   KEY.safetensors, one entry, renamed when whole, with a checksum: a damaged one is named and asked about again;
         pack-NAME.safetensors, many entries behind each other. Packs are never changed: `pack` writes a new one and then
         removes the single files it holds, so writers need no lock. 24 bytes a pair (four answers)
 """
 import hashlib
 import json
-import os
 import uuid
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 import relations
 from relations import MODALITIES, sample_pairs
-from untrusted import Refused, Refusing, read_tensors
+from runtime import read_tensors, write_tensors
+from untrusted import Refusing
 
 PACK = 64                         # single entries written by one call that are worth a pack
 
@@ -60,11 +59,11 @@ class Bank:
 
     def _load(self, path):
         try:
-            return self._checked(read_tensors(path), path)
+            return self._checked(read_tensors(path)[0], path)
         except FileNotFoundError:
             return None
-        except Refused:
-            print(f"bank: {path} is unreadable; asking the judge again", flush=True)
+        except ValueError as error:
+            print(f"bank: {error}; asking the judge again", flush=True)
             return None
 
     def _checked(self, entry, path):
@@ -96,10 +95,7 @@ class Bank:
         return found
 
     def _write(self, path, **tensors):
-        """Write a file under a name of its own, then rename it."""
-        part = path.with_suffix(f".{uuid.uuid4().hex}.part")
-        save_file({k: v.contiguous() for k, v in tensors.items()}, part)
-        os.replace(part, path)
+        write_tensors(path, tensors)
 
     def pack(self):
         """Put all single entries into one new pack. Safe beside other writers and other packers, and under a kill."""

@@ -5,6 +5,7 @@ Order: default (the paper's value where the paper has one) < preset < flag.
 import argparse
 import dataclasses
 import inspect
+import os
 import re
 import sys
 from dataclasses import dataclass
@@ -24,6 +25,10 @@ class Config:
     precision: str = "auto"          # of the networks in training: bf16 where the hardware has it (auto), bf16 or fp32
     kernels: str = "auto"            # auto (Triton on a GPU, torch elsewhere) or torch
     save_every: int = 100            # steps between checkpoints
+    keep: int = 2                    # newest checkpoints of a stage that stay on the disk
+    deterministic: int = 0           # 1: refuse operations whose result changes from run to run (a GPU; slower)
+    detect_anomaly: int = 0          # 1: repeat a step that is not finite under torch's anomaly detection
+    fsdp: int = 0                    # 1: GRPO policy, reference and optimizer spread over the processes (FSDP2)
     stop_at: int = 0                 # stop a stage after this many steps as if interrupted; 0: run to its end
     size: int = 512                  # px, side of the square training photos (judge: 512)
     images: str = ""                 # folder of unlabeled photos for GRPO; empty: procedural `wild` ones (paper: COCO)
@@ -145,17 +150,19 @@ CHOICES = {
 }
 
 
+SWITCHES = ("deterministic", "detect_anomaly", "fsdp")                          # --NAME alone is --NAME 1
 MAY_BE_ZERO = ("seed", "threads", "stop_at", "base_muon", "judge_muon", "judge_warm", "judge_decay", "judge_dropout",
                "judge_warmup", "tail", "credit_mix", "credit_growth", "window", "mine", "depth_normal", "shading",
                "balance", "lora", "checkpointing", "micro", "kl_weight", "replay", "ema", "base_ema", "eval_every",
-               "band", "forget")
+               "band", "forget", *SWITCHES)
 
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line on stderr and exit code 2."""
 
     def error(self, message):
-        print(f"{self.prog}: {message}; see --help", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":                            # once, not once a process
+            print(f"{self.prog}: {message}; see --help", file=sys.stderr)
         raise SystemExit(2)
 
     def limits(self):
@@ -190,6 +197,7 @@ def parse(argv=None):
     p.add_argument("--dry-run", action="store_true", help="print the settings and the batch arithmetic, then stop")
     for f in dataclasses.fields(Config):
         p.add_argument("--" + f.name.replace("_", "-"), type=f.type, choices=CHOICES.get(f.name),
+                       **(dict(nargs="?", const=1) if f.name in SWITCHES else {}),
                        metavar=f.type.__name__.upper() if f.name not in CHOICES else None, default=argparse.SUPPRESS,
                        help=f"{text[f.name]} [{f.default}]".replace("%", "%%"))
     flags = vars(p.parse_args(argv))
@@ -217,6 +225,8 @@ def problem(cfg, preset="mini"):
                 "--judge FOLDER (adirik/InternVL2_5-4B-Intrinsic-Judge) and "
                 "--images FOLDER (10000 photos of COCO train2017); "
                 "use --preset mini to run without any")
+    if cfg.fsdp and cfg.stage not in ("grpo", "all"):
+        return f"--fsdp 1 with --stage {cfg.stage}: it spreads the policy of --stage grpo"
     for f in dataclasses.fields(cfg):
         value = getattr(cfg, f.name)
         if f.type in (int, float) and not value > 0 and f.name not in MAY_BE_ZERO:

@@ -101,8 +101,11 @@ def predict(policy, rgb, steps, seed, batch=64):
     return {m: torch.cat(v) for m, v in out.items()}
 
 
-def score(pred, maps, pairs):
-    """Every metric of METRICS whose modality was predicted, per image: dict name -> (B,) numpy."""
+def score(pred, maps, pairs, warn=True):
+    """Every metric of METRICS whose modality was predicted, per image: dict name -> (B,) numpy.
+
+    warn  say so where a fitted depth scale is negative
+    """
     out = {name: [] for name in METRICS if name.split("/")[0] in pred and not name.endswith("pairs")}
     linear = {(w, m): srgb_decode(v[m]).permute(0, 2, 3, 1).double().numpy()
               for w, v in (("pred", pred), ("true", maps)) for m in ("albedo", "irradiance") if m in pred}
@@ -125,7 +128,7 @@ def score(pred, maps, pairs):
                 linear["pred", "albedo"][i], linear["true", "albedo"][i], pts[truth != 0].numpy(), 0.1))
         for m in {"albedo", "irradiance"} & pred.keys():
             out[f"{m}/si_mse"].append(metrics.si_mse(linear["pred", m][i], linear["true", m][i], ok))
-    if inverted:
+    if inverted and warn:
         print(f"depth: {inverted} of {len(mask)} fitted scales are negative: "
               "there the prediction looks like inverse depth")
     out = {k: np.array(v, dtype=float) for k, v in out.items()}
@@ -184,7 +187,7 @@ def diagnose(policy, size, steps, n=24, seed=0, batch=64):
     for domain in ("wild", "synthetic"):
         maps = data.ScenePool(domain, "val", n, size).all()
         pred = predict(policy, maps["rgb"], steps, seed, batch)
-        values = score(pred, maps, eval_pairs(maps, PAIRS, 1, seed))
+        values = score(pred, maps, eval_pairs(maps, PAIRS, 1, seed), warn=False)
         out |= {f"{domain}/{k}": float(np.nanmean(v)) for k, v in values.items()}
         if domain == "wild":
             for m in policy.modalities:
@@ -192,6 +195,24 @@ def diagnose(policy, size, steps, n=24, seed=0, batch=64):
                 out |= {f"wild/{m}_high_frequency": float(np.mean(energy)),
                         f"wild/{m}_spread": float(pred[m].std((2, 3)).mean())}
     return out
+
+
+def drift(now, start, band, forget):
+    """What has left its band since the start, as words; "" while nothing has.
+
+    now, start  figures of `diagnose`
+    band        factor by which sharpness and spread of wild maps may change, either way; 0: any
+    forget      share by which a synthetic validation error may grow; 0: any
+    """
+    for name in now:
+        if band and name.endswith(("_high_frequency", "_spread")):
+            factor = now[name] / max(start[name], 1e-12)
+            if not 1 / band <= factor <= band:
+                return f"{name} is {factor:.2g} x what it was (--band {band:g})"
+        domain, _, metric = name.partition("/")
+        if forget and domain == "synthetic" and METRICS[metric][1] < 0 and now[name] > (1 + forget) * start[name]:
+            return f"{name} has grown from {start[name]:.4g} to {now[name]:.4g} (--forget {forget:g})"
+    return ""
 
 
 def photo_scores(pred):

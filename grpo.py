@@ -173,22 +173,29 @@ class Step:
         return replace(self, **{k: getattr(self, k)[part] for k in ("x", "x_next", "mean", "v", "block")})
 
 
-def block_noise(many, x, block, rng):
-    """Standard normal noise that is one number per square of block[r] pixels in row r.
+def block_means(z, block):
+    """Means over squares of `block` pixels, smaller at the border: (..., h, w) -> (..., ceil(h / k), ceil(w / k))."""
+    flat = F.avg_pool2d(z.flatten(0, -3)[:, None], block, ceil_mode=True)[:, 0]
+    return flat.view(*z.shape[:-2], *flat.shape[-2:])
 
-    x (R, c, h, w), block (R,) int64 on the CPU;  returns (R, many, c, h, w) on x's device; for block 1 white noise
+
+def in_squares(eps, block):
+    """White noise gathered in squares of block[r] pixels in row r: their means, scaled to unit variance.
+
+    eps (R, K, c, h, w) standard normal, block (R,) int64 on the CPU -> the same shape; block 1 stays as it is
     """
-    *_, h, w = x.shape
-    eps = x.new_empty(len(x), many, *x.shape[1:])
+    *_, h, w = eps.shape
     for k in block.unique().tolist():
-        rows = (block == k).nonzero()[:, 0]
-        draw = torch.randn(many, len(rows), x.shape[1], -(-h // k), -(-w // k), generator=rng).transpose(0, 1)
-        eps[rows.to(x.device)] = draw.repeat_interleave(k, -1).repeat_interleave(k, -2)[..., :h, :w].to(eps)
+        if k > 1:
+            rows = (block == k).nonzero()[:, 0].to(eps.device)
+            high, wide = (torch.tensor([min(k, n - i) for i in range(0, n, k)], device=eps.device) for n in (h, w))
+            draw = block_means(eps[rows], k) * (high[:, None] * wide).sqrt()
+            eps = eps.index_copy(0, rows, draw.repeat_interleave(k, -1).repeat_interleave(k, -2)[..., :h, :w])
     return eps
 
 
 @torch.no_grad()
-def rollout(velocity, x, grid, group, stochastic, step, noise, rng, tail=0, block=None):
+def rollout(velocity, x, grid, group, stochastic, step, noise, rng, tail=0, block=None, normal=None):
     """Sample a group of maps per row: an ODE prefix, `stochastic` consecutive SDE steps, an ODE tail.
 
     velocity    (x (N, c, h, w), t float) -> v; the N / R samples of a row lie side by side
@@ -198,6 +205,7 @@ def rollout(velocity, x, grid, group, stochastic, step, noise, rng, tail=0, bloc
     step        one of STEPS.values();  noise: its scale (a or eta)
     tail        steps from the last stochastic state to the map, at most those of the grid; 0: those of the grid
     block       (R,) px of the state, side of the squares in which a row's noise is one number; None: 1, white (paper)
+    normal      shape (K, N, c, h, w) of the noise of N states -> standard normal numbers; default: drawn from rng
     returns     x_0 (R, G, c, h, w), list of K Steps
     raises      ValueError  K or T out of range
     """
@@ -209,7 +217,7 @@ def rollout(velocity, x, grid, group, stochastic, step, noise, rng, tail=0, bloc
     last = first + stochastic
     left = min(tail or T, T - last)
     walk = [*grid[:last], *(grid[last + (T - last) * k // left] for k in range(left + 1))]
-    steps, x = [], x if shared else x.flatten(0, 1)
+    steps, x, normal = [], x if shared else x.flatten(0, 1), normal or (lambda shape: torch.randn(shape, generator=rng))
     block = torch.ones(R, dtype=torch.int64) if block is None else block
     for i, (t, s) in enumerate(zip(walk, walk[1:], strict=False)):
         v = velocity(x, t)
@@ -218,18 +226,12 @@ def rollout(velocity, x, grid, group, stochastic, step, noise, rng, tail=0, bloc
             continue
         many = group if shared and i == first else 1                            # a shared state branches here
         size = block.repeat_interleave(len(x) // R)                             # of the squares, per state
-        eps = block_noise(many, x, size, rng)
+        eps = in_squares(normal((many, *x.shape)).to(x.device).transpose(0, 1), size)
         A, B, std = coefficients(step, t, s, noise)
         x_next, mean, _ = sde_step(x, v, eps, A, B, std)                        # (R, K, c, h, w)
         steps.append(Step(t, s, x, x_next, mean, std, v, size))
         x = x_next.flatten(0, 1)
     return x.unflatten(0, (R, group)), steps
-
-
-def block_means(z, block):
-    """Means over squares of `block` pixels, smaller at the border: (..., h, w) -> (..., ceil(h / k), ceil(w / k))."""
-    flat = F.avg_pool2d(z.flatten(0, -3)[:, None], block, ceil_mode=True)[:, 0]
-    return flat.view(*z.shape[:-2], *flat.shape[-2:])
 
 
 def block_ratio(v, taken, k, B, local):

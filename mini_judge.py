@@ -22,6 +22,7 @@ from transformers import (
 from judge import END, NAMES, TURN, Judge
 from questions import true_relations
 from relations import LUMA, MODALITIES, draw_markers, relative_depth, sample_pairs
+from runtime import average, share, world
 
 IMG, IMG_START, IMG_END = "<IMG_CONTEXT>", "<img>", "</img>"
 EMPHASIS = (1.2, 2.0, 0.4, 0.4)      # of the probe's pair loss, in order of NAMES: shape is learnt slower than colour
@@ -127,7 +128,7 @@ def class_weights(rel):
     """Weights (..., M) that make both answers of a modality count the same, pairs without an answer 0; mean 1."""
     yes, no = (rel > 0).float(), (rel < 0).float()
     axes = tuple(range(rel.ndim - 1))
-    weight = yes / yes.sum(axes).clamp_min(1) + no / no.sum(axes).clamp_min(1)
+    weight = yes / average(yes.sum(axes)).clamp_min(1 / world()) + no / average(no.sum(axes)).clamp_min(1 / world())
     return weight * rel.shape[:-1].numel() / 2
 
 
@@ -150,7 +151,9 @@ def marker_loss(logits, index, shown):
     target = torch.zeros(logits.shape[:2], dtype=torch.long, device=logits.device)
     target.scatter_(1, index, torch.tensor([1, 2], device=logits.device) * shown[:, None])
     weight = logits.new_tensor([1.0, logits.shape[1] / 2, logits.shape[1] / 2])
-    return F.cross_entropy(logits.float().flatten(0, 1), target.flatten(), weight=weight.float())
+    mine = weight[target].sum()                                                 # the total weight of this rank's rows
+    return F.cross_entropy(logits.float().flatten(0, 1), target.flatten(), weight=weight.float()) * (
+        mine / average(mine))
 
 
 def judge_loss(judge, probe, maps, answers, rng, pairs=128):
@@ -166,23 +169,24 @@ def judge_loss(judge, probe, maps, answers, rng, pairs=128):
     """
     rgb = maps["rgb"]
     B, _, H, W = rgb.shape
-    pts = sample_pairs(B, (H, W), pairs, rng, grid=judge.grid).to(rgb.device)         # (B, P, 2, 2)
+    every = B * world()                                                         # of all ranks; each takes its share
+    pts = share(sample_pairs(every, (H, W), pairs, rng, grid=judge.grid)).to(rgb.device)      # (B, P, 2, 2)
     rel = true_relations(maps, pts)                                             # (B, P, M)
     # one pair per photo is marked; "same" albedo is rare, so every other photo marks such a pair if it has one
-    order = torch.rand(B, pairs, generator=rng).to(rgb.device)
-    order[::2] += (rel[::2, :, NAMES.index("albedo")] > 0).float()
+    order, even = share(torch.rand(every, pairs, generator=rng)).to(rgb.device), share(torch.arange(every)) % 2 == 0
+    order[even] += (rel[even][..., NAMES.index("albedo")] > 0).float()
     pick = order.argmax(1)[:, None]                                             # (B, 1)
     marked_pts = pts.gather(1, pick[..., None, None].expand(-1, -1, 2, 2))
     marked_rel = rel.gather(1, pick[..., None].expand(-1, -1, len(NAMES)))[:, 0]  # (B, M)
     images = draw_markers(rgb, marked_pts)[:, 0]
-    shown = (torch.rand(B, generator=rng) < (1.0 if answers else 0.5)).to(rgb.device)   # the others stay unmarked
+    shown = share(torch.rand(every, generator=rng) < (1.0 if answers else 0.5)).to(rgb.device)  # the others: unmarked
     images = torch.where(shown.view(-1, 1, 1, 1), images, rgb)
     tokens = judge.vision(images)
     dense, pair_logits, marker_logits = probe(tokens, pts)
     target, ok = dense_targets(maps, probe.patch)
     ok = ok * ok.new_tensor(DENSE_EMPHASIS).repeat_interleave(probe.patch**2)
     emphasis = dense.new_tensor(EMPHASIS).float()
-    loss_dense = ((dense - target).square() * ok).sum() / ok.sum().clamp_min(1)
+    loss_dense = ((dense - target).square() * ok).sum() / average(ok.sum()).clamp_min(1)
     loss_pairs = (F.binary_cross_entropy_with_logits(pair_logits.float(), (rel > 0).float(), reduction="none")
                   * class_weights(rel) * emphasis).mean()
     loss_marker = marker_loss(marker_logits, probe.index(marked_pts)[:, 0], shown)

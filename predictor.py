@@ -19,7 +19,6 @@ variance-preserving coefficients of EDM (Karras et al. 2022) for this path.
 """
 import hashlib
 import itertools
-import json
 import os
 import sys
 from dataclasses import asdict, dataclass, fields
@@ -28,15 +27,15 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data
+import lora
 from config import Parser
 from marigold import Marigold
 from relations import MODALITIES, relative_depth
-from runtime import load_strict, pick_device, run_command
+from runtime import average, load_strict, pick_device, run_command, share, world, write_json, write_tensors
 from untrusted import LAYERS, read_json, read_tensors, refuse, whole
 
 DATA_STD = 0.5                     # s, standard deviation of maps in [-1, 1]
@@ -217,12 +216,11 @@ class DiT(nn.Module):
         return maps
 
     def save(self, folder, **about):
-        """Write predictor.json (architecture, sizes, `about`) and predictor.safetensors."""
+        """Write predictor.safetensors (adapters merged), then predictor.json (architecture, sizes, `about`)."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.contiguous() for k, v in self.state_dict().items()}, folder / "predictor.safetensors")
-        (folder / "predictor.json").write_text(
-            json.dumps(dict(architecture=ARCHITECTURE, config=asdict(self.cfg), **about), indent=1))
+        write_tensors(folder / "predictor.safetensors", {k: v.cpu() for k, v in lora.merged_state(self).items()})
+        write_json(folder / "predictor.json", dict(architecture=ARCHITECTURE, config=asdict(self.cfg), **about))
 
 
 def load_predictor(path):
@@ -283,12 +281,13 @@ def flow_loss(policy, maps, modalities, rng):
     cond = policy.encode(rgb).repeat(len(modalities), 1, 1)                     # (M*B, L, D)
     x0 = torch.cat([to_state(maps, mask, m) for m in modalities])               # (M*B, 3, H, W)
     index = torch.tensor([NAMES.index(m) for m in modalities]).repeat_interleave(len(rgb)).to(rgb.device)
-    t = torch.sigmoid(torch.randn(len(x0), generator=rng)).to(rgb.device)      # logit-normal: most weight mid-way
-    x1 = torch.randn(x0.shape, generator=rng).to(rgb.device)
+    batch = len(modalities), world() * len(rgb)                                 # every rank draws for all (runtime.py)
+    t = torch.sigmoid(share(torch.randn(batch, generator=rng), 1).flatten()).to(rgb.device)  # logit-normal
+    x1 = share(torch.randn(*batch, *x0.shape[1:], generator=rng), 1).flatten(0, 1).to(rgb.device)
     tt = t.view(-1, 1, 1, 1)
     v = policy.velocity((1 - tt) * x0 + tt * x1, t, cond, index)
     ok = mask.repeat(len(modalities), 1, 1, 1)
-    return ((v - (x1 - x0)).square() * ok).sum() / (3 * ok.sum()).clamp_min(1)
+    return ((v - (x1 - x0)).square() * ok).sum() / average(3.0 * ok.sum()).clamp_min(1)
 
 
 def times(T):

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 import grpo
+import runtime
 from kernels.pair_credit import pair_credit
 from kernels.pair_reward import pair_reward
 from relations import MODALITIES
@@ -68,11 +69,14 @@ def mine(agree, weight, pts, n):
 
 
 def scaled(credit, norm):
-    """Per-pixel credit (B, G, h, w) scaled as `grpo.group_advantage` scales rewards; 0 stays exactly 0."""
+    """Centred credit (B, G, ...) as an advantage: divided by its rms in each group, or over all rows of all ranks.
+
+    norm  "group" (paper), "global" or "none"; zeros stay exactly 0
+    """
     if norm == "none":
         return credit
-    axes = (1, 2, 3) if norm == "group" else (0, 1, 2, 3)
-    scale = credit.square().mean(axes, keepdim=True).sqrt()
+    square = credit.square().mean(tuple(range(0 if norm == "global" else 1, credit.ndim)), keepdim=True)
+    scale = (runtime.average(square) if norm == "global" else square).sqrt()
     return torch.where(scale > 0, credit / scale.clamp_min(1e-12), 0.0)
 
 
@@ -84,7 +88,7 @@ def advantage(agree, weight, pts, size, level, cfg):
     returns  (B, G) for --credit global, else (B, G, h, w)
     """
     if cfg.credit == "global":
-        return grpo.group_advantage((agree * weight[:, None]).sum(-1), cfg.norm)
+        return scaled(grpo.group_advantage((agree * weight[:, None]).sum(-1), "none"), cfg.norm)
     credit = pair_credit(agree, weight, pts, size, cfg.credit_width + cfg.credit_growth * level)
     if cfg.credit == "mix":
         credit = credit.lerp(credit.mean((2, 3), keepdim=True), cfg.credit_mix)
@@ -145,7 +149,7 @@ def consistency(pred, rgb, cfg):
 def map_advantage(agree, size, cfg):
     """Advantage of a consistency reward, credited like the judge's: agree (B, G, H, W) -> (B, G) or (B, G, h, w)."""
     if cfg.credit == "global":
-        return grpo.group_advantage(agree.mean((2, 3)), cfg.norm)
+        return scaled(grpo.group_advantage(agree.mean((2, 3)), "none"), cfg.norm)
     credit = F.adaptive_avg_pool2d(agree - agree.mean(1, keepdim=True), size)
     if cfg.credit == "mix":
         credit = credit.lerp(credit.mean((2, 3), keepdim=True), cfg.credit_mix)

@@ -10,6 +10,8 @@ Each stage is one loop; the same command again resumes. A group stays on one ran
 import copy
 import json
 import math
+import shutil
+import sys
 import time
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -54,6 +56,12 @@ def shares(total, name):
     return total // runtime.world()
 
 
+def drawn(pool, batch, rng, device):
+    """This rank's share of a batch drawn from a ScenePool, and the scenes' numbers."""
+    index = runtime.share(torch.randint(len(pool.maps["rgb"]), (batch,), generator=rng))
+    return pool.pick(index, device), [f"scene {i}" for i in index.tolist()]
+
+
 def base(cfg, device):
     """Flow matching on synthetic scenes with ground truth; writes OUT/base."""
     policy = DiT(DiTConfig(cfg.size, cfg.patch, cfg.width, cfg.encoder_layers, cfg.layers, cfg.heads),
@@ -61,20 +69,20 @@ def base(cfg, device):
     average = copy.deepcopy(policy).requires_grad_(False)
     params = list(policy.parameters())
     opts = optimizers([policy], cfg.base_lr, cfg.base_muon, weight_decay=0.01)
-    batch = shares(cfg.base_batch, "base-batch")
+    shares(cfg.base_batch, "base-batch")
     run = Run(Path(cfg.out) / "base", settings(cfg, *DIT_SETTINGS, prefix="base_"), cfg.seed, cfg.base_steps,
-              dict(policy=policy, average=average), opts, cfg.save_every)
+              dict(policy=policy, average=average), opts, cfg.save_every, cfg.keep)
     if run.start < run.steps:
         scenes = data.ScenePool("synthetic", "train", cfg.base_scenes, cfg.size)
     for step in run.loop("base", cfg.stop_at):
         rng = run.rng(step, SEEDS["base"])
-        maps = scenes.draw(batch, rng, device)
+        maps, run.where = drawn(scenes, cfg.base_batch, rng, device)
         with runtime.autocast(cfg.precision, device):
             loss = flow_loss(policy, maps, tuple(MODALITIES), rng)
         norm = run.update(loss, [params], cosine(step, cfg.base_steps, warmup=100))
         ema_update(average, policy, min(cfg.base_ema, (step + 1) / (step + 10)))
-        run.log(step, show=("loss",), **{"loss": loss.detach(), "grad/norm": norm})
-    if run.finished():
+        run.log(step, show=("loss",), **runtime.shared({"loss": loss.detach(), "grad/norm": norm}))
+    if run.finished("predictor.json"):
         average.save(run.folder, base="none", trained_on="synthetic scenes")
 
 
@@ -89,19 +97,20 @@ def judge(cfg, device):
     vision = [*model.model.model.vision_tower.parameters(), *probe.parameters()]
     text = [p for name, p in model.model.named_parameters() if ".vision_tower." not in name]
     opts = optimizers([model, probe], cfg.judge_lr, cfg.judge_muon, cfg.judge_decay)
-    batch, warm = shares(cfg.judge_batch, "judge-batch"), int(cfg.judge_warm * cfg.judge_steps)
+    shares(cfg.judge_batch, "judge-batch")
+    warm = int(cfg.judge_warm * cfg.judge_steps)
     run = Run(Path(cfg.out) / "judge", settings(cfg, "size", prefix="judge_"), cfg.seed, cfg.judge_steps,
-              dict(judge=model, probe=probe), opts, cfg.save_every)
+              dict(judge=model, probe=probe), opts, cfg.save_every, cfg.keep)
     if run.start < run.steps:
         scenes = data.ScenePool("broad", "train", cfg.judge_scenes, cfg.size)
     for step in run.loop("judge", cfg.stop_at):
         rng = run.rng(step, SEEDS["judge"])
-        maps = scenes.draw(batch, rng, device)
+        maps, run.where = drawn(scenes, cfg.judge_batch, rng, device)
         with runtime.autocast(cfg.precision, device):
             loss, stats = judge_loss(model, probe, maps, answers=step >= warm, rng=rng)
         norm = run.update(loss, [vision, text], cosine(step, cfg.judge_steps, warmup=100))
-        run.log(step, show=("loss/pairs", "loss/answers"), **stats, **{"grad/norm": norm})
-    if run.finished():
+        run.log(step, show=("loss/pairs", "loss/answers"), **runtime.shared(stats), **{"grad/norm": norm})
+    if run.finished("judge.json"):
         model.save(run.folder)
 
 
@@ -135,7 +144,7 @@ def tune_judge(cfg, device):
     opts = optimizers([learnt], cfg.judge_lr, 0, cfg.judge_decay, betas=(0.9, 0.999))
     frozen = dict(questions=len(rows), judge_weights=runtime.weights_digest(cfg.judge))
     run = Run(folder, settings(cfg, "size", "scenes", "judge", prefix="judge_") | frozen, cfg.seed, steps,
-              dict(adapters=learnt), opts, cfg.save_every)
+              dict(adapters=learnt), opts, cfg.save_every, cfg.keep)
     if runtime.rank() == 0:
         print(f"judge: {len(rows)} questions, {steps} steps of {cfg.judge_batch}; "
               f"{sum(p.numel() for p in learnt.parameters())} weights train", flush=True)
@@ -154,8 +163,8 @@ def tune_judge(cfg, device):
             loss.append(total.detach() / n)
         norm = run.update(None, [list(learnt.parameters())],
                           cosine(step, steps, warmup=max(1, int(cfg.judge_warmup * steps))))
-        run.log(step, show=("loss",), **{"loss": mean(loss), "grad/norm": norm})
-    if run.finished():
+        run.log(step, show=("loss",), **runtime.shared({"loss": mean(loss), "grad/norm": norm}))
+    if run.finished("judge.json"):
         lora.save_adapter(model.model, folder / "adapter", base=cfg.judge, task="CAUSAL_LM")
         model.eval().save_about(folder / "adapter")
         lora.merge(model.model)
@@ -202,27 +211,34 @@ def judged_photos(cfg, device, shared=True):
 
 
 class Rows:
-    """The (modality, photo) rows of one step: M modalities of B photos, modality-major.
+    """The (modality, photo) rows of one step: M modalities of B photos, modality-major; this rank's of `batch` photos.
 
     rgb (B, 3, H, W); picked (B,) their places; names: M modalities; index (M*B,) modality of each row;
     pts (B, P, 2, 2); prob (B, P, 4)
     """
 
     def __init__(self, cfg, modalities, photos, bank_pts, bank_prob, batch, rng, device):
-        self.picked = torch.randint(len(photos), (batch,), generator=rng)
+        picked = self.picked = runtime.share(torch.randint(len(photos), (batch,), generator=rng))
         n = cfg.bank_pairs if cfg.mine else cfg.pairs
-        chosen = torch.stack([torch.randperm(cfg.bank_pairs, generator=rng)[:n] for _ in range(batch)])
+        chosen = runtime.share(torch.stack([torch.randperm(cfg.bank_pairs, generator=rng)[:n] for _ in range(batch)]))
         one = int(torch.randint(len(modalities), (1,), generator=rng))
         self.rgb = photos[self.picked].to(device).float() / 255
         self.names = modalities if cfg.modalities == "joint" else modalities[one:one + 1]
-        self.index = torch.tensor([NAMES.index(m) for m in self.names], device=device).repeat_interleave(batch)
-        self.pts = bank_pts[self.picked[:, None], chosen].to(device)
-        self.prob = bank_prob[self.picked[:, None], chosen].to(device)
+        self.index = torch.tensor([NAMES.index(m) for m in self.names], device=device).repeat_interleave(
+            len(picked))
+        self.pts = bank_pts[picked[:, None], chosen].to(device)
+        self.prob = bank_prob[picked[:, None], chosen].to(device)
         if cfg.jitter > 1:                                                      # the answer holds around the point too
-            near = torch.randint(cfg.jitter, self.pts.shape, generator=rng) - cfg.jitter // 2
-            last = torch.tensor(self.rgb.shape[-2:]) - 1
-            self.pts = (self.pts + near.to(device)).clamp_min(0).minimum(last.to(device))
+            near = runtime.share(torch.randint(cfg.jitter, (batch, *self.pts.shape[1:]), generator=rng))
+            last = torch.tensor(self.rgb.shape[-2:], device=device) - 1
+            self.pts = (self.pts + near.to(device) - cfg.jitter // 2).clamp_min(0).minimum(last)
         self.amp, self.micro = runtime.autocast(cfg.precision, device, not cfg.checkpointing), cfg.micro
+
+    def normal(self, shape, rng):
+        """Standard normal numbers (K, N, ...) for N states, k a row, as their places in the whole batch have them."""
+        (K, N, *rest), M, B = shape, len(self.names), len(self.rgb)
+        drawn = torch.randn(K, M, B * runtime.world(), N // (M * B), *rest, generator=rng)
+        return runtime.share(drawn, 2).reshape(shape)
 
     def encode(self, net):
         """Condition of every row: (M*B, ...)."""
@@ -254,28 +270,32 @@ def noise_blocks(cfg, names, B, rng):
     White for albedo: whether two colours are the same is a matter of fine differences, which coarse noise drowns.
     """
     sizes = torch.tensor([int(k) for k in cfg.noise_blocks.split(",")])
-    return torch.cat([torch.ones(B, dtype=torch.int64) if m == "albedo" else
-                      sizes[torch.randint(len(sizes), (B,), generator=rng)] for m in names])
+    drawn = sizes[torch.randint(len(sizes), (len(names), B * runtime.world()), generator=rng)]      # for all ranks
+    drawn[[m == "albedo" for m in names]] = 1
+    return runtime.share(drawn, 1).flatten()
 
 
 @torch.no_grad()
-def explore(policy, rows, cfg, step, rng):
+def explore(policy, rows, cfg, step, rng, check=lambda what, x: None):
     """Sample a group per row, compare it with the judge.
 
+    check    called with the name and the values (B, ...) of what must be finite
     returns  trained steps; the advantage of each, (M*B, G) or (M*B, G, h, w); dict of reward statistics
     """
-    cond, B, n = rows.encode(policy), len(rows.rgb), len(rows.index)
-    many = () if cfg.init_noise == "shared" else (cfg.group,)
-    noise = torch.randn(n, *many, *policy.shape(rows.rgb), generator=rng).to(rows.rgb.device)
+    cond, B, starts = rows.encode(policy), len(rows.rgb), 1 if cfg.init_noise == "shared" else cfg.group
+    noise = rows.normal((starts, len(rows.index), *policy.shape(rows.rgb)), rng).to(rows.rgb.device)
+    noise = noise[0] if starts == 1 else noise.transpose(0, 1)                  # (M*B, c, h, w) or (M*B, G, c, h, w)
     x0, taken = grpo.rollout(lambda x, t: rows.all_velocities(policy, cond, x, t),
                              policy.start(noise, cfg.sample_steps), policy.times(cfg.sample_steps), cfg.group,
                              STOCHASTIC[cfg.rollout](cfg), step, cfg.noise, rng, cfg.tail,
-                             noise_blocks(cfg, rows.names, B, rng))                                 # (M*B, G, c, h, w)
-    size, pred, credit, stats = x0.shape[-2:], {}, {}, {}
+                             noise_blocks(cfg, rows.names, B, rng), lambda shape: rows.normal(shape, rng))
+    size, pred, credit, stats = x0.shape[-2:], {}, {}, {}                       # x0 (M*B, G, c, h, w)
     for m, part in zip(rows.names, x0.split(B), strict=True):
         with rows.amp:                                                          # only the drawn modality is decoded
             pred[m] = policy.decode(part.flatten(0, 1), m).float().unflatten(0, (B, cfg.group))     # (B, G, C, H, W)
+        check(f"{m} map", pred[m])
         agree, weight, reward = rewards.judged(pred[m], rows.pts, rows.prob[..., NAMES.index(m)], m, cfg)
+        check(f"{m} reward", reward)
         stats |= {f"reward/{m}": reward.mean(), f"reward/{m}_spread": reward.std(1, correction=0).mean(),
                   f"reward/{m}_unanimous": grpo.is_unanimous(reward).float().mean()}
         pts = rows.pts
@@ -320,53 +340,99 @@ def surrogate(policy, ref, rows, taken, advantage, cfg, step, backward):
                   dict(ratio_min=min, ratio_max=max, clip_frac=mean, kl=mean).items()}
 
 
-def tune(cfg, device):
-    """GRPO against the frozen judge, without ground truth; writes OUT/grpo, or OUT/photos for --images."""
-    start = cfg.policy or Path(cfg.out) / "base"
+def start_policy(cfg, start, device):
+    """The predictor that GRPO starts from, with fresh adapters if asked for."""
     policy = load_predictor(start).to(device)
     if cfg.lora:
         lora.inject(policy.network, policy.lora_targets, cfg.lora, cfg.lora,
                     rng=runtime.generator(cfg.seed, SEEDS["lora"]))
     policy.checkpointing(bool(cfg.checkpointing))
+    return policy
+
+
+def keep(policy, cfg, start, folder, **about):
+    """Write a policy (rank 0). Where its weights are spread over the ranks, all call."""
+    state = {k: runtime.whole(v) for k, v in policy.network.state_dict().items()} if cfg.fsdp else {}
+    if runtime.rank() == 0:
+        if cfg.fsdp:
+            policy = start_policy(cfg, start, "cpu")
+            policy.network.load_state_dict(state)
+        made = {k: v for k, v in runtime.about().items() if k in ("command", "commit")}
+        policy.save(folder, base=str(start), trained_on=cfg.images or "procedural wild photos", **made, **about)
+
+
+def watch(average, run, cfg, start, step):
+    """Diagnose the averaged policy on validation scenes and keep the best.
+
+    returns  its figures, and what has left its band since the first step (words, "" while nothing has)
+    """
+    figures = evaluation.diagnose(average, cfg.size, cfg.eval_steps, cfg.val_images, batch=cfg.micro or 64)
+    figures = runtime.shared(figures) if cfg.fsdp else figures                  # or ranks might judge it differently
+    first = next((row for row in runtime.read_log(run.folder / "metrics.jsonl") if row.keys() >= figures.keys()),
+                 figures)
+    drifted = evaluation.drift(figures, first, cfg.band, cfg.forget)
+    if not drifted and run.improves(figures):
+        keep(average, cfg, start, run.folder / "best", step=step + 1)
+        run.improved(step + 1, figures)
+    return figures, drifted
+
+
+def tune(cfg, device):
+    """GRPO against the frozen judge, without ground truth; writes OUT/grpo, or OUT/photos for --images."""
+    start, drifted = cfg.policy or Path(cfg.out) / "base", ""
+    policy = start_policy(cfg, start, "cpu" if cfg.fsdp else device)
     ref, average = (runtime.frozen_copy(policy) for _ in range(2))
     lora.disable(ref)
+    for net in (policy, ref, average) if cfg.fsdp else ():
+        runtime.shard(net.network, device, ("encode", "velocity") if net.network is net else ())
+        net.to(device)
     learnt, averaged = runtime.trained(policy), runtime.trained(average, like=policy)
     params = list(learnt.parameters())
     opts = optimizers([policy], cfg.lr, 0, weight_decay=0.0, betas=(0.9, 0.95))
-    batch = shares(cfg.batch, "batch")
+    shares(cfg.batch, "batch")
     frozen = dict(policy_weights=runtime.weights_digest(start), judge_weights=judge_digest(cfg))
     run = Run(grpo_folder(cfg), settings(cfg, *GRPO_SETTINGS) | frozen, cfg.seed, cfg.steps,
-              dict(policy=learnt, average=averaged), opts, cfg.save_every)
+              dict(policy=learnt, average=averaged), opts, cfg.save_every, cfg.keep)
+    takes_part = runtime.rank() == 0 or bool(cfg.fsdp)                          # in evaluating and writing the average
     sde = grpo.STEPS[policy.exploration if cfg.exploration == "auto" else cfg.exploration]
     if run.start < run.steps:
-        photos, bank_pts, bank_prob, _ = judged_photos(cfg, device)
+        photos, bank_pts, bank_prob, names = judged_photos(cfg, device)
         replay = data.ScenePool("synthetic", "train", cfg.base_scenes, cfg.size) if cfg.replay else None
         truth = data.ScenePool("wild", "train", cfg.photos, cfg.size) if cfg.method == "supervised" else None
     for step in run.loop("grpo", cfg.stop_at):
         rng, began = run.rng(step, SEEDS["grpo"]), time.perf_counter()
-        rows = Rows(cfg, policy.modalities, photos, bank_pts, bank_prob, batch, rng, device)
+        rows = Rows(cfg, policy.modalities, photos, bank_pts, bank_prob, cfg.batch, rng, device)
+        run.where = [names[i] for i in rows.picked]
         if cfg.method == "grpo":
-            taken, advantage, stats = explore(policy, rows, cfg, sde, rng)
+            taken, advantage, stats = explore(policy, rows, cfg, sde, rng, run.check)
         for update in range(cfg.updates):
             if cfg.method == "grpo":
                 loss, parts = surrogate(policy, ref, rows, taken, advantage, cfg, sde, run.backward)
                 if update == 0 and not parts["policy/ratio_min"] == parts["policy/ratio_max"] == 1:
-                    raise FloatingPointError(f"grpo: step {step}: the ratio is not 1 before the first update; "
-                                             "rollout and update computed different velocities")
+                    run.fail("the ratio is not 1 before the first update: rollout and update computed other velocities")
             else:
                 loss, parts, stats = baselines.loss(policy, ref, truth, rows, cfg, rng, run.backward)
             if cfg.replay:
                 with rows.amp:
-                    run.backward(cfg.replay * policy.loss(replay.draw(batch, rng, device), rows.names, rng))
+                    scenes, _ = drawn(replay, cfg.batch, rng, device)
+                    run.backward(cfg.replay * policy.loss(scenes, rows.names, rng))
             norm = run.update(None, [params], cosine(step, cfg.steps, warmup=10))
         ema_update(averaged, learnt, min(cfg.ema, (step + 1) / (step + 10)))
         parts["time/step"] = time.perf_counter() - began
-        if cfg.eval_every and ((step + 1) % cfg.eval_every == 0 or step == 0) and runtime.rank() == 0:
-            stats |= evaluation.diagnose(average, cfg.size, cfg.eval_steps, cfg.val_images, batch=cfg.micro or 64)
-        run.log(step, show=("reward", "policy/kl"), **stats, **parts, **{"grad/norm": norm, "loss": loss})
-    if run.finished():
-        made = {k: v for k, v in runtime.about().items() if k in ("command", "commit")}
-        average.save(run.folder, base=str(start), trained_on=cfg.images or "procedural wild photos", **made)
+        stats = runtime.shared({**stats, **parts, "grad/norm": norm, "loss": loss})
+        if cfg.eval_every and (step == 0 or (step + 1) % cfg.eval_every == 0):
+            figures, drifted = watch(average, run, cfg, start, step) if takes_part else ({}, "")
+            stats |= figures
+        run.log(step, show=("reward", "policy/kl"), **stats)
+        if cfg.eval_every and runtime.shared(dict(drifted_max=float(bool(drifted))))["drifted_max"]:
+            break
+    if drifted and runtime.rank() == 0:
+        print(f"grpo: stopped after step {step + 1}: {drifted}; the result is {run.folder / 'best'}, the best average "
+              "before; more --kl-weight or --replay, or a smaller --lr, keeps the next from drifting", flush=True)
+        for path in (run.folder / "best").iterdir():
+            shutil.copy2(path, run.folder)
+    elif run.done >= run.steps and takes_part:
+        keep(average, cfg, start, run.folder)
 
 
 def mean(values):
@@ -455,13 +521,30 @@ def main(argv=None):
     check_inputs(cfg)
     stages = dict(base=base, judge=judge, grpo=tune)
     for name in needed(cfg):
-        stages[name](cfg, device)
+        take(stages[name], cfg, device)
         runtime.barrier()
         if cfg.stop_at and cfg.stage == "all":
             print(f"train.py: stopped after {cfg.stop_at} steps of {name} (--stop-at); run again without it to go on")
             return
     if runtime.rank() == 0 and cfg.stage in ("all", "grpo") and not cfg.stop_at:
         (report_photos if cfg.images else report_wild)(cfg, device)
+
+
+def take(stage, cfg, device):
+    """Run a stage; with --detect-anomaly a step that is not finite is repeated, from the checkpoint before it, under
+    torch's anomaly detection, which names the operation. raises runtime.NotFinite, RuntimeError (torch's)."""
+    try:
+        stage(cfg, device)
+    except runtime.NotFinite as error:
+        if not cfg.detect_anomaly:
+            raise
+        print(f"train.py: {error or 'another process stopped'}; repeating step {error.step} to find the operation",
+              file=sys.stderr, flush=True)
+        Run.suspect = error.step
+        try:
+            stage(cfg, device)
+        finally:
+            Run.suspect = None
 
 
 def needed(cfg):
@@ -513,4 +596,4 @@ def print_plan(preset, cfg):
 
 
 if __name__ == "__main__":
-    runtime.run_command(main, "train.py")
+    runtime.run_command(main, "train.py", resumes=True)

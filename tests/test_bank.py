@@ -251,6 +251,23 @@ def test_a_damaged_pack_is_named_and_asked_again(tmp_path, photos, capsys):
     assert str(victim) in capsys.readouterr().out and judge.pairs == 2 * 5 * 16
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_bit_that_changed_is_noticed_and_its_photos_are_asked_about_again(tmp_path, photos, capsys, packed):
+    bank = Bank(tmp_path, Counting())
+    want = bank.fill(photos, 8)
+    if packed:
+        bank.pack()
+    path = min(bank.folder.glob("*.safetensors"))
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 1                                                            # of a probability
+    path.write_bytes(content)
+    again = Bank(tmp_path, Counting())
+    got = again.fill(photos, 8)
+    said = capsys.readouterr().out
+    assert str(path) in said and "damaged" in said and again.asked == 8 * (len(photos) if packed else 1)
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+
+
 def test_400_000_answers_are_under_20_mb_and_read_in_under_a_second(tmp_path):
     """2500 photos x 40 pairs x 4 questions; keys made up, since reading photos is not the bank's share."""
     import time

@@ -777,11 +777,13 @@ def test_each_row_has_the_squares_it_asked_for_and_their_share_of_the_loss(mode)
         torch.testing.assert_close(whole, torch.stack(parts).mean(), rtol=1e-4, atol=1e-6)
 
 
-def test_block_noise_has_unit_variance_and_rows_differ():
-    eps = grpo.block_noise(500, torch.zeros(3, 1, 4, 4), torch.tensor([1, 2, 4]), generator())
-    torch.testing.assert_close(eps.square().mean((1, 2)), torch.ones(3, 4, 4), rtol=0, atol=0.35)
-    torch.testing.assert_close(eps.square().mean((1, 2, 3, 4)), torch.ones(3), rtol=0, atol=0.15)
-    assert (eps[2] == eps[2, :, :, :1, :1]).all() and not (eps[1] == eps[1, :, :, :1, :1]).all()
+def test_block_noise_has_unit_variance_in_whole_and_in_cut_squares():
+    white = torch.randn(3, 4000, 1, 5, 4, generator=generator())
+    eps = grpo.in_squares(white, torch.tensor([1, 2, 4]))
+    torch.testing.assert_close(eps.square().mean((1, 2)), torch.ones(3, 5, 4), rtol=0, atol=0.15)
+    assert torch.equal(eps[0], white[0]) and (eps[2, :, :, :4] == eps[2, :, :, :1, :1]).all()
+    assert (eps[1, :, :, ::2, ::2] == eps[1, :, :, ::2, 1::2]).all()
+    assert (eps[1, :, :, 0, 0] != eps[1, :, :, 0, 2]).all() and (eps[2, :, :, 4, 0] != eps[2, :, :, 0, 0]).all()
 
 
 def test_the_kl_of_block_noise_holds_the_fine_part_of_the_velocity_too():

@@ -72,12 +72,18 @@ def test_a_generator_leaves_the_global_state_alone():
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_ranks_and_streams_draw_different_numbers(tmp_path, monkeypatch):
+def test_steps_and_streams_draw_different_numbers_and_ranks_the_same(tmp_path, monkeypatch):
     run = make(tmp_path)[0]
-    one, other = run.rng(3), run.rng(3, stream=1)
+    seeds = [run.rng(3).initial_seed(), run.rng(3, stream=1).initial_seed(), run.rng(4).initial_seed()]
     monkeypatch.setenv("RANK", "1")
-    seeds = {one.initial_seed(), other.initial_seed(), run.rng(3).initial_seed(), run.rng(4).initial_seed()}
-    assert len(seeds) == 4
+    assert len(set(seeds)) == 3 and run.rng(3).initial_seed() == seeds[0]
+
+
+def test_the_shares_of_all_ranks_are_the_whole(monkeypatch):
+    x = torch.arange(24).view(2, 12)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    parts = [(monkeypatch.setenv("RANK", str(r)), runtime.share(x, 1))[1] for r in range(3)]
+    assert torch.equal(torch.cat(parts, 1), x) and all(p.shape == (2, 4) for p in parts)
 
 
 # learning rate, averaged weights ----------------------------------------------------------------------------------
@@ -190,6 +196,71 @@ def test_a_truncated_checkpoint_is_named_in_one_line(tmp_path, keep):
     assert str(path) in str(error.value) and "\n" not in str(error.value) and "delete" in str(error.value)
 
 
+def damaged(path, how):
+    content = bytearray(path.read_bytes())
+    if how == "cut":
+        content = content[:len(content) // 2]
+    else:
+        content[how] ^= 4
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("how", ["cut", -1, 0, 20, 300])                        # bits of weights, length, header
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_goes_on_to_the_same_end(tmp_path, capsys, how):
+    whole, model, opts = make(tmp_path / "whole", save_every=1)
+    walk(whole, model)
+    run, other, _ = make(tmp_path / "run", save_every=1)
+    walk(run, other, stop_at=3)
+    damaged(tmp_path / "run" / CHECKPOINT, how)
+    capsys.readouterr()
+    resumed, third, third_opts = make(tmp_path / "run", seed=9, save_every=1)
+    said = capsys.readouterr().err
+    assert resumed.start == 2 and str(tmp_path / "run" / CHECKPOINT) in said and "damaged" in said
+    walk(resumed, third)
+    assert equal(flat(model, opts), flat(third, third_opts))
+    steps = [strict(x)["step"] for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [0, 1, 2, 3]
+
+
+def test_the_last_checkpoints_are_kept_and_their_number_is_a_setting(tmp_path):
+    for keep in (1, 3):
+        model = net()
+        opts = optimizers([model], 0.01, 0, 0.0)
+        run = Run(tmp_path / str(keep), {}, 0, 6, dict(policy=model), opts, 1, keep)
+        walk(run, model)
+        steps = [int(runtime.read_tensors(p)[1]["step"]) for p in run.checkpoints()]
+        assert steps == [6, 5, 4][:keep]
+
+
+def test_a_kill_between_the_two_renames_of_a_save_loses_nothing(tmp_path, monkeypatch):
+    run, model, _ = make(tmp_path, save_every=1)
+    walk(run, model, stop_at=2)
+    monkeypatch.setattr(runtime, "write_tensors", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run.save(3)
+    assert not (tmp_path / CHECKPOINT).exists() and make(tmp_path)[0].start == 2
+
+
+def test_a_half_written_last_row_of_the_log_is_dropped(tmp_path):
+    run, model, _ = make(tmp_path, save_every=1)
+    walk(run, model, stop_at=2)
+    with open(tmp_path / "metrics.jsonl", "a") as f:
+        f.write('{"step": 2, "lo')
+    resumed, model, _ = make(tmp_path)
+    walk(resumed, model)
+    assert [strict(x)["step"] for x in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [0, 1, 2, 3]
+
+
+def test_the_best_by_validation_is_the_highest_mean_pair_accuracy_and_a_new_run_forgets_it(tmp_path):
+    run = make(tmp_path)[0]
+    figures = lambda a, b: {"synthetic/depth/pairs": a, "synthetic/normal/pairs": b, "synthetic/depth/abs_rel": 9.0}  # noqa: E731
+    assert run.improves(figures(0.5, 0.6))
+    run.improved(1, figures(0.5, 0.6))
+    assert not run.improves(figures(0.5, 0.6)) and not run.improves(figures(math.nan, 0.9))
+    assert not run.improves({}) and run.improves(figures(0.9, 0.3))
+    assert make(tmp_path)[0].improves(figures(0.1, 0.1))
+
+
 def test_no_partial_file_is_left_and_saves_happen_on_time(tmp_path, monkeypatch):
     saved = []
     real = Run.save
@@ -197,7 +268,8 @@ def test_no_partial_file_is_left_and_saves_happen_on_time(tmp_path, monkeypatch)
     run, model, _ = make(tmp_path, steps=5, save_every=2)
     walk(run, model)
     assert saved == [2, 4, 5]
-    assert {p.name for p in tmp_path.iterdir()} == {CHECKPOINT, "run.json", "metrics.jsonl"}
+    assert {p.name for p in tmp_path.iterdir()} == {CHECKPOINT, "checkpoint-00000004.safetensors", "run.json",
+                                                    "metrics.jsonl"}
 
 
 def test_a_failed_write_keeps_the_old_checkpoint(tmp_path, monkeypatch):
@@ -211,6 +283,18 @@ def test_a_failed_write_keeps_the_old_checkpoint(tmp_path, monkeypatch):
 
 
 # updates ----------------------------------------------------------------------------------------------------------
+
+def test_a_map_that_is_not_finite_is_named_with_its_photo_and_step(tmp_path):
+    run, _, _ = make(tmp_path)
+    maps = torch.zeros(3, 2, 4)
+    maps[1, 0, 2] = math.inf
+    for step in run.loop("toy"):
+        run.where = ["a.jpg", "b.jpg", "c.jpg"]
+        if step == 2:
+            with pytest.raises(runtime.NotFinite, match=r"step 2: depth map is not finite \(photos: b.jpg\)"):
+                run.check("depth map", maps)
+        run.check("depth map", maps.nan_to_num(posinf=0))
+
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_non_finite_loss_stops_the_run_and_changes_nothing(tmp_path, bad):
@@ -226,7 +310,7 @@ def test_a_non_finite_gradient_stops_the_run_and_changes_nothing(tmp_path):
     run, model, opts = make(tmp_path)
     walk(run, model, stop_at=1)
     before = flat(model, opts)
-    with pytest.raises(FloatingPointError, match="gradient"):                   # sqrt at 0: finite loss, infinite slope
+    with pytest.raises(FloatingPointError, match=r"step 0: gradient of policy/0\.weight is not finite"):    # sqrt at 0
         run.update((model(torch.ones(1, 4)) * 0).square().sum().sqrt(), [list(model.parameters())], 1.0)
     assert equal(before, flat(model, opts))
 
@@ -317,6 +401,21 @@ def test_an_error_that_names_its_command_is_not_prefixed_twice(capsys):
     with pytest.raises(SystemExit):
         run_command(fail, "train.py")
     assert capsys.readouterr().err == "train.py: got no GPU\n"
+
+
+@pytest.mark.parametrize("error, words", [
+    (OSError(28, "No space left on device", "out/x"), "out/x: No space left"),
+    (OSError(30, "Read-only file system", "out/x"), "check --out"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has"), "20.00 GiB"),
+    (RuntimeError("[enforce fail] CPUAllocator: can't allocate memory: you tried to allocate 64 bytes."), "--micro"),
+    (MemoryError(), "out of memory"), (runtime.NotFinite(3, "grpo: step 3: loss is nan"), "step 3: loss is nan")])
+def test_disk_memory_and_numbers_are_one_line_that_says_what_to_do(capsys, error, words):
+    def fail():
+        raise error
+    with pytest.raises(SystemExit) as stop:
+        run_command(fail, "train.py")
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1 and words in err
 
 
 def test_a_bug_keeps_its_traceback():

@@ -1,11 +1,9 @@
 """train.py --stage judge with --scenes: adapters learn, resume, merge, export; any number of processes."""
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import chat
+import faults
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -15,8 +13,6 @@ import judge as judging
 import questions
 import train
 from judge import load_judge
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -76,10 +72,8 @@ def test_a_stopped_run_resumes_to_the_same_weights(tuned, place):
 
 def test_two_processes_take_the_same_steps(tuned, place):
     """Bit for bit apart from the order in which gradients are added."""
-    env = os.environ | dict(OMP_NUM_THREADS="1")
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(ROOT / "train.py"),
-                           *flags(place, place / "two")], env=env, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = faults.ranks(2, "train", flags(place, place / "two", "--threads", "1"), place / "log")
+    assert done == [0, 0], (place / "log.0").read_text()[-2000:]
     a, b = adapter(tuned), adapter(place / "two" / "judge")
     assert max((a[k] - b[k]).abs().max() for k in a) < 1e-5
 
