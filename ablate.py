@@ -26,14 +26,15 @@ from plots import Line, figure
 from predictor import load_predictor
 from untrusted import read_json
 
-PAPER = dict(credit="global", rollout="full", tail=0, reward="hard", norm="group", modalities="one", balance=0,
-             window=0, mine=0, clip=1e-4, credit_growth=0.0)
+PAPER = dict(credit="global", rollout="full", tail=0, noise_blocks="1", reward="hard", tau="0.1", norm="group",
+             modalities="one", balance=0, window=0, jitter=1, mine=0, clip=1e-4, credit_growth=0.0)
 STEPS = [  # (row, flags that it adds to the row above)
     ("paper", PAPER),
     ("+branch", dict(rollout="branch")),
     ("+pair", dict(credit="pair", norm="global", clip=0.1)),
     ("+soft", dict(reward="soft")),
     ("+joint", dict(modalities="joint")),
+    ("+blocks", dict(noise_blocks="1,2,4,8", tail=1)),
 ]
 BESIDE = {  # rows that start from the preset
     "all": {},
@@ -105,7 +106,7 @@ def run_row(job):
     figures = dict(row=row, seed=seed, steps=steps, photos=steps * cfg.batch, settings=asdict(cfg),
                    about=runtime.about(), start=evaluation.diagnose(before, cfg.size, cfg.eval_steps, cfg.val_images))
     for domain in ("wild", "synthetic"):
-        maps = data.ScenePool(domain, args.split, cfg.eval_images, cfg.size).all()
+        maps = data.scene_pool(domain, args.split, cfg.eval_images, cfg.size).all()
         pairs = evaluation.eval_pairs(maps, evaluation.PAIRS, 1, 0)
         values = [evaluation.score(evaluation.predict(p, maps["rgb"], cfg.eval_steps, 0), maps, pairs)
                   for p in (before, after)]
@@ -192,9 +193,9 @@ def arguments(argv):
     p.add_argument("--split", choices=("test", "val"), default="test",
                    help="scenes that are scored; choose settings on val [test]")
     p.add_argument("--steps", type=int, default=0, help="steps of `all`; they set the budget; 0: the preset's [0]")
-    p.add_argument("--points", type=int, default=6, help="evaluations along each curve [6]")
-    p.add_argument("--val-images", type=int, default=64, help="validation scenes of the curves [64]")
-    p.add_argument("--paper-lr", type=float, default=1e-4, help="learning rate of the rows from paper to +joint [1e-4]")
+    p.add_argument("--points", type=int, default=5, help="evaluations along each curve [5]")
+    p.add_argument("--val-images", type=int, default=48, help="validation scenes of the curves [48]")
+    p.add_argument("--paper-lr", type=float, default=1e-4, help="learning rate of paper to +blocks [1e-4]")
     p.add_argument("--out", default="out/ablate", help="folder of everything [out/ablate]")
     p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="[auto]")
     p.add_argument("--threads", type=int, default=1, help="CPU threads of a run [1]")

@@ -7,6 +7,7 @@ refusals  ValueError (bad content) or FileNotFoundError (missing), one line: got
           with repr, so a newline in a name stays inside the line
 writes    to a temporary name, then os.replace: an interrupted run leaves no half file under a final name
 """
+import functools
 import io
 import os
 import sys
@@ -374,6 +375,12 @@ class ScenePool:
     def all(self):
         """Maps of every scene, float32 on the CPU."""
         return self.pick(slice(None))
+
+
+@functools.lru_cache(maxsize=6)
+def scene_pool(*args):
+    """ScenePool(*args), rendered once per process."""
+    return ScenePool(*args)
 
 
 def scene_batch(folder, size):

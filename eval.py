@@ -185,7 +185,7 @@ def diagnose(policy, size, steps, n=24, seed=0, batch=64):
     """
     out = {}
     for domain in ("wild", "synthetic"):
-        maps = data.ScenePool(domain, "val", n, size).all()
+        maps = data.scene_pool(domain, "val", n, size).all()
         pred = predict(policy, maps["rgb"], steps, seed, batch)
         values = score(pred, maps, eval_pairs(maps, PAIRS, 1, seed), warn=False)
         out |= {f"{domain}/{k}": float(np.nanmean(v)) for k, v in values.items()}

@@ -397,8 +397,8 @@ def tune(cfg, device):
     sde = grpo.STEPS[policy.exploration if cfg.exploration == "auto" else cfg.exploration]
     if run.start < run.steps:
         photos, bank_pts, bank_prob, names = judged_photos(cfg, device)
-        replay = data.ScenePool("synthetic", "train", cfg.base_scenes, cfg.size) if cfg.replay else None
-        truth = data.ScenePool("wild", "train", cfg.photos, cfg.size) if cfg.method == "supervised" else None
+        replay = data.scene_pool("synthetic", "train", cfg.base_scenes, cfg.size) if cfg.replay else None
+        truth = data.scene_pool("wild", "train", cfg.photos, cfg.size) if cfg.method == "supervised" else None
     for step in run.loop("grpo", cfg.stop_at):
         rng, began = run.rng(step, SEEDS["grpo"]), time.perf_counter()
         rows = Rows(cfg, policy.modalities, photos, bank_pts, bank_prob, cfg.batch, rng, device)

@@ -39,7 +39,7 @@ def result(folder):
 
 def test_every_row_adds_its_own_flags_to_the_row_above_and_the_first_is_the_papers_estimator():
     rows = ablate.rows_of("mini")
-    assert list(rows)[:6] == ["paper", "+branch", "+pair", "+soft", "+joint", "all"]
+    assert list(rows)[:7] == ["paper", "+branch", "+pair", "+soft", "+joint", "+blocks", "all"]
     for (above, _), (name, more) in zip(ablate.STEPS, ablate.STEPS[1:], strict=False):
         assert rows[name] == {**rows[above], **more} and more.items() - rows[above].items()
     paper = Config()                                                            # the defaults are the paper's
