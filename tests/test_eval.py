@@ -193,6 +193,29 @@ def test_a_base_that_is_perfect_can_be_compared():
     assert compare(base, new)["albedo/whdr10"]["verdict"] in ("worse", "same")
 
 
+# drift ------------------------------------------------------------------------------------------------------------
+
+START = {"wild/depth_spread": 0.2, "wild/depth_high_frequency": 0.01, "wild/depth/abs_rel": 0.4,
+         "synthetic/depth/abs_rel": 0.1, "synthetic/depth/pairs": 0.8}
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"wild/depth_high_frequency": 0.05}, "wild/depth_high_frequency is 5 x what it was (--band 4)"),
+    ({"wild/depth_spread": 0.04}, "wild/depth_spread is 0.2 x what it was"),
+    ({"synthetic/depth/abs_rel": 0.16}, "synthetic/depth/abs_rel has grown from 0.1 to 0.16 (--forget 0.5)")])
+def test_what_leaves_its_band_is_named(change, words):
+    assert words in evaluation.drift({**START, **change}, START, 4.0, 0.5)
+    assert evaluation.drift({**START, **change}, START, 0, 0) == ""
+
+
+@pytest.mark.parametrize("change", [{}, {"wild/depth_high_frequency": 0.039}, {"wild/depth_spread": 0.051},
+                                    {"synthetic/depth/abs_rel": 0.149}, {"wild/depth/abs_rel": 4.0},
+                                    {"synthetic/depth/pairs": 0.1, "synthetic/depth/abs_rel": 0.01}])
+def test_what_stays_inside_and_what_is_no_band_at_all_stops_nothing(change):
+    """The truth of wild scenes must not steer a run; a higher pair accuracy is no error."""
+    assert evaluation.drift({**START, **change}, START, 4.0, 0.5) == ""
+
+
 # judge and heuristics ---------------------------------------------------------------------------------------------
 
 class Oracle(torch.nn.Linear):

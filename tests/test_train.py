@@ -15,10 +15,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import baselines
+import data
 import grpo
 import predictor
+import questions
 import runtime
 import train
+from config import parse
 from predictor import DiT, DiTConfig
 from relations import MODALITIES
 
@@ -268,6 +272,65 @@ def test_only_the_policy_moves(run, tmp_path):
 def test_the_bank_is_asked_once(run, tmp_path, capsys):
     go(tmp_path, *parts(run), "--stop-at", 1)
     assert "0 pairs asked, 64 already known" in capsys.readouterr().out
+
+
+# early stop -------------------------------------------------------------------------------------------------------
+
+def test_a_run_that_drifts_stops_with_the_best_average_before(run, tmp_path, capsys):
+    go(tmp_path, *parts(run), "--band", "1.0000001", "--lr", "1e-2", "--eval-every", 2, "--steps", 20)
+    assert "grpo: stopped after step 2: wild/" in capsys.readouterr().out
+    assert len(log(tmp_path / "grpo")) == 2
+    best, result = (load_file(tmp_path / "grpo" / p / "predictor.safetensors") for p in ("best", "."))
+    assert equal(best, result) and (tmp_path / "report.json").is_file()
+    assert strict((tmp_path / "grpo" / "predictor.json").read_text())["step"] == 1
+
+
+def test_a_run_without_bands_goes_on(run, tmp_path):
+    go(tmp_path, *parts(run), "--band", 0, "--forget", 0, "--lr", "1e-1", "--eval-every", 2, "--steps", 3)
+    assert len(log(tmp_path / "grpo")) == 3
+
+
+# baselines and the oracle -----------------------------------------------------------------------------------------
+
+def test_the_ranking_loss_and_its_anchor_pull_the_right_way(run):
+    """A step down the ranking loss raises the soft agreement with the judge; from the start the anchor is zero."""
+    cfg = parse(["--stage", "grpo", "--policy", "P", "--judge", "J", *TINY, "--kl-weight", "1"])[1]
+    policy, rng = predictor.load_predictor(run / "base"), torch.Generator().manual_seed(0)
+    ref, B = runtime.frozen_copy(policy), cfg.batch
+    photos, pts = torch.randint(256, (4, 3, 16, 16)).byte(), torch.randint(16, (4, cfg.bank_pairs, 2, 2))
+    rows = train.Rows(cfg, policy.modalities, photos, pts, torch.rand(4, cfg.bank_pairs, 4), B, rng,
+                      torch.device("cpu"))
+    value, stats = baselines.ranking(policy, ref, rows, cfg, torch.Generator().manual_seed(1))
+    assert stats["policy/anchor"] == 0
+    value.backward()
+    with torch.no_grad():
+        for p in policy.parameters():
+            p -= 1e-2 * p.grad
+    after, moved = baselines.ranking(policy, ref, rows, cfg, torch.Generator().manual_seed(1))
+    assert after < value and moved["policy/anchor"] > 0
+    assert sum(moved[f"reward/{m}"] for m in rows.names) > sum(stats[f"reward/{m}"] for m in rows.names)
+
+
+def test_an_oracle_is_as_often_right_as_the_papers_judge():
+    maps = data.ScenePool("wild", "train", 24, 32).all()
+    pts, prob = questions.oracle_answers(maps, 200, torch.Generator().manual_seed(0))
+    truth = questions.true_relations(maps, pts)
+    for k, m in enumerate(NAMES):
+        asked = truth[..., k] != 0
+        right = ((prob[..., k] > 0.5) == (truth[..., k] > 0))[asked].float().mean()
+        assert abs(right - questions.PAPER_ACCURACY[m]) < 0.02 and (prob[..., k][~asked] == 0.5).all()
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--judge", "oracle", "--images", "p"], "--judge oracle; use procedural photos"),
+    (["--method", "supervised", "--images", "p"], "has no true maps"),
+    (["--depth-normal", "1", "--modalities", "one"], "want --modalities joint"),
+    (["--rollout", "window", "--stochastic", "8", "--sample-steps", "8"], "the last step is deterministic"),
+    (["--noise-blocks", "1,x"], "want sizes in px"), (["--tau", "1,2"], "want one number above 0, or four"),
+    (["--tau", "0"], "want one number"), (["--band", "0.5"], "want a factor above 1"),
+    (["--credit-mix", "2"], "want a share")])
+def test_flags_of_the_estimator_that_do_not_add_up_are_refused(capsys, flags, words):
+    assert words in refused(capsys, "--stage", "grpo", *flags)
 
 
 # photos of one's own ----------------------------------------------------------------------------------------------
