@@ -15,8 +15,8 @@ import torch
 
 import grpo
 import kernels
-import train
 from config import Parser, parse
+from grpo_step import Rows, explore, surrogate
 from kernels import draw_markers, log_ratio, pair_credit, pair_reward, sde_step, step_logprob
 from predictor import DiT, DiTConfig
 from relations import LUMA, MODALITIES, SAME_ALBEDO, relation, sample_pairs
@@ -201,11 +201,11 @@ def grpo_step(device, preset, repeats):
     step, seconds = grpo.STEPS[policy.exploration], []
     for i in range(repeats + 1):
         rng = torch.Generator().manual_seed(1)
-        rows = train.Rows(cfg, policy.modalities, photos, pts, prob, cfg.batch, rng, device)
+        rows = Rows(cfg, policy.modalities, photos, pts, prob, cfg.batch, rng, device)
         policy.zero_grad()
         start = time.perf_counter()
-        taken, advantage, _ = train.explore(policy, rows, cfg, step, rng)
-        loss, _ = train.surrogate(policy, policy, rows, taken, advantage, cfg, step, lambda share: share.backward())
+        taken, advantage, _ = explore(policy, rows, cfg, step, rng)
+        loss, _ = surrogate(policy, policy, rows, taken, advantage, cfg, step, lambda share: share.backward())
         loss = loss.item()                                                      # waits for the GPU
         if i:
             seconds.append(time.perf_counter() - start)

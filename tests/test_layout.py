@@ -31,6 +31,7 @@ LAYERS = {  # module: project modules it may import; a module that is not listed
     "marigold": {"relations", "scenes", "metrics", "config", "runtime", "data", "lora", "kernels", "sd2",
                  "untrusted"},
     "predictions": {"benchmarks", "data", "formats", "protocols", "predictor", "runtime", "scenes"},
+    "grpo_step": {"grpo", "predictor", "rewards", "runtime"},
     "baselines": {"predictor", "relations", "rewards"},
     "eval": NAMES - {"train", "grpo"},
     "train": NAMES, "ablate": NAMES, "plots": set(),

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import config
 import grpo
+import grpo_step
 import lora
 import marigold
 import predictor
@@ -763,7 +764,7 @@ def training(folder, *flags):
     ref = runtime.frozen_copy(policy)
     lora.disable(ref)
     pts = torch.randint(32, (3, cfg.bank_pairs, 2, 2), generator=seeded(1))
-    rows = train.Rows(cfg, policy.modalities, torch.randint(256, (3, 3, 32, 32), generator=seeded(2)).byte(), pts,
+    rows = grpo_step.Rows(cfg, policy.modalities, torch.randint(256, (3, 3, 32, 32), generator=seeded(2)).byte(), pts,
                       torch.rand(3, cfg.bank_pairs, 4, generator=seeded(3)), cfg.batch, seeded(4), torch.device("cpu"))
     return SimpleNamespace(cfg=cfg, policy=policy, ref=ref, rows=rows, step=grpo.STEPS[
         policy.exploration if cfg.exploration == "auto" else cfg.exploration])
@@ -772,7 +773,7 @@ def training(folder, *flags):
 def learn(one, taken, advantage):
     """Gather the gradient of one update; the log of it, and the gradients by name."""
     one.policy.zero_grad(set_to_none=True)
-    _, stats = train.surrogate(one.policy, one.ref, one.rows, taken, advantage, one.cfg, one.step,
+    _, stats = grpo_step.surrogate(one.policy, one.ref, one.rows, taken, advantage, one.cfg, one.step,
                                lambda share: share.backward())
     return stats, {k: p.grad for k, p in one.policy.named_parameters() if p.grad is not None}
 
@@ -790,7 +791,7 @@ def test_exploration_is_ddims_own_noise_unless_told_otherwise(folders):
     "--batch 4 --rollout full --modalities joint --checkpointing 1 --credit pair"])
 def test_the_ratio_is_exactly_one_at_the_first_update(folders, flags):
     one = training(folders["small"], *flags.split())
-    taken, advantage, _ = train.explore(one.policy, one.rows, one.cfg, one.step, seeded(5))
+    taken, advantage, _ = grpo_step.explore(one.policy, one.rows, one.cfg, one.step, seeded(5))
     assert len(taken) == (1 if "branch" in flags else 2)
     stats, gradients = learn(one, taken, [torch.ones_like(a) for a in advantage])
     assert stats["policy/ratio_min"] == stats["policy/ratio_max"] == 1
@@ -801,7 +802,7 @@ def test_the_ratio_is_exactly_one_at_the_first_update(folders, flags):
 def test_the_kl_is_rounding_at_the_first_update_and_then_not(folders):
     """Not exactly zero: matrix products may differ in the last bit where the reference's copies lie in memory."""
     one = training(folders["small"], "--lora", 2)
-    taken, advantage, _ = train.explore(one.policy, one.rows, one.cfg, one.step, seeded(5))
+    taken, advantage, _ = grpo_step.explore(one.policy, one.rows, one.cfg, one.step, seeded(5))
     assert learn(one, taken, advantage)[0]["policy/kl"] < 1e-10
     for layer in lora.adapters(one.policy.unet).values():
         torch.nn.init.normal_(layer.lora_B, std=0.1, generator=seeded(6))
@@ -811,7 +812,7 @@ def test_the_kl_is_rounding_at_the_first_update_and_then_not(folders):
 def scored(folder, *flags):
     """Rollout with the whole batch at once and an advantage that does not depend on the reward."""
     one = training(folder, "--batch", 2, "--group", 4, *flags)
-    taken, advantage, _ = train.explore(one.policy, one.rows, one.cfg, one.step, seeded(5))
+    taken, advantage, _ = grpo_step.explore(one.policy, one.rows, one.cfg, one.step, seeded(5))
     values = torch.tensor([[1.0, -1.0, 0.5, -0.5], [-1.5, 0.2, 0.3, 1.0]])
     return one, taken, [values * torch.ones_like(a) for a in advantage]
 
@@ -857,7 +858,7 @@ def test_only_the_drawn_modality_is_decoded(folders, monkeypatch):
     one, seen = training(folders["small"], "--batch", 3), []
     real = one.policy.vae.decode
     monkeypatch.setattr(one.policy.vae, "decode", lambda z, *tile: (seen.append(tuple(z.shape)), real(z, *tile))[1])
-    _, advantage, stats = train.explore(one.policy, one.rows, one.cfg, one.step, seeded(5))
+    _, advantage, stats = grpo_step.explore(one.policy, one.rows, one.cfg, one.step, seeded(5))
     assert len(one.rows.names) == 1 and f"reward/{one.rows.names[0]}" in stats
     assert seen == [(6, 4, 4, 4)] and advantage[0].shape == (3, 2)                # 3 photos x 2 samples, one target
 
@@ -866,7 +867,7 @@ def test_joint_modalities_decode_each_once(folders, monkeypatch):
     one, seen = training(folders["small"], "--batch", 3, "--modalities", "joint"), []
     real = one.policy.vae.decode
     monkeypatch.setattr(one.policy.vae, "decode", lambda z, *tile: (seen.append(tuple(z.shape)), real(z, *tile))[1])
-    train.explore(one.policy, one.rows, one.cfg, one.step, seeded(5))
+    grpo_step.explore(one.policy, one.rows, one.cfg, one.step, seeded(5))
     assert one.rows.names == ("albedo", "irradiance") and seen == [(6, 4, 4, 4)] * 2
 
 
@@ -954,7 +955,7 @@ def test_a_few_steps_with_a_reward_for_bright_maps_brighten_the_maps(folders, mo
     before = sample_ode(one.policy, rgb, m, 3, noise=noise).mean()
     optimizer, rng = torch.optim.AdamW(one.policy.unet.parameters(), lr=3e-3), seeded(9)
     for _ in range(5):
-        taken, advantage, _ = train.explore(one.policy, one.rows, one.cfg, one.step, rng)
+        taken, advantage, _ = grpo_step.explore(one.policy, one.rows, one.cfg, one.step, rng)
         learn(one, taken, advantage)
         optimizer.step()
     assert sample_ode(one.policy, rgb, m, 3, noise=noise).mean() > before + 0.03

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 import baselines
 import data
 import grpo
+import grpo_step
 import predictor
 import questions
 import runtime
@@ -298,7 +299,7 @@ def test_the_ranking_loss_and_its_anchor_pull_the_right_way(run):
     policy, rng = predictor.load_predictor(run / "base"), torch.Generator().manual_seed(0)
     ref, B = runtime.frozen_copy(policy), cfg.batch
     photos, pts = torch.randint(256, (4, 3, 16, 16)).byte(), torch.randint(16, (4, cfg.bank_pairs, 2, 2))
-    rows = train.Rows(cfg, policy.modalities, photos, pts, torch.rand(4, cfg.bank_pairs, 4), B, rng,
+    rows = grpo_step.Rows(cfg, policy.modalities, photos, pts, torch.rand(4, cfg.bank_pairs, 4), B, rng,
                       torch.device("cpu"))
     value, stats = baselines.ranking(policy, ref, rows, cfg, torch.Generator().manual_seed(1))
     assert stats["policy/anchor"] == 0
