@@ -2,11 +2,13 @@
 
     python ablate.py                                     seeds 0 1 2 of preset mini, every row, table, plot, raw JSON
     python ablate.py --seeds 7 --rows paper all          a quick look
-Rows are flags of train.py, each on top of the row above it; all rows of a seed share its base predictor, judge and
-judgement bank, so the judge is asked once. Equal compute: each row takes as many steps as cost what `all` costs,
-counted in floating-point operations of its own first steps. Scores on held-out `wild` scenes; curves on validation
-scenes. The same command again goes on where it was interrupted.
+Rows are flags of train.py, each on top of the row above it; anchors (KL, replay, EMA), T, N and G are the preset's in
+every row. All rows of a seed share its base predictor, judge and judgement bank, so the judge is asked once. Equal
+compute: each row takes as many steps as cost what `all` costs, counted in floating-point operations of its own first
+steps (within 10 %). Scores on held-out `wild` scenes; curves on validation scenes; intervals are over seeds, which
+share the scenes. The same command again goes on where it was interrupted.
 """
+import json
 import math
 from dataclasses import asdict, replace
 from multiprocessing import get_context
@@ -35,10 +37,12 @@ STEPS = [  # (row, flags that it adds to the row above)
     ("+soft", dict(reward="soft")),
     ("+joint", dict(modalities="joint")),
     ("+blocks", dict(noise_blocks="1,2,4,8", tail=1)),
+    ("+brier", dict(reward="brier", tau="0.4,0.5,0.05,0.25")),
+    ("+jitter", dict(jitter=4, balance=1)),                                     # `all` has a higher learning rate too
 ]
 BESIDE = {  # rows that start from the preset
     "all": {},
-    "all, oracle judge": dict(judge="oracle"),
+    "all, oracle judge": dict(judge="oracle", jitter=1),                        # its answers hold at the point alone
     "ranking loss": dict(method="ranking"),
     "supervised": dict(method="supervised"),
 }
@@ -86,10 +90,12 @@ def prepare(args, seed):
     path = out / "flops.json"
     known = read_json(path) if path.is_file() else {}
     for row in {"all", *args.rows}:
-        if row not in known:
-            known[row] = flops_per_step(row_config(args, row, seed), device)
+        own = row_config(args, row, seed)
+        key = json.dumps({k: v for k, v in asdict(own).items() if k not in ("out", "steps", "threads", "val_images")})
+        if known.get(row, {}).get("settings") != key:
+            known[row] = dict(settings=key, flops=flops_per_step(own, device))
             runtime.write_json(path, known)
-    return known
+    return {row: one["flops"] for row, one in known.items()}
 
 
 def run_row(job):
@@ -97,13 +103,16 @@ def run_row(job):
     args, row, seed, steps = job
     cfg = row_config(args, row, seed)
     cfg = replace(cfg, steps=steps, eval_every=max(1, steps // args.points))
-    path = Path(cfg.out) / "figures.json"
+    path, key = Path(cfg.out) / "figures.json", json.loads(json.dumps(dict(settings=asdict(cfg), split=args.split)))
     if path.is_file():
-        return read_json(path)
+        figures = read_json(path)
+        if figures["key"] != key:
+            raise runtime.UserError(f"{path} holds figures of other settings; use another --out, or delete its folder")
+        return figures
     device = runtime.setup(cfg)
     train.tune(cfg, device)
     before, after = load_predictor(cfg.policy).to(device), load_predictor(Path(cfg.out) / "grpo").to(device)
-    figures = dict(row=row, seed=seed, steps=steps, photos=steps * cfg.batch, settings=asdict(cfg),
+    figures = dict(row=row, seed=seed, steps=steps, photos=steps * cfg.batch, key=key,
                    about=runtime.about(), start=evaluation.diagnose(before, cfg.size, cfg.eval_steps, cfg.val_images))
     for domain in ("wild", "synthetic"):
         maps = data.scene_pool(domain, args.split, cfg.eval_images, cfg.size).all()
@@ -124,15 +133,20 @@ def run_row(job):
 def interval(values):
     """Mean and half width of the 95 % interval over seeds (Student's t; nan for one seed)."""
     n = len(values)
-    half = T_975.get(n - 1, 1.96) * np.std(values, ddof=1) / math.sqrt(n) if n > 1 else float("nan")
+    half = T_975.get(n - 1, 2.262) * np.std(values, ddof=1) / math.sqrt(n) if n > 1 else float("nan")
     return float(np.mean(values)), float(half)
 
 
 def photos_for(curve, metric, change):
-    """Photos after which a curve first reaches a relative change (negative is better), interpolated; None if never."""
-    last = dict(photos=0, **{metric: 0.0})
+    """Photos after which a curve first reaches a relative change (negative is better), interpolated; None if never.
+
+    Before the first evaluation nothing is known: a change reached there counts all its photos.
+    """
+    last = None
     for point in curve:
         if point[metric] <= change:
+            if last is None:
+                return point["photos"]
             share = (last[metric] - change) / max(last[metric] - point[metric], 1e-12)
             return last["photos"] + share * (point["photos"] - last["photos"])
         last = point

@@ -1,6 +1,6 @@
 """What is not reinforcement learning, for honest comparison: two losses on the same rows, predictor and trainer.
 
-ranking     the pairwise loss -(2p - 1) tanh(margin / tau) through a differentiable one-step prediction x_0 = x_t - t v
+ranking     minus the reward itself (--reward soft, brier) through a differentiable one-step prediction x_0 = x_t - t v
             from a state of the policy's own ODE, with an anchor |v - v_ref|^2 weighted by kl_weight. No sampling
             noise, no group: what a judge's answers are worth by plain backpropagation
 supervised  flow matching on the photos' true maps, which procedural photos have: the upper reference
@@ -9,7 +9,6 @@ import torch
 
 import rewards
 from predictor import NAMES
-from relations import soft_relation
 
 
 def ranking(policy, ref, rows, cfg, rng):
@@ -30,11 +29,9 @@ def ranking(policy, ref, rows, cfg, rng):
     v = rows.all_velocities(policy, cond, x, grid[at])
     anchor, loss, stats = (v - v_ref).square().mean(), 0.0, {}
     for m, part in zip(rows.names, (x - grid[at] * v).split(B), strict=True):
-        prob = rows.prob[..., NAMES.index(m)]
         with rows.amp:
-            pred = policy.decode(part, m).float()                               # (B, C, H, W)
-        agree = 0.5 + 0.5 * soft_relation(pred, rows.pts, m, rewards.softness(cfg, m), cfg.window) * (2 * prob - 1)
-        reward = (agree * rewards.pair_weights(prob, m, cfg)).sum(1).mean()
+            pred = policy.decode(part, m).float()[:, None]                      # (B, 1, C, H, W)
+        reward = rewards.judged(pred, rows.pts, rows.prob[..., NAMES.index(m)], m, cfg)[2].mean()
         loss, stats[f"reward/{m}"] = loss - 2 * reward, reward.detach()
     return loss / len(rows.names) + cfg.kl_weight * anchor, {"policy/anchor": anchor.detach(), **stats}
 

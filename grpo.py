@@ -170,7 +170,8 @@ class Step:
 
     def rows(self, part):
         """The step of some rows only (index)."""
-        return replace(self, **{k: getattr(self, k)[part] for k in ("x", "x_next", "mean", "v", "block")})
+        cut = {k: getattr(self, k)[part] for k in ("x", "x_next", "mean", "v")}
+        return replace(self, block=self.block[part.to(self.block.device)], **cut)
 
 
 def block_means(z, block):

@@ -12,6 +12,7 @@ import torch
 
 import ablate
 import plots
+import runtime
 from config import Config
 from predictor import load_predictor
 
@@ -39,7 +40,7 @@ def result(folder):
 
 def test_every_row_adds_its_own_flags_to_the_row_above_and_the_first_is_the_papers_estimator():
     rows = ablate.rows_of("mini")
-    assert list(rows)[:7] == ["paper", "+branch", "+pair", "+soft", "+joint", "+blocks", "all"]
+    assert list(rows)[:9] == ["paper", "+branch", "+pair", "+soft", "+joint", "+blocks", "+brier", "+jitter", "all"]
     for (above, _), (name, more) in zip(ablate.STEPS, ablate.STEPS[1:], strict=False):
         assert rows[name] == {**rows[above], **more} and more.items() - rows[above].items()
     paper = Config()                                                            # the defaults are the paper's
@@ -64,15 +65,15 @@ def test_an_unknown_flag_of_a_row_is_refused(capsys):
 # a toy ablation ---------------------------------------------------------------------------------------------------
 
 def test_rows_take_the_steps_that_cost_what_all_costs(folder):
-    flops = json.loads((folder / "seed0" / "flops.json").read_text())
+    flops = {row: one["flops"] for row, one in json.loads((folder / "seed0" / "flops.json").read_text()).items()}
     assert all(f > 0 for f in flops.values()) and flops["supervised"] < flops["all"]
     for row, (run,) in result(folder)["runs"].items():
         assert run["steps"] == max(1, round(4 * flops["all"] / flops[row])), row
-        assert run["photos"] == run["steps"] * run["settings"]["batch"]
+        assert run["photos"] == run["steps"] * run["key"]["settings"]["batch"]
 
 
 def test_full_rollouts_of_the_paper_cost_more_a_photo_than_branches(folder):
-    flops = json.loads((folder / "seed0" / "flops.json").read_text())
+    flops = {row: one["flops"] for row, one in json.loads((folder / "seed0" / "flops.json").read_text()).items()}
     assert flops["paper"] > flops["all"] / 4                                    # one modality against four
 
 
@@ -101,6 +102,14 @@ def test_running_again_reads_what_is_there(folder, monkeypatch):
     ablate.main(["--out", str(folder), "--steps", "4", "--rows", "paper", "all", *QUICK, *SMALL])
     after = (folder / "ablation.md").read_text()
     assert after.splitlines() == before.splitlines()[:4]
+    with pytest.raises(runtime.UserError, match="holds figures of other settings"):
+        ablate.main(["--out", str(folder), "--steps", "4", "--rows", "paper", "all", "--split", "val", *QUICK, *SMALL])
+
+
+def test_the_last_row_of_the_chain_is_all_but_for_its_learning_rate():
+    args = ablate.arguments([])
+    last, ours = (ablate.asdict(ablate.row_config(args, row, 0)) for row in (ablate.STEPS[-1][0], "all"))
+    assert {k for k in ours if ours[k] != last[k]} == {"lr", "out"}
 
 
 # figures ----------------------------------------------------------------------------------------------------------
@@ -114,7 +123,7 @@ def test_the_interval_over_seeds_is_students():
 
 def test_photos_for_a_change_are_interpolated_between_evaluations():
     curve = [dict(photos=100, m=-0.1), dict(photos=200, m=-0.3)]
-    assert ablate.photos_for(curve, "m", -0.05) == pytest.approx(50)
+    assert ablate.photos_for(curve, "m", -0.05) == 100                          # nothing is known before
     assert ablate.photos_for(curve, "m", -0.2) == pytest.approx(150)
     assert ablate.photos_for(curve, "m", -0.4) is None
 
@@ -123,7 +132,7 @@ def test_fewer_photos_compares_the_best_of_the_paper_with_the_first_time_of_all(
     runs = {"paper": [dict(curve=[dict(photos=500, m=-0.1), dict(photos=1000, m=-0.05)]),
                       dict(curve=[dict(photos=500, m=0.1)])],
             "all": [dict(curve=[dict(photos=100, m=-0.2)]), dict(curve=[dict(photos=100, m=-0.2)])]}
-    assert ablate.fewer_photos(runs, "m") == [pytest.approx(10.0), None]
+    assert ablate.fewer_photos(runs, "m") == [pytest.approx(5.0), None]
 
 
 # plots ------------------------------------------------------------------------------------------------------------

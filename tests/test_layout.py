@@ -32,7 +32,7 @@ LAYERS = {  # module: project modules it may import; a module that is not listed
                  "untrusted"},
     "predictions": {"benchmarks", "data", "formats", "protocols", "predictor", "runtime", "scenes"},
     "grpo_step": {"grpo", "predictor", "rewards", "runtime"},
-    "baselines": {"predictor", "relations", "rewards"},
+    "baselines": {"predictor", "rewards"},
     "eval": NAMES - {"train", "grpo"},
     "train": NAMES, "ablate": NAMES, "plots": set(),
 }
