@@ -80,7 +80,7 @@ class Config:
     sample_steps: int = 15           # T, denoising steps in training (paper: 15)
     eval_steps: int = 50             # denoising steps in evaluation (paper: 50)
     noise: float = 0.7               # a of the exploration noise, or eta for ddim (paper: 0.7)
-    noise_blocks: str = "1"          # px, squares that share exploration noise, a size drawn per row: 1: white (paper)
+    noise_blocks: str = "1"          # px, squares that share noise, a size drawn per row (albedo: 1); 1: white (paper)
     exploration: str = "auto"        # flow (Flow-GRPO, paper), ddim (eta form), or the predictor's own: Marigold ddim
     init_noise: str = "shared"       # a group starts from shared or independent noise (the paper does not say which)
     rollout: str = "full"            # full: every step but the last stochastic (paper); branch: one; window: a few
@@ -90,7 +90,7 @@ class Config:
     credit_mix: float = 0.5          # share of the global credit in mix
     credit_width: float = 1.0        # px of the state, width of the splat around a point
     credit_growth: float = 0.0       # px by which the splat is wider at noise level 1
-    reward: str = "hard"             # hard: relation vs answer (paper); soft, brier: tanh(margin/tau) vs 2p-1; ...
+    reward: str = "hard"             # hard (paper), confidence: relation; soft, brier: tanh(margin/tau) against 2p-1
     tau: str = "0.1"                 # softness of soft and brier, in units of the margin: one, or one per modality
     jitter: int = 1                  # px, side of the square around a judged point in which the map is read (paper: 1)
     window: int = 0                  # px, radius of the mean read at a point (paper: 0, one pixel)
@@ -113,8 +113,8 @@ class Config:
     ema: float = 0.99                # decay of the averaged policy that is evaluated and kept
     eval_every: int = 100            # steps between diagnostics on validation scenes; 0: never
     val_images: int = 24             # validation scenes per domain in the diagnostics
-    band: float = 4.0                # stop when sharpness or spread of maps leave their start by this factor; 0: never
-    forget: float = 0.5              # stop when a synthetic validation error grows by more than this share; 0: never
+    band: float = 4.0                # at evaluations: stop if sharpness or spread have changed by this factor; 0: never
+    forget: float = 0.5              # at evaluations: stop if a synthetic error has grown by this share; 0: never
 
 
 PRESETS = {

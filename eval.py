@@ -150,7 +150,8 @@ def judge_scores(judge, maps, pred, seed):
         prob = torch.cat([judge.ask(maps["rgb"][i:i + 32].to(device), pts[i:i + 32].to(device)).cpu()
                           for i in range(0, len(pts), 32)])
         out[f"judge/{m}"] = accuracy(prob[..., k] - 0.5, truth)
-        out[f"predictor/{m}"] = accuracy(margin(pred[m], pts, m), truth)
+        if m in pred:
+            out[f"predictor/{m}"] = accuracy(margin(pred[m], pts, m), truth)
         out[f"heuristic/{m}"] = accuracy(HEURISTICS[m][1](maps["rgb"], pts), truth)
     return out
 
@@ -205,8 +206,10 @@ def drift(now, start, band, forget):
     forget      share by which a synthetic validation error may grow; 0: any
     """
     for name in now:
-        if band and name.endswith(("_high_frequency", "_spread")):
-            factor = now[name] / max(start[name], 1e-12)
+        if start.get(name) is None or now[name] is None:                        # not finite, or not measured then
+            continue
+        if band and name.startswith("wild/") and name.endswith(("_high_frequency", "_spread")):
+            factor = now[name] / max(start.get(name) or 0, 1e-12)
             if not 1 / band <= factor <= band:
                 return f"{name} is {factor:.2g} x what it was (--band {band:g})"
         domain, _, metric = name.partition("/")
@@ -263,8 +266,9 @@ def report(name, values, base_values=None, judge_values=None):
               ("metric", "protocol", "base", "X", "change", "95 %", ""))
     if judge_values is not None:
         result["judge"] = {k: float(np.nanmean(v)) for k, v in judge_values.items()}
-        lines = [(m, HEURISTICS[m][0], *(f"{result['judge'][f'{who}/{m}']:.3f}" for who in
-                                         ("judge", "predictor", "heuristic"))) for m in NAMES]
+        known = result["judge"]
+        lines = [(m, HEURISTICS[m][0], *(f"{known[f'{who}/{m}']:.3f}" if f"{who}/{m}" in known else "-"
+                                         for who in ("judge", "predictor", "heuristic"))) for m in NAMES]
         table(f"{name}: accuracy on pairs that the judge can be asked; every pair counts",
               lines,
               ("modality", "heuristic", "judge", "predictor" if base_values is None else "base", "heuristic"))

@@ -84,6 +84,10 @@ def setup(cfg):
     elif world() > 1 and not use_cuda:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     if use_cuda:
+        if local >= torch.cuda.device_count():
+            raise UserError(f"train.py: process {local} of this machine has no GPU of its own (there are "
+                            f"{torch.cuda.device_count()}); use --nproc_per_node={torch.cuda.device_count()}, or "
+                            "--device cpu")
         torch.cuda.set_device(local)
     if world() > 1 and not dist.is_initialized():
         _join("nccl" if use_cuda else "gloo")
@@ -542,7 +546,7 @@ class Run:
             old.unlink(missing_ok=True)
 
     def improves(self, figures):
-        """Whether validation figures are the best of the run so far, by the mean of synthetic/*/pairs."""
+        """Whether validation figures are the best of the run so far, by the mean of all pair accuracies."""
         best, score = self.folder / "best.json", _score(figures)
         return math.isfinite(score) and not (best.exists() and json.loads(best.read_text())["score"] >= score)
 
@@ -565,15 +569,17 @@ class Run:
     def check(self, what, x):
         """Name the first row of x (B, ...) that is not finite by its photo. raises NotFinite."""
         bad = (~x.detach().flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
-        if bad:
+        if bad and not self.problem:                                            # at several ranks the first stays
             self.where = [self.where[i] for i in bad]
             self.fail(f"{what} is not finite")
 
     def backward(self, loss):
         """Add the gradient of a scalar to what has been gathered since the last update. raises NotFinite."""
+        if not loss.isfinite() and self.step != Run.suspect:
+            self.fail(f"loss is {loss.item()}, lower the learning rate")
+        loss.backward()                                                         # of a suspect: names the operation
         if not loss.isfinite():
             self.fail(f"loss is {loss.item()}, lower the learning rate")
-        loss.backward()
 
     def _name(self, param):
         return next((f"{name}/{k.replace('|', '.')}" for name, module in self.modules.items()
@@ -581,6 +587,9 @@ class Run:
 
     def _gather(self, params):
         """Average gradients over ranks, those that a rank has not as zeros; agree on stopping. raises NotFinite."""
+        bad = next((p for p in params if p.grad is not None and not _part(p.grad).isfinite().all()), None)
+        if bad is not None:                                                     # here it is still known whose it is
+            self.problem = self.problem or self._told(f"gradient of {self._name(bad)} is not finite")
         state = torch.tensor([*(p.grad is not None for p in params), self.stop, bool(self.problem)],
                              dtype=torch.float32, device=params[0].device)
         dist.all_reduce(state)
@@ -607,11 +616,14 @@ class Run:
             self.backward(loss)
         if world() > 1:
             self._gather([p for group in params for p in group])
-        norms = [whole(torch.nn.utils.clip_grad_norm_(group, clip)) for group in params]
+        norms = [whole(torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None]))
+                 for group in params]
         if not all(n.isfinite() for n in norms):
             bad = next((p for group in params for p in group
                         if p.grad is not None and not whole(p.grad).isfinite().all()), None)
             raise NotFinite(self.step, self._told(f"gradient of {self._name(bad)} is not finite"))
+        for group, norm in zip(params, norms, strict=True):
+            torch.nn.utils.clip_grads_with_norm_(group, clip, norm)
         for opt in self.opts:
             for group in opt.param_groups:
                 group["lr"] = factor * group["peak"]
@@ -631,7 +643,7 @@ class Run:
 
 
 def _score(figures):
-    values = [v for k, v in figures.items() if k.startswith("synthetic/") and k.endswith("/pairs")]
+    values = [v for k, v in figures.items() if k.endswith("/pairs")]
     return sum(values) / len(values) if values else math.nan
 
 

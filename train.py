@@ -10,7 +10,6 @@ Each stage is one loop; the same command again resumes. A group stays on one ran
 import copy
 import json
 import math
-import shutil
 import sys
 import time
 from dataclasses import asdict, fields
@@ -153,7 +152,9 @@ def tune_judge(cfg, device):
     for step in run.loop("judge", cfg.stop_at):
         batch = questions.batch_of(rows, step, cfg.judge_batch, cfg.seed)
         tokens, loss = sum(len(model.sentences[r["modality"]][not r["first"]]) for r in batch), []
-        for k in range(runtime.rank(), parts * runtime.world(), runtime.world()):
+        own = range(runtime.rank(), parts * runtime.world(), runtime.world())
+        run.where = [r["id"] for k in own for r in batch[k * cfg.judge_micro:(k + 1) * cfg.judge_micro]]
+        for k in own:
             part = batch[k * cfg.judge_micro:(k + 1) * cfg.judge_micro]
             images = questions.marked(part, cfg.scenes, model.size).to(device)
             with torch.random.fork_rng():
@@ -197,6 +198,10 @@ def judged_photos(cfg, device, shared=True):
         photos = (data.ScenePool("wild", "train", cfg.photos, cfg.size, keys=("rgb",)).maps["rgb"].float()
                   * 255).round().byte()
         names, what = [f"wild {i}" for i in range(len(photos))], f"{len(photos)} procedural wild photos"
+    count = dict(photos_min=len(photos), photos_max=len(photos))
+    if shared and len(set(runtime.shared(count).values())) > 1:
+        raise UserError(f"train.py: processes can read different numbers of the photos in {cfg.images}; "
+                        "want a folder that all of them see alike")
     judge_model = Closed(cfg.judge or Path(cfg.out) / "judge", device)          # in memory only if the bank asks it
     if judge_model.size != cfg.size:
         raise UserError(f"train.py: the judge sees {judge_model.size} px photos and --size is {cfg.size}; "
@@ -232,6 +237,11 @@ def keep(policy, cfg, start, folder, **about):
         policy.save(folder, base=str(start), trained_on=cfg.images or "procedural wild photos", **made, **about)
 
 
+def evaluated(run):
+    """Rows of a run's log that hold diagnostics."""
+    return [r for r in runtime.read_log(run.folder / "metrics.jsonl") if any(k.startswith("synthetic/") for k in r)]
+
+
 def watch(average, run, cfg, start, step):
     """Diagnose the averaged policy on validation scenes and keep the best.
 
@@ -239,9 +249,7 @@ def watch(average, run, cfg, start, step):
     """
     figures = evaluation.diagnose(average, cfg.size, cfg.eval_steps, cfg.val_images, batch=cfg.micro or 64)
     figures = runtime.shared(figures) if cfg.fsdp else figures                  # or ranks might judge it differently
-    first = next((row for row in runtime.read_log(run.folder / "metrics.jsonl") if row.keys() >= figures.keys()),
-                 figures)
-    drifted = evaluation.drift(figures, first, cfg.band, cfg.forget)
+    drifted = evaluation.drift(figures, (evaluated(run) or [figures])[0], cfg.band, cfg.forget)
     if not drifted and run.improves(figures):
         keep(average, cfg, start, run.folder / "best", step=step + 1)
         run.improved(step + 1, figures)
@@ -250,7 +258,7 @@ def watch(average, run, cfg, start, step):
 
 def tune(cfg, device):
     """GRPO against the frozen judge, without ground truth; writes OUT/grpo, or OUT/photos for --images."""
-    start, drifted = cfg.policy or Path(cfg.out) / "base", ""
+    start = cfg.policy or Path(cfg.out) / "base"
     policy = start_policy(cfg, start, "cpu" if cfg.fsdp else device)
     ref, average = (runtime.frozen_copy(policy) for _ in range(2))
     lora.disable(ref)
@@ -266,11 +274,14 @@ def tune(cfg, device):
               dict(policy=learnt, average=averaged), opts, cfg.save_every, cfg.keep)
     takes_part = runtime.rank() == 0 or bool(cfg.fsdp)                          # in evaluating and writing the average
     sde = grpo.STEPS[policy.exploration if cfg.exploration == "auto" else cfg.exploration]
-    if run.start < run.steps:
+    rows = evaluated(run) if run.start else []                                  # of a run that has stopped early
+    drifted = evaluation.drift(rows[-1], rows[0], cfg.band, cfg.forget) if rows else ""
+    inside, left = [p.detach().clone() for p in averaged.parameters()], float(bool(drifted))
+    if run.start < run.steps and not drifted:
         photos, bank_pts, bank_prob, names = judged_photos(cfg, device)
         replay = data.scene_pool("synthetic", "train", cfg.base_scenes, cfg.size) if cfg.replay else None
         truth = data.scene_pool("wild", "train", cfg.photos, cfg.size) if cfg.method == "supervised" else None
-    for step in run.loop("grpo", cfg.stop_at):
+    for step in () if drifted else run.loop("grpo", cfg.stop_at):
         rng, began = run.rng(step, SEEDS["grpo"]), time.perf_counter()
         rows = Rows(cfg, policy.modalities, photos, bank_pts, bank_prob, cfg.batch, rng, device)
         run.where = [names[i] for i in rows.picked]
@@ -294,15 +305,20 @@ def tune(cfg, device):
         if cfg.eval_every and (step == 0 or (step + 1) % cfg.eval_every == 0):
             figures, drifted = watch(average, run, cfg, start, step) if takes_part else ({}, "")
             stats |= figures
+            left = runtime.shared(dict(left_max=float(bool(drifted))))["left_max"]
+            with torch.no_grad():                                               # remember the average, or go back to it
+                for p, kept in zip(averaged.parameters(), inside, strict=True):
+                    (p if left else kept).copy_(kept if left else p)
         run.log(step, show=("reward", "policy/kl"), **stats)
-        if cfg.eval_every and runtime.shared(dict(drifted_max=float(bool(drifted))))["drifted_max"]:
+        if left:
+            run.done = step + 1
+            run.save(run.done)
             break
     if drifted and runtime.rank() == 0:
-        print(f"grpo: stopped after step {step + 1}: {drifted}; the result is {run.folder / 'best'}, the best average "
-              "before; more --kl-weight or --replay, or a smaller --lr, keeps the next from drifting", flush=True)
-        for path in (run.folder / "best").iterdir():
-            shutil.copy2(path, run.folder)
-    elif run.done >= run.steps and takes_part:
+        print(f"grpo: stopped after step {run.done}: {drifted}; the result is the average at the evaluation before; "
+              "more --kl-weight or --replay, or a smaller --lr, keeps the next from drifting; with --band 0 --forget 0 "
+              "this one goes on", flush=True)
+    if (drifted or run.done >= run.steps) and takes_part:
         keep(average, cfg, start, run.folder)
 
 
@@ -390,7 +406,8 @@ def main(argv=None):
         take(stages[name], cfg, device)
         runtime.barrier()
         if cfg.stop_at and cfg.stage == "all":
-            print(f"train.py: stopped after {cfg.stop_at} steps of {name} (--stop-at); run again without it to go on")
+            if runtime.rank() == 0:
+                print(f"train.py: stopped after {cfg.stop_at} steps of {name} (--stop-at); without it the same goes on")
             return
     if runtime.rank() == 0 and cfg.stage in ("all", "grpo") and not cfg.stop_at:
         (report_photos if cfg.images else report_wild)(cfg, device)
@@ -400,23 +417,25 @@ def take(stage, cfg, device):
     """Run a stage; with --detect-anomaly a step that is not finite is repeated, from the checkpoint before it, under
     torch's anomaly detection, which names the operation. raises runtime.NotFinite, RuntimeError (torch's)."""
     try:
-        stage(cfg, device)
+        return stage(cfg, device)
     except runtime.NotFinite as error:
         if not cfg.detect_anomaly:
             raise
         print(f"train.py: {error or 'another process stopped'}; repeating step {error.step} to find the operation",
               file=sys.stderr, flush=True)
         Run.suspect = error.step
-        try:
-            stage(cfg, device)
-        finally:
-            Run.suspect = None
+    try:                                                                        # here the first run's memory is free
+        stage(cfg, device)
+    finally:
+        Run.suspect = None
 
 
 def needed(cfg):
     """Stages to run, in order: GRPO first trains the base predictor and the judge that are neither named nor in OUT."""
+    if cfg.stage == "all":
+        return tuple(name for name, given in (("base", cfg.policy), ("judge", cfg.judge), ("grpo", "")) if not given)
     if cfg.stage != "grpo":
-        return ("base", "judge", "grpo") if cfg.stage == "all" else (cfg.stage,)
+        return (cfg.stage,)
     out = Path(cfg.out)
     missing = [name for name, given, sign in
                (("base", cfg.policy, "predictor.json"), ("judge", cfg.judge, "judge.json"))
@@ -439,6 +458,13 @@ def check_inputs(cfg):
             data.first_readable(cfg.images)
         if cfg.policy:
             policy = load_predictor(cfg.policy)
+            for flag, maps in (("depth_normal", {"depth", "normal"}), ("shading", {"albedo", "irradiance"})):
+                if getattr(cfg, flag) and maps - set(policy.modalities):
+                    raise UserError(f"train.py: --{flag.replace('_', '-')} wants {' and '.join(sorted(maps))}; "
+                                    f"{cfg.policy} predicts {', '.join(policy.modalities)}")
+            if cfg.method == "supervised" and not policy.replays:
+                raise UserError(f"train.py: --method supervised needs true maps of all that {cfg.policy} predicts, "
+                                "which the procedural scenes have not")
             if cfg.replay and not policy.replays:
                 raise UserError(f"train.py: --replay {cfg.replay} needs ground truth for every map that {cfg.policy} "
                                 "predicts, which the procedural scenes have not; use --replay 0")

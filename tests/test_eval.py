@@ -196,7 +196,8 @@ def test_a_base_that_is_perfect_can_be_compared():
 # drift ------------------------------------------------------------------------------------------------------------
 
 START = {"wild/depth_spread": 0.2, "wild/depth_high_frequency": 0.01, "wild/depth/abs_rel": 0.4,
-         "synthetic/depth/abs_rel": 0.1, "synthetic/depth/pairs": 0.8}
+         "synthetic/depth/abs_rel": 0.1, "synthetic/depth/pairs": 0.8, "reward/depth_spread": 0.01,
+         "synthetic/albedo/whdr10": None}
 
 
 @pytest.mark.parametrize("change, words", [
@@ -210,6 +211,7 @@ def test_what_leaves_its_band_is_named(change, words):
 
 @pytest.mark.parametrize("change", [{}, {"wild/depth_high_frequency": 0.039}, {"wild/depth_spread": 0.051},
                                     {"synthetic/depth/abs_rel": 0.149}, {"wild/depth/abs_rel": 4.0},
+                                    {"reward/depth_spread": 1.0}, {"synthetic/albedo/whdr10": 0.3},
                                     {"synthetic/depth/pairs": 0.1, "synthetic/depth/abs_rel": 0.01}])
 def test_what_stays_inside_and_what_is_no_band_at_all_stops_nothing(change):
     """The truth of wild scenes must not steer a run; a higher pair accuracy is no error."""

@@ -277,13 +277,26 @@ def test_the_bank_is_asked_once(run, tmp_path, capsys):
 
 # early stop -------------------------------------------------------------------------------------------------------
 
-def test_a_run_that_drifts_stops_with_the_best_average_before(run, tmp_path, capsys):
-    go(tmp_path, *parts(run), "--band", "1.0000001", "--lr", "1e-2", "--eval-every", 2, "--steps", 20)
-    assert "grpo: stopped after step 2: wild/" in capsys.readouterr().out
-    assert len(log(tmp_path / "grpo")) == 2
-    best, result = (load_file(tmp_path / "grpo" / p / "predictor.safetensors") for p in ("best", "."))
-    assert equal(best, result) and (tmp_path / "report.json").is_file()
-    assert strict((tmp_path / "grpo" / "predictor.json").read_text())["step"] == 1
+def test_a_run_that_drifts_stops_at_the_evaluation_before_and_stays_stopped(run, tmp_path, capsys):
+    flags = [*parts(run), "--lr", "1e-2", "--eval-every", 2, "--steps", 20]
+    go(tmp_path / "short", *flags, "--band", 0, "--forget", 0, "--ema", "1e-9", "--stop-at", 4)
+    spread = [{k: v for k, v in r.items() if k.startswith("wild/") and k.endswith(("_spread", "_high_frequency"))}
+              for r in log(tmp_path / "short" / "grpo")]
+    change = [max(abs(np.log(spread[i][k] / spread[0][k])) for k in spread[0]) for i in (1, 3)]
+    band = float(np.exp(0.5 * (change[0] + change[1])))                         # step 2 is inside, step 4 is not
+    assert change[1] > change[0] > 0
+    go(tmp_path / "long", *flags, "--band", band, "--forget", 0, "--ema", "1e-9", "--save-every", 3)
+    assert "grpo: stopped after step 4: wild/" in capsys.readouterr().out and len(log(tmp_path / "long" / "grpo")) == 4
+    go(tmp_path / "two", *flags, "--band", 0, "--forget", 0, "--ema", "1e-9", "--stop-at", 2)
+    state = load_file(tmp_path / "two" / "grpo" / "checkpoint.safetensors")
+    want = {k.removeprefix("average/").replace("|", "."): v for k, v in state.items() if k.startswith("average/")}
+    result = load_file(tmp_path / "long" / "grpo" / "predictor.safetensors")
+    assert want and all(torch.equal(result[k], v) for k, v in want.items())     # the average after step 2
+    before = weights(tmp_path / "long" / "grpo")
+    go(tmp_path / "long", *flags, "--band", band, "--forget", 0, "--ema", "1e-9", "--save-every", 3)
+    assert equal(before, weights(tmp_path / "long" / "grpo")) and len(log(tmp_path / "long" / "grpo")) == 4
+    go(tmp_path / "long", *flags, "--band", 0, "--forget", 0, "--ema", "1e-9", "--save-every", 3, "--stop-at", 6)
+    assert len(log(tmp_path / "long" / "grpo")) == 6
 
 
 def test_a_run_without_bands_goes_on(run, tmp_path):
