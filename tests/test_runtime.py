@@ -315,6 +315,24 @@ def test_a_non_finite_gradient_stops_the_run_and_changes_nothing(tmp_path):
     assert equal(before, flat(model, opts))
 
 
+def test_the_gradient_that_is_not_finite_is_named_and_no_other(tmp_path):
+    run, model, _ = make(tmp_path)
+    model[2].bias.register_hook(lambda g: g * torch.nan)
+    with pytest.raises(FloatingPointError, match=r"gradient of policy/2\.bias is not finite"):
+        run.update(model(torch.ones(2, 4)).square().sum(), [list(model.parameters())], 1.0)
+
+
+def test_at_several_ranks_the_first_bad_map_is_what_is_told(tmp_path, monkeypatch):
+    """`check` cannot raise there, lest the others wait: a second finding must not change or break the first."""
+    run, _, _ = make(tmp_path)
+    monkeypatch.setattr(runtime, "world", lambda: 2)
+    run.where = ["good.jpg", "bad.jpg"]
+    maps = torch.tensor([[1.0], [torch.nan]])
+    run.check("depth map", maps)
+    run.check("depth reward", maps)
+    assert "depth map is not finite (photos: bad.jpg)" in run.problem and "reward" not in run.problem
+
+
 def test_update_returns_the_norm_before_clipping_and_clips_each_list(tmp_path):
     run, model, opts = make(tmp_path)
     first, second = list(model[0].parameters()), list(model[2].parameters())
