@@ -249,6 +249,9 @@ def test_a_damaged_pack_is_named_and_asked_again(tmp_path, photos, capsys):
     victim.write_bytes(victim.read_bytes()[:50])
     Bank(tmp_path, judge).fill(photos, 16)
     assert str(victim) in capsys.readouterr().out and judge.pairs == 2 * 5 * 16
+    assert not victim.exists() and victim.with_suffix(".damaged").stat().st_size == 50
+    Bank(tmp_path, judge).fill(photos, 16)
+    assert capsys.readouterr().out == "" and judge.pairs == 2 * 5 * 16          # told once
 
 
 @pytest.mark.parametrize("packed", [False, True])
