@@ -7,11 +7,14 @@ fixed sequence drawn from its own digest, so asking for more extends it.
 
 entry   pts (P, 2, 2) int16, in pixels of the judge's image, and prob (P, M), the probability of the first answer
 files   KEY.safetensors, one entry, renamed when whole, with a checksum: a damaged one is named and asked about again;
-        pack-NAME.safetensors, many entries behind each other. Packs are never changed: `pack` writes a new one and then
-        removes the single files it holds, so writers need no lock. 24 bytes a pair (four answers)
+        pack-NAME.safetensors, many entries behind each other; a damaged one becomes pack-NAME.damaged.
+        Packs are never changed: `pack` writes a new one and then removes the single files it holds, so writers need no
+        lock. 24 bytes a pair (four answers)
 """
+import contextlib
 import hashlib
 import json
+import os
 import uuid
 from pathlib import Path
 
@@ -64,6 +67,9 @@ class Bank:
             return None
         except ValueError as error:
             print(f"bank: {error}; asking the judge again", flush=True)
+            with contextlib.suppress(FileNotFoundError):                        # another rank was first
+                if path.name.startswith("pack-"):                               # a single entry is written over
+                    os.replace(path, path.with_suffix(".damaged"))
             return None
 
     def _checked(self, entry, path):

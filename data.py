@@ -368,10 +368,6 @@ class ScenePool:
         return {k: v[index].to(device) if v.dtype == torch.bool else v[index].to(device).float()
                 for k, v in self.maps.items()}
 
-    def draw(self, batch, rng, device="cpu"):
-        """Maps of `batch` scenes drawn with replacement by the generator rng."""
-        return self.pick(torch.randint(len(self.maps["rgb"]), (batch,), generator=rng), device)
-
     def all(self):
         """Maps of every scene, float32 on the CPU."""
         return self.pick(slice(None))

@@ -33,7 +33,7 @@ from checkpoints import ADAPTERS, SYSTEM, convert_internvl  # noqa: F401
 from config import Parser
 from kernels.draw_markers import mark_photos
 from relations import MODALITIES, draw_markers
-from runtime import pick_device, rank, run_command, world
+from runtime import pick_device, rank, replace_files, run_command, world, write_json
 
 logging.disable_progress_bar()       # of loading and saving weights: errors stay one line
 NAMES = tuple(MODALITIES)
@@ -316,16 +316,20 @@ class Judge(nn.Module):
         return h.hexdigest()
 
     def save(self, folder):
-        """Write a native transformers folder (config.json, model.safetensors, tokenizer) plus judge.json."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        """Write a native transformers folder (config.json, model.safetensors, tokenizer), judge.json last.
+
+        raises  OSError: nothing in the folder has changed
+        """
+        replace_files(folder, self._write, last="judge.json")
+
+    def _write(self, folder):
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         self.save_about(folder)
 
     def save_about(self, folder):
         """Write judge.json: what config.json does not say."""
-        Path(folder, "judge.json").write_text(json.dumps(dict(system=self.system, grid=self.grid, size=self.size)))
+        write_json(Path(folder, "judge.json"), dict(system=self.system, grid=self.grid, size=self.size))
 
 
 def understood(text, modality):

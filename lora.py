@@ -4,7 +4,6 @@
     adapter_config.json         r, lora_alpha, lora_dropout, target_modules, ...
 B starts at zero, so a fresh adapter changes nothing, bit for bit. Paths are relative to the network it was injected in.
 """
-import json
 import math
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
+from runtime import replace_file, write_json
 from untrusted import read_json, read_tensors, refuse, whole
 
 PREFIX = "base_model.model."
@@ -104,17 +104,17 @@ def merged_state(network):
 
 
 def save_adapter(network, folder, base="", task=None):
-    """Write the adapters in PEFT layout; `base` names the base model, `task` is PEFT's task_type."""
+    """Write the adapters in PEFT layout; `base` names the base model, `task` is PEFT's task_type. raises OSError."""
     folder, found = Path(folder), adapters(network)
     folder.mkdir(parents=True, exist_ok=True)
     one = next(iter(found.values()))
     tensors = {f"{PREFIX}{path}.{k}.weight": getattr(m, k).detach().cpu().contiguous()
                for path, m in found.items() for k in ("lora_A", "lora_B")}
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    (folder / "adapter_config.json").write_text(json.dumps(dict(
+    replace_file(folder / "adapter_model.safetensors", lambda part: save_file(tensors, part, metadata={"format": "pt"}))
+    write_json(folder / "adapter_config.json", dict(
         peft_type="LORA", task_type=task, base_model_name_or_path=base, r=one.r, lora_alpha=one.alpha,
         lora_dropout=one.dropout, target_modules=sorted(found), bias="none", inference_mode=True, fan_in_fan_out=False,
-        init_lora_weights=True), indent=1))
+        init_lora_weights=True))
 
 
 def load_adapter(network, folder):

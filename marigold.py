@@ -12,7 +12,7 @@ spaces     native maps are what diffusers returns: IID targets in the space mode
 Networks: sd2.py. Source: Marigold (Ke et al. 2024; arXiv 2505.09358 for IID), Stable Diffusion
 2 (Rombach et al. 2022), zero-terminal SNR (Lin et al. 2023). Weights: OpenRAIL++-M.
 """
-import json
+import functools
 import math
 import shutil
 from pathlib import Path
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 import lora
-from runtime import hub_folder, load_strict
+from runtime import hub_folder, load_strict, replace_file, write_json, write_text
 from scenes import srgb_encode
 from sd2 import LATENT_SCALE, VAE, UNet, check_config
 from untrusted import Refusing, fits, read_json, read_tensors, refuse, sober, whole
@@ -310,25 +310,23 @@ class Marigold(nn.Module):
         """Write the diffusers layout (adapters merged), a model card, and the adapters alone in PEFT layout.
 
         about  lines of the model card: base, trained_on, command, commit, ...
+        raises OSError naming the file; each file is whole, the old one or the new one
         """
         folder = Path(folder)
         for name, module, state in (("unet", self.unet, lora.merged_state(self.unet)),
                                     ("vae", self.vae, self.vae.state_dict())):
-            (folder / name).mkdir(parents=True, exist_ok=True)
-            save_file({k: v.detach().cpu().contiguous() for k, v in state.items()},
-                      folder / name / f"{WEIGHTS}.safetensors", metadata={"format": "pt"})
-            (folder / name / "config.json").write_text(json.dumps(module.config, indent=1))
-        save_file({"empty_text_embedding": self.text.detach().cpu().float().contiguous()},
-                  folder / "empty_text_embedding.safetensors")
+            _save_tensors(folder / name / f"{WEIGHTS}.safetensors", state)
+            write_json(folder / name / "config.json", module.config)
+        _save_tensors(folder / "empty_text_embedding.safetensors", dict(empty_text_embedding=self.text.float()))
         (folder / "scheduler").mkdir(exist_ok=True)
-        (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(self.schedule.config, indent=1))
-        (folder / "model_index.json").write_text(json.dumps(self.about, indent=1))
+        write_json(folder / "scheduler" / "scheduler_config.json", self.schedule.config)
         for name in ("text_encoder", "tokenizer"):
             if self.source and (self.source / name).is_dir() and self.source != folder:
                 _copy_component(self.source / name, folder / name)
         if lora.adapters(self.unet):
             lora.save_adapter(self.unet, folder / "lora", base=str(about.get("base", "")))
-        (folder / "README.md").write_text(self._card(about))
+        write_text(folder / "README.md", self._card(about))
+        write_json(folder / "model_index.json", self.about)                     # without it no reader opens the folder
 
     def _card(self, about):
         """Model card in the hub's format."""
@@ -425,10 +423,16 @@ def _state(folder, stem):
                             "(.bin files are pickles and are not read)")
 
 
+def _save_tensors(path, tensors):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    replace_file(path, lambda part: save_file(tensors, part, metadata={"format": "pt"}))
+
+
 def _copy_component(source, target):
     """Copy a component's folder; fp16-only weights get the plain name that opens without a variant."""
     target.mkdir(parents=True, exist_ok=True)
     for path in sorted(p for p in source.iterdir() if p.is_file() and p.suffix in (".json", ".txt", ".safetensors")):
         plain = path.name.replace(".fp16.", ".")
         if plain == path.name or not (source / plain).is_file():
-            shutil.copyfile(path, target / plain)
+            replace_file(target / plain, functools.partial(shutil.copyfile, path))

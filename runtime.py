@@ -17,6 +17,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -294,30 +295,76 @@ def write_json(path, value):
 
 
 def write_text(path, text):
-    """Write a text file atomically and durably."""
-    _replace(Path(path), lambda part: part.write_text(text))
+    """Write a text file, UTF-8, atomically and durably."""
+    replace_file(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
-def _replace(path, write):
+def replace_file(path, write):
     """write(another name), to the disk, rename: a kill, a full disk or a power cut leaves the old file or the new one.
 
     raises  OSError naming the file
     """
+    path = Path(path)
     part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
-    try:
-        write(part)
-        _sync(part)
-        os.replace(part, path)
-        _sync(path.parent)
-    except SafetensorError as error:                                            # how safetensors says "disk full"
-        code = re.search(r"os error (\d+)", str(error))
-        if code is None:
-            raise
-        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from None
-    except OSError as error:
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
-    finally:
-        part.unlink(missing_ok=True)
+    with _Writing(path):
+        try:
+            write(part)
+            _sync(part)
+            os.replace(part, path)
+            _sync(path.parent)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def replace_files(folder, write, last):
+    """write(another folder), all of it to the disk, then each file into `folder`: `last` is there when all others are.
+
+    raises  OSError naming the folder; nothing in it has changed then, unless renaming itself failed
+    """
+    folder = Path(folder)
+    part = folder / "unfinished"                                                # one name: a killed writer's is found
+    with _Writing(folder):
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        try:
+            write(part)
+            names = sorted((p.name for p in part.iterdir()), key=lambda name: name == last)
+            for name in names:
+                _sync(part / name)
+            (folder / last).unlink(missing_ok=True)
+            for name in names:
+                if name == last:
+                    _sync(folder)
+                os.replace(part / name, folder / name)
+            _sync(folder)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+
+
+class _Writing:
+    """With-block of a write: what the system refuses becomes an OSError that names `path`, whichever library says it.
+
+    Rust's (safetensors, tokenizers) have exceptions of their own, the last a bare Exception.
+    """
+
+    def __init__(self, path):
+        self.path = path
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        refused = _refused(error)
+        if refused:
+            raise OSError(refused.errno, refused.strerror or str(refused), str(self.path)) from None
+
+
+def _refused(error):
+    """The OSError that an error is, or tells of in Rust's words "(os error N)"; None for others."""
+    code = re.search(r"\(os error (\d+)\)", str(error)) if type(error) in (SafetensorError, Exception) else None
+    if code:
+        return OSError(int(code[1]), os.strerror(int(code[1])))
+    return error if isinstance(error, OSError) else None
 
 
 def _sync(path):
@@ -345,7 +392,7 @@ def write_tensors(path, tensors, **header):
     """
     tensors = {k: v.detach().contiguous() for k, v in tensors.items()}
     header = dict(header, sha256=_checksum(tensors, header))
-    _replace(Path(path), lambda part: save_file(tensors, part, metadata=header))
+    replace_file(path, lambda part: save_file(tensors, part, metadata=header))
 
 
 def read_tensors(path):
@@ -660,7 +707,7 @@ def read_log(path):
 
 def _line(error):
     """What to print of an error that has a remedy, in one line; "" for a bug, which keeps its traceback."""
-    text = " ".join(str(error).split())
+    text, error = " ".join(str(error).split()), _refused(error) or error
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
         asked = re.search(r"(?:tried to allocate|Tried to allocate) ([\d.]+ \w+)", text)
         return (f"out of memory{f' ({asked[1]} more were wanted)' if asked else ''}; what is on the disk is whole; "
@@ -721,7 +768,8 @@ def run_command(main, name, resumes=False):
     except KeyboardInterrupt:
         print(f"{name}: interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
         raise SystemExit(130) from None
-    except (UserError, OSError, ValueError, ArithmeticError, MemoryError, RuntimeError) as error:
+    except (UserError, OSError, ValueError, ArithmeticError, MemoryError, RuntimeError,
+            SafetensorError) as error:
         text = _line(error)
         if _is_peers(error):
             text = "another process was lost; the same command resumes from the last checkpoint"

@@ -15,16 +15,17 @@ from pathlib import Path
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 
 PIXELS = 80_000_000                   # of a photo or map, 1.5 GB while it is read; --max-pixels
 JSON_BYTES = 1 << 27                  # a tokenizer of 260,000 words has 33 MB
 SIZE, LAYERS = 1 << 24, 256           # largest number in a network's config; largest number of layers
 # what a file makes its reader raise: OSError (cut off), SyntaxError (PNG structure), the others (absurd fields)
-BROKEN = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, MemoryError, ArithmeticError,
+BROKEN = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, ArithmeticError,
           AttributeError, AssertionError, NotImplementedError, RecursionError, struct.error, zlib.error,
           tokenize.TokenError, tarfile.TarError, SafetensorError, StrictDataclassError,
           Image.DecompressionBombError)
+# what tensors are made of; torch has narrower floats that it can neither copy nor convert
+DTYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"}
 # what a config leaves to chance in transformers: code of others, kernels of others, other files
 OPEN = ("auto_map", "attn_implementation", "_attn_implementation", "_attn_implementation_internal",
         "experts_implementation", "_experts_implementation", "transformers_weights", "fusion_config", "kernel_config")
@@ -102,8 +103,8 @@ def read_tensors(path):
     """All tensors of a safetensors file: dict name -> tensor. raises FileNotFoundError, Refused."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"got no {Path(path).name} in {str(Path(path).parent)!r}; want safetensors")
-    with Refusing(path, "a safetensors file that cannot be read", "a whole one"):
-        return load_file(path)
+    with Tensors(path) as f:
+        return {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
 
 
 class Tensors:
@@ -113,6 +114,10 @@ class Tensors:
         self.refusing = Refusing(path, "a safetensors file that cannot be read", "a whole one")
         with self.refusing:
             self.file = safe_open(path, "pt")
+            for name in self.file.keys():  # noqa: SIM118
+                dtype = self.file.get_slice(name).get_dtype()
+                if dtype not in DTYPES:
+                    refuse(path, f"{name[:80]!r} of {dtype}", "floats of 16 to 64 bits, integers or bool", "convert it")
 
     def __enter__(self):
         return self.file

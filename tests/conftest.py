@@ -1,5 +1,7 @@
-"""Shared switches: Triton's interpreter where there is no GPU, one thread, NaN-filled memory."""
+"""Shared switches: Triton's interpreter where there is no GPU, one thread, NaN-filled memory, small files."""
+import contextlib
 import os
+import resource
 import sys
 from pathlib import Path
 
@@ -14,6 +16,20 @@ if not torch.cuda.is_available():
 
 torch.set_num_threads(1)
 torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def small_files():
+    """Context in which a file may have so many bytes: what a full disk does, with another errno."""
+    @contextlib.contextmanager
+    def limited(most):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    return limited
 
 
 @pytest.fixture

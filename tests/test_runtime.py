@@ -1,10 +1,12 @@
 """runtime.py: stateless randomness, checkpoints and their refusals, logs, optimizers, the command wrapper."""
 import json
+import locale
 import math
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 import runtime
@@ -280,6 +282,30 @@ def test_a_failed_write_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         run.save(3)
     assert (tmp_path / CHECKPOINT).read_bytes() == old
+
+
+def test_a_full_disk_is_one_line_whoever_writes(tmp_path, small_files, capsys):
+    def fails(write):
+        with small_files(1000), pytest.raises(SystemExit, match="2"):
+            runtime.run_command(write, "x.py")
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and "File too large" in said and "make room" in said
+        return said
+    weights = dict(a=torch.zeros(1000))
+    fails(lambda: save_file(weights, tmp_path / "a"))                           # the net: a writer that names no file
+    assert str(tmp_path / "b") in fails(lambda: runtime.write_tensors(tmp_path / "b", weights))
+    assert str(tmp_path / "c") in fails(lambda: runtime.write_json(tmp_path / "c", list(range(1000))))
+    assert not list(tmp_path.glob("[bc]*"))
+
+
+def test_text_is_utf8_in_any_locale(tmp_path):
+    before = locale.setlocale(locale.LC_CTYPE)
+    locale.setlocale(locale.LC_CTYPE, "C")                                      # it has ASCII
+    try:
+        runtime.write_text(tmp_path / "a", "\u00e9")
+    finally:
+        locale.setlocale(locale.LC_CTYPE, before)
+    assert (tmp_path / "a").read_bytes() == "\u00e9".encode()
 
 
 # updates ----------------------------------------------------------------------------------------------------------

@@ -249,6 +249,20 @@ def test_a_safetensors_file_with_absurd_lengths_or_offsets_is_refused(tmp_path, 
     refused(lambda: untrusted.read_tensors(tmp_path / "a.safetensors"), str(tmp_path / "a.safetensors"))
 
 
+@pytest.mark.parametrize("dtype, bits", [("F4", 4), ("F8_E4M3", 8), ("F8_E8M0", 8), ("F6_E2M3", 6), ("C64", 64)])
+def test_a_dtype_that_torch_cannot_convert_is_refused(tmp_path, dtype, bits):
+    head = json.dumps(dict(a=dict(dtype=dtype, shape=[8], data_offsets=[0, bits]))).encode()
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(struct.pack("<Q", len(head)) + head + bytes(bits))
+    refused(lambda: untrusted.read_tensors(path), f"{path}: got ")
+    refused(lambda: untrusted.Tensors(path), f"{path}: got ")
+
+
+def test_no_memory_is_not_taken_for_damage():
+    with pytest.raises(MemoryError), untrusted.Refusing("a.png", "a damaged image", "a whole one"):
+        raise MemoryError
+
+
 @pytest.mark.parametrize("content", [b"[" * 10**6, b'{"a":' * 10**6, b"1" * 10**6, b'"\xff"', b"{}  x", b"", b"[1]"])
 def test_a_json_that_is_deep_or_no_json_is_refused(tmp_path, content):
     (tmp_path / "config.json").write_bytes(content)
