@@ -103,7 +103,7 @@ def run_row(job):
     args, row, seed, steps = job
     cfg = row_config(args, row, seed)
     cfg = replace(cfg, steps=steps, eval_every=max(1, steps // args.points))
-    path, key = Path(cfg.out) / "figures.json", json.loads(json.dumps(dict(settings=asdict(cfg), split=args.split)))
+    path, key = Path(cfg.out) / "figures.json", dict(settings=asdict(cfg), split=args.split)
     if path.is_file():
         figures = read_json(path)
         if figures["key"] != key:
