@@ -10,6 +10,7 @@ SECONDS, or asks for more than MEMORY beyond what the process had. A failure pri
 import argparse
 import contextlib
 import dataclasses
+import importlib.util
 import io
 import json
 import math
@@ -481,6 +482,7 @@ def read_judge(folder, path):
     return [lambda: judge.Closed(place), answers]
 
 
+H5PY = importlib.util.find_spec("h5py") is not None                              # `prepare.py hypersim` alone needs it
 READERS = {
     "pictures": Reader(6, make_pictures, read_pictures),
     "scenes": Reader(1, scene, lambda folder, path: [lambda: data.read_scene(folder, "room.0", 16)]),
@@ -489,7 +491,7 @@ READERS = {
     "tar": Reader(3, make_tar, read_tar),
     "benchmarks": Reader(0.5, make_benchmarks, read_benchmark),
     "lists": Reader(2, make_lists, read_lists),
-    "hypersim": Reader(0.3, make_hypersim, lambda folder, path: [lambda: prepare.read_hdf5(path)]),
+    **({"hypersim": Reader(0.3, make_hypersim, lambda folder, path: [lambda: prepare.read_hdf5(path)])} if H5PY else {}),
     "bank": Reader(1.5, make_bank, read_bank),
     "adapter": Reader(2, make_adapter, lambda folder, path: [lambda: lora.load_adapter(linears(), folder)]),
     "predictor": Reader(1, lambda folder: DiT(DiTConfig(16, 8, 16, 1, 1, 2)).save(folder),
@@ -600,6 +602,8 @@ def run(n, seed=0, only="", report=print):
 
 
 if __name__ == "__main__":
+    if not H5PY:
+        print("hypersim    left out: h5py is not installed")
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--n", type=int, default=20000, help="inputs [20000]")
     p.add_argument("--seed", type=int, default=0, help="[0]")
