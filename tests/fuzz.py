@@ -491,7 +491,8 @@ READERS = {
     "tar": Reader(3, make_tar, read_tar),
     "benchmarks": Reader(0.5, make_benchmarks, read_benchmark),
     "lists": Reader(2, make_lists, read_lists),
-    **({"hypersim": Reader(0.3, make_hypersim, lambda folder, path: [lambda: prepare.read_hdf5(path)])} if H5PY else {}),
+    **({"hypersim": Reader(0.3, make_hypersim, lambda folder, path: [lambda: prepare.read_hdf5(path)])}
+       if H5PY else {}),
     "bank": Reader(1.5, make_bank, read_bank),
     "adapter": Reader(2, make_adapter, lambda folder, path: [lambda: lora.load_adapter(linears(), folder)]),
     "predictor": Reader(1, lambda folder: DiT(DiTConfig(16, 8, 16, 1, 1, 2)).save(folder),
