@@ -50,7 +50,7 @@ SHOWN = ("depth/abs_rel", "albedo/whdr10", "irradiance/si_mse", "normal/angle")
 T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 
-def rows_of(preset):
+def rows_of():
     """Flags of every row on top of a preset: dict name -> dict."""
     rows, flags = {}, {}
     for name, more in STEPS:
@@ -62,12 +62,11 @@ def rows_of(preset):
 def row_config(args, row, seed):
     """train.Config of one run."""
     shared = Path(args.out) / f"seed{seed}"
-    cfg = replace(Config(), **{**PRESETS[args.preset], **args.flags})
-    cfg = replace(cfg, stage="grpo", seed=seed, threads=args.threads, device=args.device, policy=str(shared / "base"),
-                  judge=str(shared / "judge"), bank=str(shared / "bank"), val_images=args.val_images, band=0, forget=0,
-                  out=str(Path(args.out) / f"seed{seed}" / row.replace(" ", "-").replace(",", "")))
-    cfg = replace(cfg, **rows_of(args.preset)[row])
-    return replace(cfg, **({"lr": args.paper_lr} if row in dict(STEPS) else {}))
+    run = dict(stage="grpo", seed=seed, threads=args.threads, device=args.device, policy=str(shared / "base"),
+               judge=str(shared / "judge"), bank=str(shared / "bank"), val_images=args.val_images, band=0, forget=0,
+               out=str(shared / row.replace(" ", "-").replace(",", "")))
+    lr = dict(lr=args.paper_lr) if row in dict(STEPS) else {}
+    return replace(Config(), **{**PRESETS[args.preset], **args.flags, **run, **rows_of()[row], **lr})
 
 
 def flops_per_step(cfg, device, steps=8):
@@ -201,7 +200,7 @@ def arguments(argv):
     """Parse the command line."""
     p = Parser(prog="ablate.py", allow_abbrev=False, description=__doc__.splitlines()[0])
     p.add_argument("--preset", choices=[k for k in PRESETS if k != "paper"], default="mini", help="settings [mini]")
-    names = list(rows_of("mini"))
+    names = list(rows_of())
     p.add_argument("--rows", nargs="+", choices=names, default=names, metavar="ROW", help=f"of: {', '.join(names)}")
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="each has its own base and judge [0 1 2]")
     p.add_argument("--split", choices=("test", "val"), default="test",
@@ -209,7 +208,7 @@ def arguments(argv):
     p.add_argument("--steps", type=int, default=0, help="steps of `all`; they set the budget; 0: the preset's [0]")
     p.add_argument("--points", type=int, default=5, help="evaluations along each curve [5]")
     p.add_argument("--val-images", type=int, default=48, help="validation scenes of the curves [48]")
-    p.add_argument("--paper-lr", type=float, default=1e-4, help="learning rate of paper to +blocks [1e-4]")
+    p.add_argument("--paper-lr", type=float, default=1e-4, help="learning rate of paper to +jitter [1e-4]")
     p.add_argument("--out", default="out/ablate", help="folder of everything [out/ablate]")
     p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="[auto]")
     p.add_argument("--threads", type=int, default=1, help="CPU threads of a run [1]")
@@ -233,8 +232,7 @@ def main(argv=None):
     jobs = []
     for seed in args.seeds:
         flops = prepare(args, seed)
-        own = row_config(args, "all", seed)
-        budget = (args.steps or own.steps) * flops["all"]
+        budget = (args.steps or row_config(args, "all", seed).steps) * flops["all"]
         jobs += [(args, row, seed, max(1, round(budget / flops[row]))) for row in args.rows]
     if args.jobs == 1:
         done = [run_row(job) for job in jobs]

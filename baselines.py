@@ -14,7 +14,7 @@ from predictor import NAMES
 def ranking(policy, ref, rows, cfg, rng):
     """Ranking loss of the judge's answers through a one-step prediction.
 
-    rows     train.Rows;  returns a scalar with gradient, dict of what the log shows
+    rows     grpo_step.Rows;  returns a scalar with gradient, dict of what the log shows
     """
     n, B = len(rows.index), len(rows.rgb)
     cond, grid = rows.encode(policy), policy.times(cfg.sample_steps)
@@ -44,8 +44,8 @@ def supervised(policy, truth, rows, rng):
 
 
 def loss(policy, ref, truth, rows, cfg, rng, backward):
-    """One step of --method ranking or supervised: gathers the gradient; returns the loss and two dicts for the log."""
+    """One step of --method ranking or supervised: gathers the gradient; returns the loss, what the log shows of it."""
     value, stats = ranking(policy, ref, rows, cfg, rng) if cfg.method == "ranking" else supervised(
         policy, truth, rows, rng)
     backward(value)
-    return value.detach(), {}, stats
+    return value.detach(), stats

@@ -103,7 +103,9 @@ def explore(policy, rows, cfg, step, rng, check=lambda what, x: None):
         if cfg.mine:
             agree, weight, pts = rewards.mine(agree, weight, pts, cfg.pairs)
         pts = pts * size[1] // rows.rgb.shape[-1]                               # photo pixels -> pixels of the state
-        credit[m] = [rewards.advantage(agree, weight, pts, size, one.s, cfg) for one in taken]
+        levels = [one.s if cfg.credit_growth else 0.0 for one in taken]         # one splat serves steps of one width
+        of = {level: rewards.advantage(agree, weight, pts, size, level, cfg) for level in dict.fromkeys(levels)}
+        credit[m] = [of[level] for level in levels]
     for name, share, between, agree in rewards.consistency(pred, rows.rgb, cfg):
         extra = share * rewards.map_advantage(agree, size, cfg)
         credit |= {m: [adv + extra for adv in credit[m]] for m in between}

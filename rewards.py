@@ -32,15 +32,18 @@ def softness(cfg, modality):
     return values[list(MODALITIES).index(modality) % len(values)]
 
 
+def shares(weight):
+    """Weights (B, P) >= 0 scaled to rows that sum to 1; a row of zeros stays."""
+    return weight / weight.sum(1, keepdim=True).clamp_min(1e-6)
+
+
 def pair_weights(prob, modality, cfg):
     """Share of each pair in the reward: prob (B, P) of the first answer -> (B, P), rows sum to 1 (or are all 0)."""
     weight = torch.full_like(prob, 1 / prob.shape[1])
     if cfg.balance and modality == "albedo":                                    # both answers carry half of the reward
-        weight = 0.5 * (prob / prob.sum(1, keepdim=True).clamp_min(1e-6)
-                        + (1 - prob) / (1 - prob).sum(1, keepdim=True).clamp_min(1e-6))
+        weight = 0.5 * (shares(prob) + shares(1 - prob))
     if cfg.reward == "confidence":
-        weight = weight * (2 * prob - 1).abs()
-        weight = weight / weight.sum(1, keepdim=True).clamp_min(1e-6)
+        weight = shares(weight * (2 * prob - 1).abs())
     return weight
 
 
@@ -62,9 +65,7 @@ def mine(agree, weight, pts, n):
     agree (B, G, P), weight (B, P), pts (B, P, 2, 2) -> the same three with n pairs
     """
     best = (agree.var(1, correction=0) * weight).topk(n, dim=1).indices         # (B, n)
-    weight = weight.gather(1, best)
-    return (agree.gather(2, best[:, None].expand(-1, agree.shape[1], -1)),
-            weight / weight.sum(1, keepdim=True).clamp_min(1e-6),
+    return (agree.gather(2, best[:, None].expand(-1, agree.shape[1], -1)), shares(weight.gather(1, best)),
             pts.gather(1, best[..., None, None].expand(-1, -1, 2, 2)))
 
 
@@ -80,6 +81,18 @@ def scaled(credit, norm):
     return torch.where(scale > 0, credit / scale.clamp_min(1e-12), 0.0)
 
 
+def local_advantage(credit, cfg):
+    """Centred credit per pixel (B, G, h, w) as an advantage: mixed with its mean over the map if asked for, scaled."""
+    if cfg.credit == "mix":
+        credit = credit.lerp(credit.mean((2, 3), keepdim=True), cfg.credit_mix)
+    return scaled(credit, cfg.norm)
+
+
+def global_advantage(reward, cfg):
+    """Rewards (B, G) as an advantage: centred in each group, scaled over all ranks where --norm asks for it."""
+    return scaled(grpo.group_advantage(reward, "none"), cfg.norm)
+
+
 def advantage(agree, weight, pts, size, level, cfg):
     """Advantage of a trained step.
 
@@ -88,11 +101,8 @@ def advantage(agree, weight, pts, size, level, cfg):
     returns  (B, G) for --credit global, else (B, G, h, w)
     """
     if cfg.credit == "global":
-        return scaled(grpo.group_advantage((agree * weight[:, None]).sum(-1), "none"), cfg.norm)
-    credit = pair_credit(agree, weight, pts, size, cfg.credit_width + cfg.credit_growth * level)
-    if cfg.credit == "mix":
-        credit = credit.lerp(credit.mean((2, 3), keepdim=True), cfg.credit_mix)
-    return scaled(credit, cfg.norm)
+        return global_advantage((agree * weight[:, None]).sum(-1), cfg)
+    return local_advantage(pair_credit(agree, weight, pts, size, cfg.credit_width + cfg.credit_growth * level), cfg)
 
 
 def depth_normals(depth):
@@ -149,8 +159,5 @@ def consistency(pred, rgb, cfg):
 def map_advantage(agree, size, cfg):
     """Advantage of a consistency reward, credited like the judge's: agree (B, G, H, W) -> (B, G) or (B, G, h, w)."""
     if cfg.credit == "global":
-        return scaled(grpo.group_advantage(agree.mean((2, 3)), "none"), cfg.norm)
-    credit = F.adaptive_avg_pool2d(agree - agree.mean(1, keepdim=True), size)
-    if cfg.credit == "mix":
-        credit = credit.lerp(credit.mean((2, 3), keepdim=True), cfg.credit_mix)
-    return scaled(credit, cfg.norm)
+        return global_advantage(agree.mean((2, 3)), cfg)
+    return local_advantage(F.adaptive_avg_pool2d(agree - agree.mean(1, keepdim=True), size), cfg)

@@ -187,7 +187,7 @@ def judged_photos(cfg, device, shared=True):
     returns  photos (n, 3, S, S) uint8, pts (n, P, 2, 2), prob (n, P, M) from the judgement bank, names (n)
     """
     if cfg.judge == questions.ORACLE:
-        scenes = data.ScenePool("wild", "train", cfg.photos, cfg.size).all()
+        scenes = data.scene_pool("wild", "train", cfg.photos, cfg.size).all()
         pts, prob = questions.oracle_answers(scenes, cfg.bank_pairs, runtime.generator(cfg.seed, SEEDS["oracle"]))
         return (scenes["rgb"] * 255).round().byte(), pts, prob, [f"wild {i}" for i in range(len(pts))]
     if cfg.images:
@@ -274,8 +274,8 @@ def tune(cfg, device):
               dict(policy=learnt, average=averaged), opts, cfg.save_every, cfg.keep)
     takes_part = runtime.rank() == 0 or bool(cfg.fsdp)                          # in evaluating and writing the average
     sde = grpo.STEPS[policy.exploration if cfg.exploration == "auto" else cfg.exploration]
-    rows = evaluated(run) if run.start else []                                  # of a run that has stopped early
-    drifted = evaluation.drift(rows[-1], rows[0], cfg.band, cfg.forget) if rows else ""
+    seen = [row for row in evaluated(run) if row["step"] < run.start]           # alike on every rank: it may be a run
+    drifted = evaluation.drift(seen[-1], seen[0], cfg.band, cfg.forget) if seen else ""     # that has stopped early
     inside, left = [p.detach().clone() for p in averaged.parameters()], float(bool(drifted))
     if run.start < run.steps and not drifted:
         photos, bank_pts, bank_prob, names = judged_photos(cfg, device)
@@ -285,6 +285,7 @@ def tune(cfg, device):
         rng, began = run.rng(step, SEEDS["grpo"]), time.perf_counter()
         rows = Rows(cfg, policy.modalities, photos, bank_pts, bank_prob, cfg.batch, rng, device)
         run.where = [names[i] for i in rows.picked]
+        stats = {}
         if cfg.method == "grpo":
             taken, advantage, stats = explore(policy, rows, cfg, sde, rng, run.check)
         for update in range(cfg.updates):
@@ -293,7 +294,7 @@ def tune(cfg, device):
                 if update == 0 and not parts["policy/ratio_min"] == parts["policy/ratio_max"] == 1:
                     run.fail("the ratio is not 1 before the first update: rollout and update computed other velocities")
             else:
-                loss, parts, stats = baselines.loss(policy, ref, truth, rows, cfg, rng, run.backward)
+                loss, parts = baselines.loss(policy, ref, truth, rows, cfg, rng, run.backward)
             if cfg.replay:
                 with rows.amp:
                     scenes, _ = drawn(replay, cfg.batch, rng, device)

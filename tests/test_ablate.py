@@ -39,7 +39,7 @@ def result(folder):
 # rows -------------------------------------------------------------------------------------------------------------
 
 def test_every_row_adds_its_own_flags_to_the_row_above_and_the_first_is_the_papers_estimator():
-    rows = ablate.rows_of("mini")
+    rows = ablate.rows_of()
     assert list(rows)[:9] == ["paper", "+branch", "+pair", "+soft", "+joint", "+blocks", "+brier", "+jitter", "all"]
     for (above, _), (name, more) in zip(ablate.STEPS, ablate.STEPS[1:], strict=False):
         assert rows[name] == {**rows[above], **more} and more.items() - rows[above].items()
@@ -49,7 +49,7 @@ def test_every_row_adds_its_own_flags_to_the_row_above_and_the_first_is_the_pape
 
 def test_rows_share_base_judge_and_bank_and_have_their_own_folder():
     args = ablate.arguments(["--out", "o"])
-    configs = {row: ablate.row_config(args, row, 3) for row in ablate.rows_of("mini")}
+    configs = {row: ablate.row_config(args, row, 3) for row in ablate.rows_of()}
     assert {(c.policy, c.bank, c.seed) for c in configs.values()} == {("o/seed3/base", "o/seed3/bank", 3)}
     assert len({c.out for c in configs.values()}) == len(configs)
     assert {row for row, c in configs.items() if c.judge == "oracle"} == {"all, oracle judge"}
