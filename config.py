@@ -23,6 +23,7 @@ class Config:
     device: str = "auto"             # auto, cpu or cuda
     threads: int = 0                 # CPU threads; 0: as torch chooses
     precision: str = "auto"          # of the networks in training: bf16 where the hardware has it (auto), bf16 or fp32
+    compile: int = 0                 # 1: torch.compile the predictor in base and GRPO; GRPO keeps a 16-bit copy to act
     kernels: str = "auto"            # auto (Triton on a GPU, torch elsewhere) or torch
     save_every: int = 100            # steps between checkpoints
     keep: int = 2                    # newest checkpoints of a stage that stay on the disk
@@ -150,7 +151,7 @@ CHOICES = {
 }
 
 
-SWITCHES = ("deterministic", "detect_anomaly", "fsdp")                          # --NAME alone is --NAME 1
+SWITCHES = ("compile", "deterministic", "detect_anomaly", "fsdp")                         # --NAME alone is --NAME 1
 MAY_BE_ZERO = ("seed", "threads", "stop_at", "base_muon", "judge_muon", "judge_warm", "judge_decay", "judge_dropout",
                "judge_warmup", "tail", "credit_mix", "credit_growth", "window", "mine", "depth_normal", "shading",
                "balance", "lora", "checkpointing", "micro", "kl_weight", "replay", "ema", "base_ema", "eval_every",
@@ -227,6 +228,8 @@ def problem(cfg, preset="mini"):
                 "use --preset mini to run without any")
     if cfg.fsdp and cfg.stage not in ("grpo", "all"):
         return f"--fsdp 1 with --stage {cfg.stage}: it spreads the policy of --stage grpo"
+    if cfg.fsdp and cfg.compile:
+        return "--fsdp 1 with --compile 1: weights that are spread are gathered layer by layer, which is not compiled"
     for f in dataclasses.fields(cfg):
         value = getattr(cfg, f.name)
         if f.type in (int, float) and not value > 0 and f.name not in MAY_BE_ZERO:

@@ -174,6 +174,15 @@ class Step:
         return replace(self, block=self.block[part.to(self.block.device)], **cut)
 
 
+def acted(taken, v, step, noise):
+    """The recorded step with v as the velocity, and its mean as the mean, of the policy that acted.
+
+    For a rollout by a network that rounds otherwise than the one in training: the draws stay, the ratio is exactly 1.
+    """
+    A, B, std = coefficients(step, taken.t, taken.s, noise)
+    return replace(taken, v=v, mean=sde_step(taken.x, v, taken.x[:, None], A, B, std)[1])
+
+
 def block_means(z, block):
     """Means over squares of `block` pixels, smaller at the border: (..., h, w) -> (..., ceil(h / k), ceil(w / k))."""
     flat = F.avg_pool2d(z.flatten(0, -3)[:, None], block, ceil_mode=True)[:, 0]

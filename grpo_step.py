@@ -33,7 +33,12 @@ class Rows:
             near = runtime.share(torch.randint(cfg.jitter, (batch, *self.pts.shape[1:]), generator=rng))
             last = torch.tensor(self.rgb.shape[-2:], device=device) - 1
             self.pts = (self.pts + near.to(device) - cfg.jitter // 2).clamp_min(0).minimum(last)
-        self.amp, self.micro = runtime.autocast(cfg.precision, device, not cfg.checkpointing), cfg.micro
+        self.cfg, self.micro = cfg, cfg.micro
+
+    @property
+    def amp(self):
+        """A fresh context for forward passes of the networks."""
+        return runtime.autocast(self.cfg.precision, self.rgb.device, not self.cfg.checkpointing)
 
     def normal(self, shape, rng):
         """Standard normal numbers (K, N, ...) for N states, k a row, as their places in the whole batch have them."""
@@ -86,10 +91,11 @@ def explore(policy, rows, cfg, step, rng, check=lambda what, x: None):
     cond, B, starts = rows.encode(policy), len(rows.rgb), 1 if cfg.init_noise == "shared" else cfg.group
     noise = rows.normal((starts, len(rows.index), *policy.shape(rows.rgb)), rng).to(rows.rgb.device)
     noise = noise[0] if starts == 1 else noise.transpose(0, 1)                  # (M*B, c, h, w) or (M*B, G, c, h, w)
-    x0, taken = grpo.rollout(lambda x, t: rows.all_velocities(policy, cond, x, t),
-                             policy.start(noise, cfg.sample_steps), policy.times(cfg.sample_steps), cfg.group,
-                             STOCHASTIC[cfg.rollout](cfg), step, cfg.noise, rng, cfg.tail,
-                             noise_blocks(cfg, rows.names, B, rng), lambda shape: rows.normal(shape, rng))
+    with rows.amp:                                                              # the weights are cast once, not T times
+        x0, taken = grpo.rollout(lambda x, t: rows.all_velocities(policy, cond, x, t),
+                                 policy.start(noise, cfg.sample_steps), policy.times(cfg.sample_steps), cfg.group,
+                                 STOCHASTIC[cfg.rollout](cfg), step, cfg.noise, rng, cfg.tail,
+                                 noise_blocks(cfg, rows.names, B, rng), lambda shape: rows.normal(shape, rng))
     size, pred, credit, stats = x0.shape[-2:], {}, {}, {}                       # x0 (M*B, G, c, h, w)
     for m, part in zip(rows.names, x0.split(B), strict=True):
         with rows.amp:                                                          # only the drawn modality is decoded
@@ -114,11 +120,14 @@ def explore(policy, rows, cfg, step, rng, check=lambda what, x: None):
     return taken, advantage, stats | {"reward": mean([stats[f"reward/{m}"] for m in rows.names])}
 
 
-def surrogate(policy, ref, rows, taken, advantage, cfg, step, backward):
+def surrogate(policy, ref, rows, taken, advantage, cfg, step, backward, anchor=False):
     """Loss of the trained steps (mean); its gradient is gathered portion by portion, so one portion is in memory.
 
     taken, advantage  of `explore`
-    backward  called with each portion's share of the loss;  returns  the loss, and what the log shows of it
+    backward  called with each portion's share of the loss
+    anchor    True: the policy as it is now counts as the one that acted, which rounds otherwise (--compile); `taken` is
+              changed, and `policy/gap` is the distance of the two velocities, relative to their length
+    returns   the loss, and what the log shows of it
     """
     cond, loss, parts = rows.encode(policy), 0.0, []
     leaf = cond.detach().requires_grad_(cond.requires_grad)                     # the photo encoder is walked back once
@@ -131,8 +140,13 @@ def surrogate(policy, ref, rows, taken, advantage, cfg, step, backward):
             v = rows.velocity(policy, leaf, one.x[part], one.t, part, n)
             with torch.no_grad():
                 v_ref = rows.velocity(ref, cond_ref, one.x[part], one.t, part, n)
-            term, stats = grpo.step_loss(v, v_ref, one.rows(part), step, cfg.noise, credit[part], cfg.clip,
-                                         cfg.kl_weight)
+            mine = one.rows(part)
+            if anchor:
+                gap = (v.detach() - mine.v).norm() / mine.v.norm().clamp_min(1e-12)
+                mine = grpo.acted(mine, v.detach(), step, cfg.noise)
+                one.v[part], one.mean[part] = mine.v, mine.mean
+            term, stats = grpo.step_loss(v, v_ref, mine, step, cfg.noise, credit[part], cfg.clip, cfg.kl_weight)
+            stats |= dict(gap=gap) if anchor else {}
             share = term * (len(part) / n / len(taken))
             backward(share)
             loss = loss + share.detach()
@@ -140,7 +154,7 @@ def surrogate(policy, ref, rows, taken, advantage, cfg, step, backward):
     if cond.requires_grad:
         cond.backward(leaf.grad)
     return loss, {f"policy/{k}": f([p[k] for p in parts]) for k, f in
-                  dict(ratio_min=min, ratio_max=max, clip_frac=mean, kl=mean).items()}
+                  dict(ratio_min=min, ratio_max=max, clip_frac=mean, kl=mean, gap=max).items() if k in parts[0]}
 
 
 def mean(values):

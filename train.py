@@ -32,7 +32,7 @@ from config import Config, parse
 from grpo_step import Rows, explore, mean, surrogate
 from judge import Closed, add_lora, load_judge
 from mini_judge import MiniJudge, Probe, build_mini, judge_loss
-from predictor import NAMES, DiT, DiTConfig, flow_loss, load_predictor
+from predictor import NAMES, DiT, DiTConfig, compile_velocity, flow_loss, load_predictor
 from relations import MODALITIES
 from runtime import Run, UserError, cosine, ema_update, optimizers
 
@@ -40,6 +40,7 @@ FIELDS = [f.name for f in fields(Config)]
 GRPO_SETTINGS = {"size", "images", "policy", "judge", *FIELDS[FIELDS.index("method"):FIELDS.index("ema") + 1]} - {
     "checkpointing", "micro"}                                                   # every flag but what changes no result
 DIT_SETTINGS = ("size", "width", "encoder_layers", "layers", "heads", "patch")
+GAP = 0.1                         # largest distance of the velocities of two compilations in bf16, relative
 SEEDS = dict(base=1, judge=2, grpo=3, photos=4, lora=5, oracle=6)      # streams of random numbers, one per purpose
 
 
@@ -67,6 +68,8 @@ def base(cfg, device):
     policy = DiT(DiTConfig(cfg.size, cfg.patch, cfg.width, cfg.encoder_layers, cfg.layers, cfg.heads),
                  seed=cfg.seed).to(device)
     average = copy.deepcopy(policy).requires_grad_(False)
+    if cfg.compile:
+        compile_velocity(policy)
     params = list(policy.parameters())
     opts = optimizers([policy], cfg.base_lr, cfg.base_muon, weight_decay=0.01)
     shares(cfg.base_batch, "base-batch")
@@ -226,6 +229,25 @@ def start_policy(cfg, start, device):
     return policy
 
 
+def companions(policy, cfg, device):
+    """Copies of the policy: the frozen start, its average, and the one that draws the rollouts (itself, or compiled).
+
+    The first and the last keep in 16 bits what is multiplied in 16 bits, unless adapters share it with the policy.
+    """
+    ref, average = (runtime.frozen_copy(policy) for _ in range(2))
+    lora.disable(ref)
+    actor = runtime.frozen_copy(policy) if cfg.compile else policy
+    if not cfg.lora and not cfg.fsdp and runtime.in_bf16(cfg.precision, device):
+        for net in {ref, actor} - {policy}:
+            runtime.halve(net.network)
+    for net in (policy, ref, actor) if cfg.compile else ():
+        compile_velocity(net)
+    for net in (policy, ref, average) if cfg.fsdp else ():
+        runtime.shard(net.network, device, ("encode", "velocity") if net.network is net else ())
+        net.to(device)
+    return ref, average, actor
+
+
 def keep(policy, cfg, start, folder, **about):
     """Write a policy (rank 0). Where its weights are spread over the ranks, all call."""
     state = {k: runtime.whole(v) for k, v in policy.network.state_dict().items()} if cfg.fsdp else {}
@@ -260,13 +282,9 @@ def tune(cfg, device):
     """GRPO against the frozen judge, without ground truth; writes OUT/grpo, or OUT/photos for --images."""
     start = cfg.policy or Path(cfg.out) / "base"
     policy = start_policy(cfg, start, "cpu" if cfg.fsdp else device)
-    ref, average = (runtime.frozen_copy(policy) for _ in range(2))
-    lora.disable(ref)
-    for net in (policy, ref, average) if cfg.fsdp else ():
-        runtime.shard(net.network, device, ("encode", "velocity") if net.network is net else ())
-        net.to(device)
+    ref, average, actor = companions(policy, cfg, device)
     learnt, averaged = runtime.trained(policy), runtime.trained(average, like=policy)
-    params = list(learnt.parameters())
+    acting, params = runtime.trained(actor, like=policy), list(learnt.parameters())
     opts = optimizers([policy], cfg.lr, 0, weight_decay=0.0, betas=(0.9, 0.95))
     shares(cfg.batch, "batch")
     frozen = dict(policy_weights=runtime.weights_digest(start), judge_weights=judge_digest(cfg))
@@ -287,11 +305,15 @@ def tune(cfg, device):
         run.where = [names[i] for i in rows.picked]
         stats = {}
         if cfg.method == "grpo":
-            taken, advantage, stats = explore(policy, rows, cfg, sde, rng, run.check)
+            if cfg.compile:
+                runtime.follow(acting.parameters(), params)
+            taken, advantage, stats = explore(actor, rows, cfg, sde, rng, run.check)
         for update in range(cfg.updates):
             if cfg.method == "grpo":
-                loss, parts = surrogate(policy, ref, rows, taken, advantage, cfg, sde, run.backward)
-                if update == 0 and not parts["policy/ratio_min"] == parts["policy/ratio_max"] == 1:
+                loss, parts = surrogate(policy, ref, rows, taken, advantage, cfg, sde, run.backward,
+                                        anchor=cfg.compile and update == 0)
+                if update == 0 and not (parts["policy/ratio_min"] == parts["policy/ratio_max"] == 1
+                                        and parts.get("policy/gap", 0) < GAP):
                     run.fail("the ratio is not 1 before the first update: rollout and update computed other velocities")
             else:
                 loss, parts = baselines.loss(policy, ref, truth, rows, cfg, rng, run.backward)

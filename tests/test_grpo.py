@@ -630,6 +630,23 @@ def test_before_the_first_update_every_ratio_is_exactly_one(mode, name, R, credi
         assert (stats["ratio_min"], stats["ratio_max"], stats["clip_frac"], stats["kl"]) == (1.0, 1.0, 0.0, 0.0)
 
 
+@every_step
+@pytest.mark.parametrize("block", [1, 2])
+def test_a_policy_that_rounds_otherwise_can_be_taken_for_the_one_that_acted(name, block):
+    """Ratio exactly 1; the gradient is that of the draws under its own mean; the draws themselves stay."""
+    net = Net()
+    (_, steps), _, cond = roll(net, "branch", name, 2, block=block)
+    taken = steps[0]
+    v = net(taken.x, taken.t, cond) * 1.01
+    off = grpo.step_loss(v, v.detach(), taken, STEPS[name], NOISE, torch.ones(2, GROUP), 1e-4, 0.0)[1]
+    again = grpo.acted(taken, v.detach(), STEPS[name], NOISE)
+    stats = grpo.step_loss(v, v.detach(), again, STEPS[name], NOISE, torch.ones(2, GROUP), 1e-4, 0.0)[1]
+    assert off["ratio_min"] != 1 and stats["ratio_min"] == stats["ratio_max"] == 1
+    assert torch.equal(again.x_next, taken.x_next) and torch.equal(again.x, taken.x)
+    A, B, _ = grpo.coefficients(STEPS[name], taken.t, taken.s, NOISE)
+    torch.testing.assert_close(again.mean, (A * taken.x + B * v).detach())
+
+
 @every_rollout
 @every_step
 @pytest.mark.parametrize("noise", [1e-30, 1e-12])

@@ -799,6 +799,17 @@ def test_the_ratio_is_exactly_one_at_the_first_update(folders, flags):
     assert all(("lora_" in k) == ("--lora" in flags) and k.startswith("unet.") for k in gradients)
 
 
+def test_a_halved_network_gives_the_same_bits_under_autocast(folders):
+    one = training(folders["small"], "--precision", "bf16")
+    runtime.halve(one.ref.network)
+    halved = sum(p.dtype == torch.bfloat16 for p in one.ref.unet.parameters())
+    assert 0 < halved < len(list(one.ref.unet.parameters()))                    # norms stay fp32
+    x, part = torch.randn(2, *one.policy.shape(one.rows.rgb), generator=seeded(1)), torch.arange(2)
+    with torch.no_grad():
+        a, b = (one.rows.velocity(net, one.rows.encode(net), x, 0.5, part, 2) for net in (one.policy, one.ref))
+    assert torch.equal(a, b)
+
+
 def test_the_kl_is_rounding_at_the_first_update_and_then_not(folders):
     """Not exactly zero: matrix products may differ in the last bit where the reference's copies lie in memory."""
     one = training(folders["small"], "--lora", 2)

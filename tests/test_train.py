@@ -211,6 +211,51 @@ def test_every_option_trains_with_ratio_one(run, tmp_path, extra):
     go(tmp_path, *parts(run), *extra, "--eval-every", 0, "--steps", 2, "--stop-at", 2)
     rows = log(tmp_path / "grpo")
     assert len(rows) == 2 and all(row["policy/ratio_min"] == row["policy/ratio_max"] == 1 for row in rows)
+    assert not torch.is_autocast_enabled("cpu")                                 # contexts within contexts were left
+
+
+def compiler(error):
+    """What stands in for torch.compile: without a gradient the result is off by a share of `error`."""
+    return lambda f, **_: lambda *args: f(*args) * (1 if torch.is_grad_enabled() else 1 + error)
+
+
+@pytest.mark.parametrize("extra", [["--rollout", "full"], ["--noise-blocks", "2"], ["--micro", 3], ["--updates", 2]])
+def test_a_compiled_rollout_that_rounds_otherwise_has_ratio_one(run, tmp_path, monkeypatch, extra):
+    monkeypatch.setattr(torch, "compile", compiler(1e-3))
+    go(tmp_path, *parts(run), "--compile", *extra, "--clip", 10, "--eval-every", 0, "--steps", 2, "--stop-at", 2)
+    rows = log(tmp_path / "grpo")
+    if "--updates" not in extra:                                                # else the log is that of the second
+        assert all(row["policy/ratio_min"] == row["policy/ratio_max"] == 1 for row in rows)
+        assert all(5e-4 < row["policy/gap"] < 2e-3 for row in rows)
+    assert all(row["grad/norm"] > 0 for row in rows)
+
+
+def test_a_compiled_rollout_that_computes_something_else_is_stopped(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch, "compile", compiler(0.5))
+    with pytest.raises(runtime.NotFinite, match="rollout and update computed other velocities"):
+        go(tmp_path, *parts(run), "--compile", "--eval-every", 0, "--steps", 2)
+
+
+def test_torch_compile_takes_the_same_steps(run, tmp_path, monkeypatch):
+    """Traced by dynamo and autograd and run operation by operation, every number is what it was without."""
+    go(tmp_path / "plain", *parts(run), "--eval-every", 0, "--steps", 2, "--precision", "fp32")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    go(tmp_path / "compiled", *parts(run), "--compile", "--eval-every", 0, "--steps", 2, "--precision", "fp32")
+    plain, compiled = (load_file(tmp_path / name / "grpo" / "predictor.safetensors") for name in ("plain", "compiled"))
+    assert plain.keys() == compiled.keys()
+    for k in plain:
+        torch.testing.assert_close(compiled[k], plain[k], rtol=1e-4, atol=1e-6)
+
+
+def test_half_the_weights_give_the_same_bits_where_they_were_cast_anyway(run):
+    policy, bf16 = predictor.load_predictor(run / "base"), torch.device("cpu")
+    halved = runtime.frozen_copy(policy)
+    runtime.halve(halved.network)
+    assert halved.head.weight.dtype == torch.bfloat16 and policy.head.weight.dtype == torch.float32
+    x, t, rgb = torch.randn(2, 3, 16, 16), torch.rand(2), torch.rand(2, 3, 16, 16)
+    with torch.no_grad(), runtime.autocast("bf16", bf16):
+        a, b = (net.velocity(x, t, net.encode(rgb), "albedo") for net in (policy, halved))
+    assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("rollout", ["full", "branch", "window"])
@@ -435,6 +480,11 @@ def test_a_judge_of_another_image_size_is_refused(run, tmp_path, capsys):
 def test_a_policy_that_cannot_be_spread_is_refused(run, tmp_path, capsys, stage, words):
     line = refused(capsys, *TINY, "--stage", stage, "--fsdp", "--out", tmp_path / "run")
     assert "--fsdp" in line and words in line and not (tmp_path / "run").exists()
+
+
+def test_spread_weights_are_not_compiled(capsys, tmp_path):
+    line = refused(capsys, *TINY, "--stage", "grpo", "--fsdp", "--compile", "--out", tmp_path / "run")
+    assert "--compile 1" in line and not (tmp_path / "run").exists()
 
 
 def test_a_batch_that_does_not_divide_among_processes_is_refused(monkeypatch):
