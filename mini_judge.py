@@ -43,10 +43,13 @@ class MiniJudge:
     heads: int = 4
 
 
-def mini_tokenizer():
-    """Tokenizer over the official questions (one token each) and answers (one a word); a 4B judge brings its own."""
-    questions = "|".join(re.escape(m.question) for m in MODALITIES.values())
-    split = pre_tokenizers.Split(Regex(rf"{questions}|\w+|[^\w\s]"), "removed", invert=True)
+def mini_tokenizer(whole_questions=True):
+    """Tokenizer over the official questions (one token each, or one a word) and answers (one a word).
+
+    A 4B judge brings its own.
+    """
+    questions = "".join(rf"{re.escape(m.question)}|" for m in MODALITIES.values() if whole_questions)
+    split = pre_tokenizers.Split(Regex(rf"{questions}\w+|[^\w\s]"), "removed", invert=True)
     texts = [text for m in MODALITIES.values() for text in (m.question, *m.answers)]
     tokens = sorted({w for text in [*texts, "system user assistant"] for w, _ in split.pre_tokenize_str(text)})
     vocab = {w: i for i, w in enumerate([*SPECIAL, "<unk>", *tokens])}

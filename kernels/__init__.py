@@ -12,10 +12,10 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")   # the default flips in 
 try:
     import triton
     import triton.language as tl
-    HAS_TRITON = True
+    HAS_TRITON, TritonError = True, triton.TritonError
 except ImportError:                                      # no wheel for this platform, e.g. macOS
     triton = tl = SimpleNamespace(jit=lambda fn: fn, constexpr=None, float32=None, float64=None)
-    HAS_TRITON = False
+    HAS_TRITON, TritonError = False, RuntimeError
 
 INTERPRET = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 _mode = "auto"

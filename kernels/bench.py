@@ -6,6 +6,7 @@ Without a GPU it measures the vectorised relation against a loop over pairs (wha
 eager GRPO step, and says that the kernels were not run. Medians with the 20th and 80th percentile.
 """
 import statistics
+import sys
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -45,13 +46,18 @@ def seeded(device, seed=0):
     return torch.Generator(device).manual_seed(seed)
 
 
+def less(n, cut):
+    """A size, divided for a run without a GPU; at least 5."""
+    return max(5, n // cut) if cut > 1 else n
+
+
 def points(B, P, size, device):
     """Random points, (B, P, 2, 2)."""
     rng = seeded(device)
     return torch.stack([torch.randint(n, (B, P, 2), generator=rng, device=device) for n in size], -1)
 
 
-def pair_reward_cases(device):
+def pair_reward_cases(device, cut=1):
     """B*G = 64 with P = 4096, an odd size, and 10 M pairs: one 32-byte sector per point and channel."""
     for label, m, B, G, P, side, form, last in (
             ("64 x 512 px, P 4096", "albedo", 8, 8, 4096, 512, "hard", False),
@@ -59,7 +65,7 @@ def pair_reward_cases(device):
             ("the same, depth", "depth", 8, 8, 4096, 512, "soft", False),
             ("9 x 371 px, P 1271", "irradiance", 3, 3, 1271, 371, "soft", False),
             ("10 M pairs, no check of points", "albedo", 8, 8, 156_250, 512, "hard", False)):
-        C = MODALITIES[m].channels
+        C, P, side = MODALITIES[m].channels, less(P, cut), less(side, cut)
         pred = torch.rand(B, G, C, side, side, generator=seeded(device), device=device) / 4
         pred = pred.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3) if last else pred
         prob = torch.rand(B, P, generator=seeded(device), device=device)
@@ -69,9 +75,10 @@ def pair_reward_cases(device):
         yield Case(label, pair_reward.pair_reward_ref, fn, args, sectors)
 
 
-def pair_credit_cases(device):
+def pair_credit_cases(device, cut=1):
     """The advantage map of 64 states of 64 x 64, P = 4096; and an odd size."""
     for B, G, P, side in ((8, 8, 4096, 64), (3, 5, 1271, 37)):
+        P, side = less(P, cut), less(side, cut)
         agree = torch.rand(B, G, P, generator=seeded(device), device=device)
         args = agree, torch.full((B, P), 1 / P, device=device), points(B, P, (side, side), device), (side, side), 4.0
         yield Case(f"{B * G} x {side} px, P {P}", pair_credit.pair_credit_ref, pair_credit.pair_credit, args,
@@ -83,21 +90,23 @@ def normal(*shape, device, seed=0, dtype=torch.float32):
     return torch.randn(shape, generator=seeded(device, seed), device=device, dtype=dtype)
 
 
-def step_logprob_cases(device):
+def step_logprob_cases(device, cut=1):
     """512 MB of fp32 states; and a latent, per pixel."""
     scalar = step_logprob.step_logprob, step_logprob.step_logprob_ref
     pixels = step_logprob.step_logprob_map, step_logprob.step_logprob_map_ref
     for label, shape, (fn, ref) in (("512 MB", (8, 4, 2048, 1024), scalar),
                                     ("64 x 4 x 64 x 64, map", (64, 4, 64, 64), pixels)):
+        shape = *shape[:2], *(less(n, cut) for n in shape[2:])
         args = [normal(*shape, device=device, seed=i) for i in range(2)] + [torch.full(shape[:1], 0.5, device=device)]
         yield Case(f"{label}, forward", ref, fn, tuple(args), 2 * args[0].nbytes)
         yield Case(f"{label}, + backward", ref, fn, tuple(args), 5 * args[0].nbytes, into=1)
 
 
-def log_ratio_cases(device):
+def log_ratio_cases(device, cut=1):
     """512 MB of draws, 8 per state; and the latents of a group, per pixel."""
     for label, R, state, per_pixel in (("512 MB of draws", 4, (4, 1024, 1024), False),
                                        ("8 x 8 x 4 x 64 x 64, map", 8, (4, 64, 64), True)):
+        state = state[0], *(less(n, cut) for n in state[1:])
         x_next = normal(R, 8, *state, device=device)
         states = [normal(R, *state, device=device, seed=i) for i in range(4)]
         args = (x_next, *states, 0.9, -0.1, 0.4, per_pixel)
@@ -106,18 +115,20 @@ def log_ratio_cases(device):
         yield Case(f"{label}, + backward", log_ratio.log_ratio_kl_ref, log_ratio.log_ratio_kl, args, 2 * n, into=2)
 
 
-def sde_step_cases(device):
+def sde_step_cases(device, cut=1):
     """512 MB of noise, one draw per state; and 8 draws per latent."""
     for label, R, K, state in (("512 MB of noise", 8, 1, (4, 2048, 2048)), ("8 x 8 x 4 x 64 x 64", 8, 8, (4, 64, 64))):
+        state = state[0], *(less(n, cut) for n in state[1:])
         x, v = (normal(R, *state, device=device, seed=i) for i in range(2))
         eps = normal(R, K, *state, device=device, seed=2)
         yield Case(label, sde_step.sde_step_ref, sde_step.sde_step, (x, v, eps, 0.9, -0.1, 0.4, True),
                    3 * x.nbytes + 2 * eps.nbytes)
 
 
-def draw_markers_cases(device):
+def draw_markers_cases(device, cut=1):
     """320 marked copies of 8 photos of 512 px in bf16; and an odd size."""
     for B, P, side in ((8, 40, 512), (3, 7, 371)):
+        side = less(side, cut)
         rgb = torch.rand(B, 3, side, side, generator=seeded(device), device=device)
         photo = torch.arange(B, device=device).repeat_interleave(P)
         mean, std = torch.full((2, 3, 1, 1), 0.4, device=device)
@@ -171,10 +182,16 @@ def timed(fn):
     return dict(ms=median, low=low, high=high, launches=launches, peak_mb=peak)
 
 
-def measure(op, case, copy_speed):
-    """One row: equality, then the three ways."""
+def check(op, case):
+    """A kernel's and its reference's calls, after they gave the same. raises ValueError."""
     kernel, eager = bound(case, case.kernel), bound(case, case.ref)
     assert_equal(f"{op}, {case.label}", kernel(), eager())
+    return kernel, eager
+
+
+def measure(op, case, copy_speed):
+    """One row: equality, then the three ways."""
+    kernel, eager = check(op, case)
     torch._dynamo.reset()
     compiled = bound(case, torch.compile(case.ref, dynamic=False))
     ways = dict(eager=timed(eager), compile=timed(compiled), triton=timed(kernel))
@@ -259,10 +276,8 @@ def relation_rows(n=1_000_000, side=512):
 
 
 def table(columns, lines):
-    """Print a markdown table."""
-    for line in (columns, ["---"] * len(columns), *lines):
-        print("| " + " | ".join(map(str, line)) + " |", flush=True)
-    print()
+    """A markdown table."""
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in (columns, ["---"] * len(columns), *lines))
 
 
 def span(way):
@@ -271,14 +286,15 @@ def span(way):
 
 
 def on_gpu(ops):
-    """Rows of all cases, one table line each."""
-    copy_speed = copy_bandwidth()
-    rows = [measure(op, case, copy_speed) for op in ops for case in OPS[op](torch.device("cuda"))]
-    print(f"copy: {copy_speed:.0f} GB/s\n")
-    table(COLUMNS, [(r["op"], r["case"], span(r["eager"]), span(r["compile"]), span(r["triton"]),
-                     f"{r['gb_per_s']:.0f}", f"{r['of_copy']:.0%}",
-                     f"{r['triton']['launches']} ({r['eager']['launches']})",
-                     f"{r['triton']['peak_mb']:.0f} ({r['eager']['peak_mb']:.0f})") for r in rows])
+    """Rows of all cases; one that fails (another result, a compiler, memory) says so and costs no other."""
+    copy_speed, rows = copy_bandwidth(), []
+    for op in ops:
+        for case in OPS[op](torch.device("cuda")):
+            print(f"kernels: {op}, {case.label}", file=sys.stderr, flush=True)
+            try:
+                rows.append(measure(op, case, copy_speed))
+            except (RuntimeError, ValueError, kernels.TritonError) as error:
+                rows.append(dict(op=op, case=case.label, failed=" ".join(f"{type(error).__name__}: {error}".split())))
     return dict(copy_gb_per_s=copy_speed, kernels=rows)
 
 
@@ -291,10 +307,30 @@ def whole_step(device):
         row = grpo_step(device, preset, 9 if gpu else 3) if gpu or word == "off" else None
         rows.append(dict(preset=preset, kernels=word, **(row or dict(seconds=NOT_RUN))))
     kernels.use("auto")
-    table(("GRPO step, preset", "kernels", "s", "range"),
-          [(r["preset"], r["kernels"], *((f"{r['seconds']:.3f}", f"{r['low']:.3f} to {r['high']:.3f}")
-                                         if "low" in r else (NOT_RUN, NOT_RUN))) for r in rows])
     return rows
+
+
+def render(found):
+    """Tables of what was measured, as markdown."""
+    parts, rows = [], found.get("kernels", ())
+    if "copy_gb_per_s" in found:
+        parts.append(f"copy: {found['copy_gb_per_s']:.0f} GB/s\n\n" + table(COLUMNS, [
+            (r["op"], r["case"], f"failed: {r['failed'][:100]}", *[NOT_RUN] * 6) if "failed" in r else
+            (r["op"], r["case"], span(r["eager"]), span(r["compile"]), span(r["triton"]), f"{r['gb_per_s']:.0f}",
+             f"{r['of_copy']:.0%}", f"{r['triton']['launches']} ({r['eager']['launches']})",
+             f"{r['triton']['peak_mb']:.0f} ({r['eager']['peak_mb']:.0f})") for r in rows]))
+    elif rows:
+        parts.append(f"{', '.join(r['op'] for r in rows)}: {NOT_RUN} (no GPU)")
+    if "relation" in found:
+        parts.append(table(
+            ("relation, CPU time of one thread", "loop over pairs ms (scaled)", "vectorised ms", "times faster"),
+            [(r["case"], f"{r['loop_ms']:.0f}", span(r), f"{r['speedup']:.0f}") for r in found["relation"]])
+            + f"\n\nThe loop was timed on {LOOP_PAIRS:,} pairs and scaled.")
+    if "grpo_step" in found:
+        parts.append(table(("GRPO step, preset", "kernels", "s", "range"), [
+            (r["preset"], r["kernels"], *((f"{r['seconds']:.3f}", f"{r['low']:.3f} to {r['high']:.3f}")
+                                          if "low" in r else (NOT_RUN, NOT_RUN))) for r in found["grpo_step"]]))
+    return "\n\n".join(parts)
 
 
 def main(argv=None):
@@ -311,17 +347,17 @@ def main(argv=None):
     if ops and gpu:
         found |= on_gpu(ops)
     elif ops:
-        print(f"{', '.join(ops)}: {NOT_RUN} (no GPU)\n")
         found["kernels"] = [dict(op=op, eager=NOT_RUN, compile=NOT_RUN, triton=NOT_RUN) for op in ops]
     if args.op == "relation" or args.op == "all" and not gpu:
         found["relation"] = relation_rows()
-        table(("relation, CPU time of one thread", "loop over pairs ms (scaled)", "vectorised ms", "times faster"),
-              [(r["case"], f"{r['loop_ms']:.0f}", span(r), f"{r['speedup']:.0f}") for r in found["relation"]])
-        print(f"The loop was timed on {LOOP_PAIRS:,} pairs and scaled.\n")
     if args.op in ("all", "grpo_step"):
         found["grpo_step"] = whole_step(torch.device("cuda" if gpu else "cpu"))
+    print(render(found))
     if args.json:
         write_json(args.json, found)
+    failed = [r["op"] for r in found.get("kernels", ()) if "failed" in r]
+    if failed:
+        raise ValueError(f"{len(failed)} cases failed: {', '.join(failed)}; see the table")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ LAYERS = {  # module: project modules it may import; a module that is not listed
     "grpo_step": {"grpo", "predictor", "rewards", "runtime"},
     "baselines": {"predictor", "rewards"},
     "eval": NAMES - {"train", "grpo"},
-    "train": NAMES, "ablate": NAMES, "plots": set(),
+    "train": NAMES, "ablate": NAMES, "plots": set(), "memory": {"lora", "marigold"}, "peer": {"marigold"},
 }
 every_source = pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 README = ROOT / "README.md"
@@ -170,7 +170,7 @@ def test_every_imported_package_is_required():
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
                 found.add(node.module.split(".")[0])
     brought = {"tqdm", "tokenizers", "huggingface_hub"}               # dependencies of transformers
-    optional = {"h5py"}                                          # prepare.py hypersim, a one-off; it says how to get it
+    optional = {"h5py", "diffusers"}    # prepare.py hypersim, which says how to get it; what bench.py compares with
     missing = {needs.get(n, n) for n in found - NAMES - set(stdlib_module_names)} - listed - brought - optional
     assert missing == set()
 
