@@ -430,6 +430,23 @@ def compiled_part(bench):
     step = Step(bench, bench.sizes.sides[0], "--compile")
     loop_row(bench, GPU.sides[0], step, "--compile")
     whole_row(bench, "banked answers, --compile", step.whole, policy_tflop(512)[1])
+    del step
+    bench.clear()
+    if bench.judge:                                                             # --part policy has none
+        compiled_judge(bench)
+
+
+def compiled_judge(bench):
+    """Row of a judge whose vision tower and language model are compiled, beside itself in eager."""
+    judge, core, n = bench.judge[0], bench.judge[0].model.model, bench.sizes.batches[1]
+    eager = next(r for r in bench.rows if r.what == f"one forward pass, batch {GPU.batches[1]}")
+    rgb = torch.rand(n, 3, judge.size, judge.size, device=bench.device)
+    for net in (core.vision_tower, core.language_model):
+        net.compile(dynamic=False)
+    with torch.no_grad():
+        bench.add(Row("judge", f"{eager.what}: torch.compile", eager.unit, tflop=eager.tflop, least=0.45,
+                      instead="eager, as above", instead_ms=eager.ms),
+                  lambda: lambda: judge.prefill(rgb, ["depth"] * n))
 
 
 def whole_row(bench, what, call, tflop, **more):
@@ -458,9 +475,7 @@ def kernels_part(bench):
     """kernels.bench: every kernel against its definition, then timed; tiny: compared only. And the step of `small`."""
     kernels.use("auto")
     if bench.dry:
-        for op, cases in kernels.bench.OPS.items():
-            for case in cases(bench.device, bench.sizes.cut):
-                kernels.bench.check(op, case)
+        kernels.bench.check_all(kernels.bench.OPS, bench.device, bench.sizes.cut)
         bench.kernels = dict(kernels=[dict(op=op, eager=NOT_RUN, compile=NOT_RUN, triton=NOT_RUN)
                                       for op in kernels.bench.OPS])
         return
@@ -475,8 +490,8 @@ def memory_part(bench):
     """The computed table; on a GPU beside the peak of one GRPO step, one state at a time."""
     bench.memory = [dict(row) for row in memory.table()]
     for row in bench.memory:
-        px = row["px"] if not bench.dry else bench.sizes.sides[0]
-        if time.monotonic() > bench.deadline:
+        px = bench.sizes.sides[GPU.sides.index(row["px"])]
+        if time.monotonic() > bench.deadline or bench.dry and row["px"] != GPU.sides[0]:    # tiny: the same paths
             continue
         flags = ["--micro", "1", "--sample-steps", "3", "--checkpointing", str(int(row["checkpointing"]))]
         step = Step(bench, px, *flags, *(["--lora", "16"] if row["training"] != "full" else []))

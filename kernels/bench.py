@@ -1,6 +1,7 @@
 """Each kernel against its reference: equal first, then eager, torch.compile and Triton on a GPU; the GRPO step last.
 
     python -m kernels.bench [--op NAME] [--json FILE]
+    compute-sanitizer python -m kernels.bench --check        small cases, compared only
 
 Without a GPU it measures the vectorised relation against a loop over pairs (what the released judge code does) and the
 eager GRPO step, and says that the kernels were not run. Medians with the 20th and 80th percentile.
@@ -189,6 +190,12 @@ def check(op, case):
     return kernel, eager
 
 
+def check_all(ops, device, cut=64):
+    """Compare the kernels with their references on small cases; returns how many. raises ValueError."""
+    found = [check(op, case) for op in ops for case in OPS[op](device, cut)]
+    return len(found)
+
+
 def measure(op, case, copy_speed):
     """One row: equality, then the three ways."""
     kernel, eager = check(op, case)
@@ -337,6 +344,7 @@ def main(argv=None):
     """Command line."""
     p = Parser(prog="kernels.bench", allow_abbrev=False, description=__doc__.splitlines()[0])
     p.add_argument("--op", default="all", choices=("all", *OPS, "relation", "grpo_step"), help="what to measure [all]")
+    p.add_argument("--check", action="store_true", help="compare small cases with their definitions, time nothing")
     p.add_argument("--json", default="", help="file for every printed number")
     args = p.parse_args(argv)
     gpu = torch.cuda.is_available()
@@ -344,6 +352,10 @@ def main(argv=None):
                  threads=torch.get_num_threads())
     print(f"{found['about']['device']}, torch {torch.__version__}, {found['threads']} threads, {kernels.describe()}\n")
     ops = [op for op in OPS if args.op in ("all", op)]
+    if args.check:
+        n = check_all(ops, torch.device("cuda" if gpu else "cpu"))
+        print(f"{n} cases agree with their definitions")
+        return
     if ops and gpu:
         found |= on_gpu(ops)
     elif ops:

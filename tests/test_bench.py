@@ -47,7 +47,7 @@ def test_the_dry_run_names_the_rows_of_a_gpu(dry):
 
 def test_the_printed_tables_are_those_of_the_json(dry):
     text = bench.render(dry)
-    assert text.count("\n| judge |") == 6 and "512 | LoRA r 16 | yes" in text
+    assert text.count("\n| judge |") == 7 and "512 | LoRA r 16 | yes" in text
     assert all(f"| {r['what']} |" in text for r in dry["rows"])
     assert "draw_markers: not run (no GPU)" in text
 
