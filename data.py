@@ -365,7 +365,7 @@ class ScenePool:
                 home = self._home(n * sum(v[0].nbytes for v in maps.values()), device)
                 self.maps = {k: v.new_empty(n, *v.shape[1:], device=home) for k, v in maps.items()}
             for k, v in maps.items():
-                self.maps[k][i:i + len(v)] = v
+                self.maps[k][i:i + len(v)].copy_(v)
 
     def _home(self, size, device):
         """Where maps of `size` bytes are kept."""
