@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten
 
 CUDA = torch.device("cuda", 0)
 WAITS = {"item", "tolist", "cpu", "nonzero", "__bool__", "__float__", "__int__", "__index__", "unique"}
-ACROSS = {"to", "cpu", "cuda", "copy_", "__set__", "_has_compatible_shallow_copy_type"}                              # may see two devices
+ACROSS = {"to", "cpu", "cuda", "copy_", "__set__", "_has_compatible_shallow_copy_type"}         # may see two devices
 STRICT = {"cat", "stack", "matmul", "__matmul__", "gather", "index_copy"}       # not even a 0-dim tensor from elsewhere
 
 

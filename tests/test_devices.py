@@ -8,7 +8,7 @@ import chat
 import pytest
 import test_marigold
 import torch
-import torch._dynamo                                                            # before torch's calls are watched
+import torch._dynamo  # before torch's calls are watched
 from standin import CUDA, Generator, StandIn, install, marked
 from test_train import TINY
 
@@ -18,6 +18,7 @@ import data
 import eval as evaluation
 import grpo
 import kernels
+import metrics
 import relations
 import rewards
 import runtime
@@ -28,12 +29,14 @@ from grpo_step import Rows, explore, surrogate
 from judge import add_lora, load_judge
 from predictor import NAMES, DiT, DiTConfig, load_predictor
 
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py runs on the GPU that is there")
+
 
 @pytest.fixture
 def watch(monkeypatch):
     """The stand-in, entered: torch and the project believe in a GPU."""
     install(monkeypatch)
-    monkeypatch.setitem(scenes.CHUNK, "cuda", 1 << 11)                          # pixels: toy scenes, toy batches
+    monkeypatch.setitem(scenes.CHUNK, "cuda", 1 << 12)                          # pixels: toy scenes, toy batches
     kernels.use("torch")
     with StandIn() as standin:
         yield standin
@@ -69,6 +72,7 @@ def test_the_stand_in_refuses_what_a_gpu_refuses(watch):
 
 def test_all_stages_and_the_tables_run_on_a_gpu_and_resume(watch, monkeypatch, tmp_path):
     monkeypatch.setattr(runtime, "setup", lambda cfg: CUDA)
+    monkeypatch.setattr(metrics, "bootstrap_interval", lambda *_, **__: (0.0, 0.0, 0.0))        # numpy, and slow
     waits, stages = {}, train.take
 
     def take(stage, cfg, device):
@@ -78,8 +82,9 @@ def test_all_stages_and_the_tables_run_on_a_gpu_and_resume(watch, monkeypatch, t
 
     monkeypatch.setattr(train, "take", take)
     args = [*TINY, "--out", str(tmp_path), "--precision", "fp32", "--kernels", "torch", "--save-every", "100",
-            "--base-steps", "3", "--judge-steps", "3", "--steps", "3", "--group", "2", "--sample-steps", "3",
-            "--eval-every", "3", "--noise-blocks", "1,2"]
+            "--base-steps", "3", "--base-scenes", "16", "--judge-scenes", "16",
+            "--judge-steps", "3", "--steps", "3", "--group", "2", "--sample-steps", "3",
+            "--eval-every", "3", "--noise-blocks", "1,2", "--eval-images", "2", "--val-images", "2"]
     train.main([*args, "--stop-at", "2"])                                       # of base
     train.main(args)
     assert {p.name for p in tmp_path.iterdir()} >= {"base", "judge", "grpo", "bank", "report.json", "panel.png"}
