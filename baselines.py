@@ -21,7 +21,7 @@ def ranking(policy, ref, rows, cfg, rng):
     at = int(torch.randint(cfg.sample_steps, (1,), generator=rng))
     with torch.no_grad():
         cond_ref = rows.encode(ref)
-        noise = rows.normal((1, n, *policy.shape(rows.rgb)), rng)[0].to(rows.rgb.device)
+        noise = rows.normal((1, n, *policy.shape(rows.rgb)), rng)[0]
         x = policy.start(noise, cfg.sample_steps)
         for t, s in zip(grid[:at], grid[1:at + 1], strict=True):
             x = x + (s - t) * rows.all_velocities(policy, cond, x, t)

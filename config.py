@@ -128,15 +128,15 @@ PRESETS = {
         photos=384, pairs=48, bank_pairs=64, sample_steps=8, noise_blocks="1,2,4,8", rollout="branch", tail=1,
         credit="pair", reward="brier", tau="0.4,0.5,0.05,0.25", jitter=4, modalities="joint", balance=1,
         norm="global", steps=200, batch=8, clip=0.1, kl_weight=0.1, replay=0.2, lr=3e-4, ema=0.98),
-    # one GPU, procedural scenes at 128 px; not measured yet
+    # one GPU, procedural scenes at 128 px: about a quarter of an hour of an H100 by arithmetic (bench/RESULTS.md)
     "small": dict(
-        size=128, width=384, encoder_layers=6, layers=4, heads=6, patch=8, eval_steps=10,
-        base_scenes=20000, base_steps=12000, base_batch=64, base_lr=6e-4, base_muon=1e-3,
-        judge_scenes=60000, judge_steps=20000, judge_batch=128, judge_lr=5e-4, judge_muon=1e-3, judge_decay=0.02,
+        size=128, width=384, encoder_layers=6, layers=4, heads=6, patch=8, eval_steps=10, save_every=1000,
+        base_scenes=20000, base_steps=6000, base_batch=64, base_lr=6e-4, base_muon=1e-3,
+        judge_scenes=60000, judge_steps=10000, judge_batch=128, judge_lr=5e-4, judge_muon=1e-3, judge_decay=0.02,
         judge_width=384, judge_vision_layers=8, judge_text_layers=4, judge_heads=6, judge_patch=8,
         photos=4000, pairs=64, bank_pairs=128, sample_steps=10, noise_blocks="1,2,4,8,16", rollout="branch", tail=1,
         credit="pair", credit_width=4.0, reward="brier", tau="0.4,0.5,0.05,0.25", jitter=8, modalities="joint",
-        balance=1, norm="global", steps=3000, batch=16, clip=0.1, kl_weight=0.1, replay=0.2, lr=1e-4, ema=0.99),
+        balance=1, norm="global", steps=2000, batch=16, clip=0.1, kl_weight=0.1, replay=0.2, lr=1e-4, ema=0.99),
     # the paper's numbers; needs weights and photos: `problem` names them
     "paper": {},
 }

@@ -347,24 +347,40 @@ class ScenePool:
     """Procedural scenes in memory, rendered once: about 27 bytes per pixel and scene (float16 maps).
 
     domain, split  of scenes.py;  n scenes from the start of the split;  size px;  keys: which maps are kept
+    device         where they are rendered, and kept if that is a GPU with room: at most ROOM of its free memory
     .maps          dict of (n, C, H, W) float16 tensors, mask bool
     """
 
+    ROOM = 0.4
+
     KEYS = ("rgb", "depth", "normal", "albedo", "irradiance", "mask")
 
-    def __init__(self, domain, split, n, size, keys=KEYS):
-        chunk = max(1, 512 * 32 * 32 // size**2)
-        starts = tqdm(range(0, n, chunk), desc=f"{domain} scenes", leave=False, disable=n <= 1000)
-        parts = [self._render(domain, scenes.scene_ids(split, min(chunk, n - i), i), size, keys) for i in starts]
-        self.maps = {k: torch.cat([part[k] for part in parts]) for k in keys}
+    def __init__(self, domain, split, n, size, keys=KEYS, device="cpu"):
+        device, self.maps = torch.device(device), {}
+        chunk = max(1, (512 * 32 * 32 if device.type == "cpu" else scenes.CHUNK["cuda"]) // size**2)
+        for i in tqdm(range(0, n, chunk), desc=f"{domain} scenes", leave=False, disable=n <= 1000):
+            maps = scenes.render(domain, scenes.scene_ids(split, min(chunk, n - i), i).to(device), size)
+            maps = {k: maps[k] if k == "mask" else maps[k].half() for k in keys}
+            if i == 0:
+                home = self._home(n * sum(v[0].nbytes for v in maps.values()), device)
+                self.maps = {k: v.new_empty(n, *v.shape[1:], device=home) for k, v in maps.items()}
+            for k, v in maps.items():
+                self.maps[k][i:i + len(v)].copy_(v)
 
-    @staticmethod
-    def _render(domain, ids, size, keys):
-        maps = scenes.render(domain, ids, size)
-        return {k: maps[k] if k == "mask" else maps[k].half() for k in keys}
+    def _home(self, size, device):
+        """Where maps of `size` bytes are kept."""
+        if device.type == "cpu":
+            return device
+        torch.cuda.empty_cache()                                                  # a stage before left some behind
+        return device if size <= self.ROOM * torch.cuda.mem_get_info(device)[0] else torch.device("cpu")
+
+    def __len__(self):
+        return len(next(iter(self.maps.values())))
 
     def pick(self, index, device="cpu"):
         """Maps of the scenes `index` (B,) as float32 on a device: dict of (B, C, H, W)."""
+        if torch.is_tensor(index):
+            index = index.to(next(iter(self.maps.values())).device, non_blocking=True)
         return {k: v[index].to(device) if v.dtype == torch.bool else v[index].to(device).float()
                 for k, v in self.maps.items()}
 
@@ -374,9 +390,9 @@ class ScenePool:
 
 
 @functools.lru_cache(maxsize=6)
-def scene_pool(*args):
-    """ScenePool(*args), rendered once per process."""
-    return ScenePool(*args)
+def scene_pool(*args, **kwargs):
+    """ScenePool of the same arguments, rendered once per process."""
+    return ScenePool(*args, **kwargs)
 
 
 def scene_batch(folder, size):

@@ -548,10 +548,10 @@ def main(argv=None):
 
 def evaluate_procedural(args):
     """The tables of procedural scenes or of a scene folder, with the judge on the same pairs."""
-    out = Path(args.out)
-    policy = load_predictor(args.checkpoint or (args.compare[1] if len(args.compare) == 2 else out / "grpo"))
+    out, device = Path(args.out), pick_device("auto", "eval.py")
+    policy = load_predictor(args.checkpoint or (args.compare[1] if len(args.compare) == 2 else out / "grpo")).to(device)
     compare_with = args.compare[0] if args.compare else ("" if args.checkpoint else out / "base")
-    base = load_predictor(compare_with) if compare_with else None
+    base = load_predictor(compare_with).to(device) if compare_with else None
     for p in (policy, base):
         lacking = [m for m in NAMES if p is not None and m not in p.modalities]
         if lacking:
@@ -560,7 +560,8 @@ def evaluate_procedural(args):
                              "what it predicts (--list-datasets)")
     size = args.size or policy.size
     place = Path(args.judge) if args.judge else out / "judge"
-    judge = load_judge(place) if args.judge not in ("", "none") or (not args.judge and place.is_dir()) else None
+    asked = args.judge not in ("", "none") or (not args.judge and place.is_dir())
+    judge = load_judge(place, device) if asked else None
     if args.dataset == "scenes":
         maps = data.scene_batch(args.data, size)
         maps["depth"] = maps["depth"] + 1                                       # affine in [0, 1]: no zero to divide by

@@ -275,6 +275,6 @@ def step_loss(v, v_ref, taken, step, noise, advantage, clip, kl_weight):
         policy = policy + share * clipped_loss(part, 0.0, credit, clip)
         ratios += ratio.min(), ratio.max()
         outside = outside + share * ((ratio - 1).abs() > clip).float().mean()
-    kl = kl.mean()
-    return policy + kl_weight * kl, dict(ratio_min=min(ratios), ratio_max=max(ratios), kl=kl.detach(),
+    kl, ratios = kl.mean(), torch.stack(ratios)
+    return policy + kl_weight * kl, dict(ratio_min=ratios.min(), ratio_max=ratios.max(), kl=kl.detach(),
                                          clip_frac=outside)

@@ -43,7 +43,7 @@ class Rows:
     def normal(self, shape, rng):
         """Standard normal numbers (K, N, ...) for N states, k a row, as their places in the whole batch have them."""
         (K, N, *rest), M, B = shape, len(self.names), len(self.rgb)
-        drawn = torch.randn(K, M, B * runtime.world(), N // (M * B), *rest, generator=rng)
+        drawn = runtime.normal((K, M, B * runtime.world(), N // (M * B), *rest), rng, self.rgb.device)
         return runtime.share(drawn, 2).reshape(shape)
 
     def encode(self, net):
@@ -82,27 +82,26 @@ def noise_blocks(cfg, names, B, rng):
 
 
 @torch.no_grad()
-def explore(policy, rows, cfg, step, rng, check=lambda what, x: None):
+def explore(policy, rows, cfg, step, rng, check=lambda values: None):
     """Sample a group per row, compare it with the judge.
 
-    check    called with the name and the values (B, ...) of what must be finite
+    check    called with what must be finite: dict name -> (B, ...)
     returns  trained steps; the advantage of each, (M*B, G) or (M*B, G, h, w); dict of reward statistics
     """
     cond, B, starts = rows.encode(policy), len(rows.rgb), 1 if cfg.init_noise == "shared" else cfg.group
-    noise = rows.normal((starts, len(rows.index), *policy.shape(rows.rgb)), rng).to(rows.rgb.device)
+    noise = rows.normal((starts, len(rows.index), *policy.shape(rows.rgb)), rng)
     noise = noise[0] if starts == 1 else noise.transpose(0, 1)                  # (M*B, c, h, w) or (M*B, G, c, h, w)
     with rows.amp:                                                              # the weights are cast once, not T times
         x0, taken = grpo.rollout(lambda x, t: rows.all_velocities(policy, cond, x, t),
                                  policy.start(noise, cfg.sample_steps), policy.times(cfg.sample_steps), cfg.group,
                                  STOCHASTIC[cfg.rollout](cfg), step, cfg.noise, rng, cfg.tail,
                                  noise_blocks(cfg, rows.names, B, rng), lambda shape: rows.normal(shape, rng))
-    size, pred, credit, stats = x0.shape[-2:], {}, {}, {}                       # x0 (M*B, G, c, h, w)
+    size, pred, credit, stats, checked = x0.shape[-2:], {}, {}, {}, {}          # x0 (M*B, G, c, h, w)
     for m, part in zip(rows.names, x0.split(B), strict=True):
         with rows.amp:                                                          # only the drawn modality is decoded
             pred[m] = policy.decode(part.flatten(0, 1), m).float().unflatten(0, (B, cfg.group))     # (B, G, C, H, W)
-        check(f"{m} map", pred[m])
         agree, weight, reward = rewards.judged(pred[m], rows.pts, rows.prob[..., NAMES.index(m)], m, cfg)
-        check(f"{m} reward", reward)
+        checked |= {f"{m} map": pred[m], f"{m} reward": reward}
         stats |= {f"reward/{m}": reward.mean(), f"reward/{m}_spread": reward.std(1, correction=0).mean(),
                   f"reward/{m}_unanimous": grpo.is_unanimous(reward).float().mean()}
         pts = rows.pts
@@ -112,6 +111,7 @@ def explore(policy, rows, cfg, step, rng, check=lambda what, x: None):
         levels = [one.s if cfg.credit_growth else 0.0 for one in taken]         # one splat serves steps of one width
         of = {level: rewards.advantage(agree, weight, pts, size, level, cfg) for level in dict.fromkeys(levels)}
         credit[m] = [of[level] for level in levels]
+    check(checked)
     for name, share, between, agree in rewards.consistency(pred, rows.rgb, cfg):
         extra = share * rewards.map_advantage(agree, size, cfg)
         credit |= {m: [adv + extra for adv in credit[m]] for m in between}
@@ -153,8 +153,8 @@ def surrogate(policy, ref, rows, taken, advantage, cfg, step, backward, anchor=F
             parts.append(stats)
     if cond.requires_grad:
         cond.backward(leaf.grad)
-    return loss, {f"policy/{k}": f([p[k] for p in parts]) for k, f in
-                  dict(ratio_min=min, ratio_max=max, clip_frac=mean, kl=mean, gap=max).items() if k in parts[0]}
+    return loss, {f"policy/{k}": f(torch.stack([p[k] for p in parts])) for k, f in dict(
+        ratio_min=torch.amin, ratio_max=torch.amax, clip_frac=mean, kl=mean, gap=torch.amax).items() if k in parts[0]}
 
 
 def mean(values):

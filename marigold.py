@@ -164,7 +164,7 @@ class Marigold(nn.Module):
         The U-Net is told the nearest of its 1000 timesteps; noise levels follow t exactly.
         """
         t = t.double()
-        index = (self.schedule.t.to(t.device)[None] - t[:, None]).abs().argmin(1)
+        index = (self.schedule.t.to(t.device, non_blocking=True)[None] - t[:, None]).abs().argmin(1)
         norm = torch.hypot(1 - t, t)
         as_map = lambda z: z.float().view(-1, 1, 1, 1)                          # noqa: E731
         x = x.float() / as_map(norm)                                            # x_vp

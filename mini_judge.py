@@ -22,7 +22,7 @@ from transformers import (
 from judge import END, NAMES, TURN, Judge
 from questions import true_relations
 from relations import LUMA, MODALITIES, draw_markers, relative_depth, sample_pairs
-from runtime import average, share, world
+from runtime import average, on_device, share, world
 
 IMG, IMG_START, IMG_END = "<IMG_CONTEXT>", "<img>", "</img>"
 EMPHASIS = (1.2, 2.0, 0.4, 0.4)      # of the probe's pair loss, in order of NAMES: shape is learnt slower than colour
@@ -172,17 +172,18 @@ def judge_loss(judge, probe, maps, answers, rng, pairs=128):
     """
     rgb = maps["rgb"]
     B, _, H, W = rgb.shape
-    every = B * world()                                                         # of all ranks; each takes its share
-    pts = share(sample_pairs(every, (H, W), pairs, rng, grid=judge.grid)).to(rgb.device)      # (B, P, 2, 2)
+    every, rng = B * world(), on_device(rng, rgb.device)                        # of all ranks; each takes its share
+    pts = share(sample_pairs(every, (H, W), pairs, rng, grid=judge.grid))       # (B, P, 2, 2)
     rel = true_relations(maps, pts)                                             # (B, P, M)
     # one pair per photo is marked; "same" albedo is rare, so every other photo marks such a pair if it has one
-    order, even = share(torch.rand(every, pairs, generator=rng)).to(rgb.device), share(torch.arange(every)) % 2 == 0
-    order[even] += (rel[even][..., NAMES.index("albedo")] > 0).float()
+    order = share(torch.rand(every, pairs, generator=rng, device=rgb.device))
+    even = share(torch.arange(every, device=rgb.device))[:, None] % 2 == 0
+    order += even * (rel[..., NAMES.index("albedo")] > 0)
     pick = order.argmax(1)[:, None]                                             # (B, 1)
     marked_pts = pts.gather(1, pick[..., None, None].expand(-1, -1, 2, 2))
     marked_rel = rel.gather(1, pick[..., None].expand(-1, -1, len(NAMES)))[:, 0]  # (B, M)
     images = draw_markers(rgb, marked_pts)[:, 0]
-    shown = share(torch.rand(every, generator=rng) < (1.0 if answers else 0.5)).to(rgb.device)  # the others: unmarked
+    shown = share(torch.rand(every, generator=rng, device=rgb.device) < (1.0 if answers else 0.5))  # others: unmarked
     images = torch.where(shown.view(-1, 1, 1, 1), images, rgb)
     tokens = judge.vision(images)
     dense, pair_logits, marker_logits = probe(tokens, pts)

@@ -35,7 +35,7 @@ import lora
 from config import Parser
 from marigold import Marigold
 from relations import MODALITIES, relative_depth
-from runtime import average, load_strict, pick_device, run_command, share, world, write_json, write_tensors
+from runtime import average, load_strict, normal, pick_device, run_command, share, world, write_json, write_tensors
 from untrusted import LAYERS, read_json, read_tensors, refuse, whole
 
 DATA_STD = 0.5                     # s, standard deviation of maps in [-1, 1]
@@ -289,8 +289,8 @@ def flow_loss(policy, maps, modalities, rng):
     x0 = torch.cat([to_state(maps, mask, m) for m in modalities])               # (M*B, 3, H, W)
     index = torch.tensor([NAMES.index(m) for m in modalities]).repeat_interleave(len(rgb)).to(rgb.device)
     batch = len(modalities), world() * len(rgb)                                 # every rank draws for all (runtime.py)
-    t = torch.sigmoid(share(torch.randn(batch, generator=rng), 1).flatten()).to(rgb.device)  # logit-normal
-    x1 = share(torch.randn(*batch, *x0.shape[1:], generator=rng), 1).flatten(0, 1).to(rgb.device)
+    t = torch.sigmoid(share(normal(batch, rng, rgb.device), 1).flatten())       # logit-normal
+    x1 = share(normal((*batch, *x0.shape[1:]), rng, rgb.device), 1).flatten(0, 1)
     tt = t.view(-1, 1, 1, 1)
     v = policy.velocity((1 - tt) * x0 + tt * x1, t, cond, index)
     ok = mask.repeat(len(modalities), 1, 1, 1)

@@ -192,15 +192,22 @@ def sample_pairs(batch, size, n, generator, mask=None, grid=1, tries=24):
     """Draw point pairs at the released judge's five distance bands (each equally likely).
 
     size       (H, W) px; distances and the border margin scale with min(H, W) / 512
+    generator  decides the device: all is drawn and returned there
     mask       (B, 1, H, W) bool, True = may be drawn; grid > 1 snaps points to the centres of grid x grid cells
     returns    pts (B, n, 2, 2) int64, the two points of a pair always differ
     raises     ValueError when an image has fewer than two pixels to choose from
     A pair that meets no band after `tries` draws (tiny images, thin masks) is drawn from all allowed pixels.
     """
+    with generator.device:
+        return _sample_pairs(batch, size, n, generator, mask, grid, tries)
+
+
+def _sample_pairs(batch, size, n, generator, mask, grid, tries):
     H, W = size
     scale = min(H, W) / REFERENCE
     border = min(MARGIN * scale, (min(H, W) - 1) / 4)
-    allowed = torch.ones(batch, 1, H, W, dtype=torch.bool) if mask is None else mask.cpu().expand(batch, 1, H, W)
+    allowed = torch.ones(1, 1, 1, 1, dtype=torch.bool) if mask is None else mask.to(generator.device)
+    allowed = allowed.expand(batch, 1, H, W)
     cell = torch.zeros(H, W, dtype=torch.bool)
     cell[grid // 2::grid, grid // 2::grid] = True
     allowed = (allowed[:, 0] & cell).flatten(1)                                 # (B, H*W)

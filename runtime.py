@@ -36,6 +36,7 @@ from safetensors.torch import save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -90,6 +91,7 @@ def setup(cfg):
                             f"{torch.cuda.device_count()}); use --nproc_per_node={torch.cuda.device_count()}, or "
                             "--device cpu")
         torch.cuda.set_device(local)
+        torch.set_float32_matmul_precision("highest" if cfg.precision == "fp32" else "high")    # TF32 outside autocast
     if world() > 1 and not dist.is_initialized():
         _join("nccl" if use_cuda else "gloo")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")                 # without it cuBLAS refuses to be exact
@@ -154,7 +156,7 @@ def shared(values):
     if world() == 1:
         return values
     device = "cuda" if dist.is_initialized() and dist.get_backend() == "nccl" else "cpu"        # what it can send
-    mine = torch.tensor([float(v) for v in values.values()], dtype=torch.float64, device=device)
+    mine = torch.tensor([*numbers(values).values()], dtype=torch.float64, device=device)
     each = [torch.empty_like(mine) for _ in range(world())]
     dist.all_gather(each, mine)
     each = torch.stack(each)                                                    # (ranks, values)
@@ -215,6 +217,29 @@ def generator(*key):
         seed = ((seed ^ (seed >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
         seed ^= seed >> 31
     return torch.Generator().manual_seed(seed >> 1)
+
+
+def on_device(rng, device):
+    """Generator to draw from on a device: `rng` itself on a CPU; on a GPU one there, seeded by a number drawn from rng.
+
+    So a GPU's numbers too are the same on every rank and after a resume. They differ from a CPU's.
+    """
+    if torch.device(device).type == "cpu":
+        return rng
+    return torch.Generator(device).manual_seed(int(torch.randint(2**62, (1,), generator=rng)))
+
+
+def normal(shape, rng, device):
+    """Standard normal numbers on a device, drawn there (see on_device): millions a step are slow on a CPU."""
+    rng = on_device(rng, device)
+    return torch.randn(shape, generator=rng, device=rng.device)
+
+
+def numbers(values):
+    """A dict of numbers and 0-dim tensors as floats; a GPU is waited for once, not once a value."""
+    tensors = {k: v.detach().double() for k, v in values.items() if isinstance(v, torch.Tensor)}
+    read = torch.stack(list(tensors.values())).tolist() if tensors else ()
+    return {**values, **dict(zip(tensors, read, strict=True))}
 
 
 def cosine(step, steps, warmup=0):
@@ -631,20 +656,22 @@ class Run:
         if world() == 1:
             raise NotFinite(self.step, self.problem)
 
-    def check(self, what, x):
-        """Name the first row of x (B, ...) that is not finite by its photo. raises NotFinite."""
-        bad = (~x.detach().flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
-        if bad and not self.problem:                                            # at several ranks the first stays
-            self.where = [self.where[i] for i in bad]
-            self.fail(f"{what} is not finite")
+    def check(self, values):
+        """Name the first of some values (name -> (B, ...)) that is not finite by its photos. raises NotFinite."""
+        bad = torch.stack([~x.detach().flatten(1).isfinite().all(1) for x in values.values()]).tolist()  # one wait
+        for what, rows in zip(values, bad, strict=True):
+            if any(rows) and not self.problem:                                  # at several ranks the first stays
+                self.where = [self.where[i] for i, row in enumerate(rows) if row]
+                self.fail(f"{what} is not finite")
 
     def backward(self, loss):
         """Add the gradient of a scalar to what has been gathered since the last update. raises NotFinite."""
-        if not loss.isfinite() and self.step != Run.suspect:
-            self.fail(f"loss is {loss.item()}, lower the learning rate")
-        loss.backward()                                                         # of a suspect: names the operation
+        if self.step == Run.suspect:
+            loss.backward()                                                     # names the operation
         if not loss.isfinite():
             self.fail(f"loss is {loss.item()}, lower the learning rate")
+        if self.step != Run.suspect:
+            loss.backward()
 
     def _name(self, param):
         return next((f"{name}/{k.replace('|', '.')}" for name, module in self.modules.items()
@@ -683,7 +710,8 @@ class Run:
             self._gather([p for group in params for p in group])
         norms = [whole(torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None]))
                  for group in params]
-        if not all(n.isfinite() for n in norms):
+        sizes = torch.stack([n.to(params[0][0].device) for n in norms]).tolist()                # one wait
+        if not all(map(math.isfinite, sizes)):
             bad = next((p for group in params for p in group
                         if p.grad is not None and not whole(p.grad).isfinite().all()), None)
             raise NotFinite(self.step, self._told(f"gradient of {self._name(bad)} is not finite"))
@@ -694,13 +722,13 @@ class Run:
                 group["lr"] = factor * group["peak"]
             opt.step()
             opt.zero_grad(set_to_none=True)
-        return max(n.item() for n in norms)
+        return max(sizes)
 
     def log(self, step, show=(), **values):
         """Append one JSON object to metrics.jsonl and show the values named in `show` beside the bar (rank 0)."""
         if rank() > 0:
             return
-        row = {k: float(v) if isinstance(v, torch.Tensor) else v for k, v in values.items()}
+        row = numbers(values)
         with open(self.folder / "metrics.jsonl", "a") as f:
             f.write(json.dumps(strict(dict(step=step, seconds=round(time.time() - self.began, 2), **row)),
                                allow_nan=False) + "\n")
@@ -804,6 +832,5 @@ def run_command(main, name, resumes=False):
 
 def ema_update(average, model, decay):
     """Move the averaged weights toward the model's: average <- decay average + (1 - decay) model."""
-    with torch.no_grad():
-        for a, p in zip(average.parameters(), model.parameters(), strict=True):
-            _part(a).lerp_(_part(p), 1 - decay)
+    pairs = [(_part(a), _part(p)) for a, p in zip(average.parameters(), model.parameters(), strict=True)]
+    get_ema_multi_avg_fn(decay)(*zip(*pairs, strict=True), None)                # all in one launch on a GPU

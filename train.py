@@ -59,7 +59,7 @@ def shares(total, name):
 
 def drawn(pool, batch, rng, device):
     """This rank's share of a batch drawn from a ScenePool, and the scenes' numbers."""
-    index = runtime.share(torch.randint(len(pool.maps["rgb"]), (batch,), generator=rng))
+    index = runtime.share(torch.randint(len(pool), (batch,), generator=rng))
     return pool.pick(index, device), [f"scene {i}" for i in index.tolist()]
 
 
@@ -76,7 +76,7 @@ def base(cfg, device):
     run = Run(Path(cfg.out) / "base", settings(cfg, *DIT_SETTINGS, prefix="base_"), cfg.seed, cfg.base_steps,
               dict(policy=policy, average=average), opts, cfg.save_every, cfg.keep)
     if run.start < run.steps:
-        scenes = data.ScenePool("synthetic", "train", cfg.base_scenes, cfg.size)
+        scenes = data.ScenePool("synthetic", "train", cfg.base_scenes, cfg.size, device=device)
     for step in run.loop("base", cfg.stop_at):
         rng = run.rng(step, SEEDS["base"])
         maps, run.where = drawn(scenes, cfg.base_batch, rng, device)
@@ -105,7 +105,7 @@ def judge(cfg, device):
     run = Run(Path(cfg.out) / "judge", settings(cfg, "size", prefix="judge_"), cfg.seed, cfg.judge_steps,
               dict(judge=model, probe=probe), opts, cfg.save_every, cfg.keep)
     if run.start < run.steps:
-        scenes = data.ScenePool("broad", "train", cfg.judge_scenes, cfg.size)
+        scenes = data.ScenePool("broad", "train", cfg.judge_scenes, cfg.size, device=device)
     for step in run.loop("judge", cfg.stop_at):
         rng = run.rng(step, SEEDS["judge"])
         maps, run.where = drawn(scenes, cfg.judge_batch, rng, device)
@@ -190,7 +190,7 @@ def judged_photos(cfg, device, shared=True):
     returns  photos (n, 3, S, S) uint8, pts (n, P, 2, 2), prob (n, P, M) from the judgement bank, names (n)
     """
     if cfg.judge == questions.ORACLE:
-        scenes = data.scene_pool("wild", "train", cfg.photos, cfg.size).all()
+        scenes = data.scene_pool("wild", "train", cfg.photos, cfg.size, device=device).all()
         pts, prob = questions.oracle_answers(scenes, cfg.bank_pairs, runtime.generator(cfg.seed, SEEDS["oracle"]))
         return (scenes["rgb"] * 255).round().byte(), pts, prob, [f"wild {i}" for i in range(len(pts))]
     if cfg.images:
@@ -198,8 +198,8 @@ def judged_photos(cfg, device, shared=True):
         photos, names = found.images, found.names
         what = f"{len(photos)} photos of {cfg.images} ({len(found.skipped)} unreadable)"
     else:
-        photos = (data.ScenePool("wild", "train", cfg.photos, cfg.size, keys=("rgb",)).maps["rgb"].float()
-                  * 255).round().byte()
+        pool = data.ScenePool("wild", "train", cfg.photos, cfg.size, keys=("rgb",), device=device)
+        photos = (pool.all()["rgb"] * 255).round().byte()
         names, what = [f"wild {i}" for i in range(len(photos))], f"{len(photos)} procedural wild photos"
     count = dict(photos_min=len(photos), photos_max=len(photos))
     if shared and len(set(runtime.shared(count).values())) > 1:
@@ -297,8 +297,9 @@ def tune(cfg, device):
     inside, left = [p.detach().clone() for p in averaged.parameters()], float(bool(drifted))
     if run.start < run.steps and not drifted:
         photos, bank_pts, bank_prob, names = judged_photos(cfg, device)
-        replay = data.scene_pool("synthetic", "train", cfg.base_scenes, cfg.size) if cfg.replay else None
-        truth = data.scene_pool("wild", "train", cfg.photos, cfg.size) if cfg.method == "supervised" else None
+        replay = data.scene_pool("synthetic", "train", cfg.base_scenes, cfg.size, device=device) if cfg.replay else None
+        truth = data.scene_pool("wild", "train", cfg.photos, cfg.size, device=device) if (
+            cfg.method == "supervised") else None
     for step in () if drifted else run.loop("grpo", cfg.stop_at):
         rng, began = run.rng(step, SEEDS["grpo"]), time.perf_counter()
         rows = Rows(cfg, policy.modalities, photos, bank_pts, bank_prob, cfg.batch, rng, device)

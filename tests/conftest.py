@@ -1,4 +1,8 @@
-"""Shared switches: Triton's interpreter where there is no GPU, one thread, NaN-filled memory, small files."""
+"""Shared switches: Triton's interpreter where there is no GPU, one thread, NaN-filled memory, small files.
+
+Where there is a GPU, kernels are compiled and test_gpu.py runs; every other test means the CPU, whose results are
+promised to the bit: --device auto is the CPU then, and programs that tests start in a fork see no GPU.
+"""
 import contextlib
 import os
 import resource
@@ -13,6 +17,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))     # the flat modu
 # Triton reads this when it is first imported, and torch does not import it by itself.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+if torch.cuda.is_available():
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or deterministic products are refused
+    import runtime  # before the modules that take its functions by name
+    pick_device = runtime.pick_device
+    runtime.pick_device = lambda name, command: pick_device("cpu" if name == "auto" else name, command)
 
 torch.set_num_threads(1)
 torch.set_default_dtype(torch.float32)

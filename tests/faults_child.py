@@ -45,7 +45,7 @@ def command(module, argv, log, env, die_at, after, nan_at):
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(out, 1)
     os.dup2(out, 2)
-    os.environ.update(env)
+    os.environ.update(env, CUDA_VISIBLE_DEVICES="")                             # a CPU's bits are compared
     sys.argv = [f"{module}.py", *argv]
     if die_at:
         die_at_write(die_at, after)

@@ -146,7 +146,8 @@ def test_torchrun_as_typed_restarts_after_a_killed_rank(campaign, tmp_path):
             "--monitor-interval=0.1", "train.py",
             *map(str, grpo(campaign, tmp_path / "run", "--steps", 40, "--save-every", 4, "--eval-every", 0))]
     with open(tmp_path / "log", "w") as log:
-        p = subprocess.Popen(argv, env=os.environ | dict(OMP_NUM_THREADS="1"), stdout=log, stderr=log, cwd=ROOT)
+        env = os.environ | dict(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+        p = subprocess.Popen(argv, env=env, stdout=log, stderr=log, cwd=ROOT)
     until_rows(rows, 5, lambda: p.poll() is None, tmp_path / "log")
     for child in Path(f"/proc/{p.pid}/task/{p.pid}/children").read_text().split():
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):        # it has gone meanwhile

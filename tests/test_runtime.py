@@ -318,8 +318,8 @@ def test_a_map_that_is_not_finite_is_named_with_its_photo_and_step(tmp_path):
         run.where = ["a.jpg", "b.jpg", "c.jpg"]
         if step == 2:
             with pytest.raises(runtime.NotFinite, match=r"step 2: depth map is not finite \(photos: b.jpg\)"):
-                run.check("depth map", maps)
-        run.check("depth map", maps.nan_to_num(posinf=0))
+                run.check({"normal map": torch.zeros(3, 5), "depth map": maps})
+        run.check({"depth map": maps.nan_to_num(posinf=0)})
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -354,8 +354,8 @@ def test_at_several_ranks_the_first_bad_map_is_what_is_told(tmp_path, monkeypatc
     monkeypatch.setattr(runtime, "world", lambda: 2)
     run.where = ["good.jpg", "bad.jpg"]
     maps = torch.tensor([[1.0], [torch.nan]])
-    run.check("depth map", maps)
-    run.check("depth reward", maps)
+    run.check({"depth map": maps, "depth reward": maps})
+    run.check({"depth reward": maps})
     assert "depth map is not finite (photos: bad.jpg)" in run.problem and "reward" not in run.problem
 
 

@@ -1,0 +1,223 @@
+"""Every path of training and inference keeps its tensors on one device, and waits for a GPU only where it must.
+
+Without a GPU: on the stand-in of standin.py, where a tensor left on the CPU raises as it would on a GPU.
+"""
+import copy
+
+import chat
+import pytest
+import test_marigold
+import torch
+import torch._dynamo  # before torch's calls are watched
+from standin import CUDA, Generator, StandIn, install, marked
+from test_train import TINY
+
+import baselines
+import checkpoints
+import data
+import eval as evaluation
+import grpo
+import kernels
+import metrics
+import relations
+import rewards
+import runtime
+import scenes
+import train
+from config import parse
+from grpo_step import Rows, explore, surrogate
+from judge import add_lora, load_judge
+from predictor import NAMES, DiT, DiTConfig, load_predictor
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py runs on the GPU that is there")
+
+
+@pytest.fixture
+def watch(monkeypatch):
+    """The stand-in, entered: torch and the project believe in a GPU."""
+    install(monkeypatch)
+    monkeypatch.setitem(scenes.CHUNK, "cuda", 1 << 12)                          # pixels: toy scenes, toy batches
+    kernels.use("torch")
+    with StandIn() as standin:
+        yield standin
+    kernels.use("auto")
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_the_stand_in_refuses_what_a_gpu_refuses(watch):
+    here, there = torch.ones(3), torch.arange(3.0).to("cuda")
+    assert marked(there) and there.device == CUDA and here.device.type == "cpu" and there.is_cuda
+    assert marked(there[there > 0] * 2 + torch.tensor(1.0)) and marked(there[torch.tensor([0, 2])])
+    for mixed in (lambda: here + there, lambda: torch.cat((here, there)), lambda: here[there.long()],
+                  lambda: there.numpy(), lambda: torch.stack((there[0], torch.tensor(1.0))),
+                  lambda: torch.randn(2, generator=seeded(), device="cuda"),
+                  lambda: torch.randn(2, generator=Generator())):
+        with pytest.raises((RuntimeError, TypeError)):
+            mixed()
+    net = torch.nn.Linear(3, 2)
+    with pytest.raises(RuntimeError):
+        net(there)
+    net = copy.deepcopy(net.to("cuda"))
+    out = net(there)
+    assert marked(out) and marked(net.weight) and watch.waits["to the GPU"] > 0
+    out.sum().backward()
+    assert marked(net.weight.grad) and not marked(out.cpu()) and watch.waits["cpu"] == 1
+    with torch.device("cuda"):
+        assert marked(torch.zeros(2)) and marked(torch.arange(2))
+    assert watch.waits["tolist"] == 0 and there.tolist() == [0, 1, 2] and watch.waits["tolist"] == 1
+
+
+def test_all_stages_and_the_tables_run_on_a_gpu_and_resume(watch, monkeypatch, tmp_path):
+    monkeypatch.setattr(runtime, "setup", lambda cfg: CUDA)
+    monkeypatch.setattr(metrics, "bootstrap_interval", lambda *_, **__: (0.0, 0.0, 0.0))        # numpy, and slow
+    waits, stages = {}, train.take
+
+    def take(stage, cfg, device):
+        watch.waits.clear()
+        stages(stage, cfg, device)
+        waits[stage.__name__] = {k: n for k, n in watch.waits.items() if k != "cpu"}      # checkpoints
+
+    monkeypatch.setattr(train, "take", take)
+    args = [*TINY, "--out", str(tmp_path), "--precision", "fp32", "--kernels", "torch", "--save-every", "100",
+            "--base-steps", "3", "--base-scenes", "16", "--judge-scenes", "16",
+            "--judge-steps", "3", "--steps", "3", "--group", "2", "--sample-steps", "3",
+            "--eval-every", "3", "--noise-blocks", "1,2", "--eval-images", "2", "--val-images", "2"]
+    train.main([*args, "--stop-at", "2"])                                       # of base
+    train.main(args)
+    assert {p.name for p in tmp_path.iterdir()} >= {"base", "judge", "grpo", "bank", "report.json", "panel.png"}
+    assert [len(runtime.read_log(tmp_path / s / "metrics.jsonl")) for s in ("base", "judge", "grpo")] == [3, 3, 3]
+    # one step each: the loss is finite, the norms, the log
+    assert waits["base"]["__bool__"] == 1 and waits["base"]["tolist"] == 2
+
+
+def tiny(flags=""):
+    """Settings, a policy and its reference on the stand-in, photos and judgements on the CPU."""
+    cfg = parse(["--stage", "grpo", "--policy", "P", "--judge", "J", *TINY, "--precision", "fp32", "--pairs", "6",
+                 "--bank-pairs", "8", *flags.split()])[1]
+    policy = DiT(DiTConfig(16, 4, 32, 1, 1, 2)).to(CUDA)
+    torch.nn.init.normal_(policy.head.weight, std=0.1, generator=Generator())
+    policy.checkpointing(bool(cfg.checkpointing))
+    photos = torch.randint(256, (5, 3, 16, 16), generator=seeded()).byte()
+    pts = relations.sample_pairs(5, (16, 16), cfg.bank_pairs, seeded(1), grid=4)
+    prob = torch.rand(5, cfg.bank_pairs, 4, generator=seeded(2))
+    return cfg, policy, runtime.frozen_copy(policy), (photos, pts, prob)
+
+
+@pytest.mark.parametrize("flags", [
+    "", "--credit mix --reward confidence --rollout full --tail 0 --credit-growth 1 --norm group",
+    "--mine 1 --window 1 --rollout window --tail 0 --stochastic 2 --init-noise independent --reward soft",
+    "--depth-normal 0.1 --shading 0.1 --micro 3 --checkpointing 1", "--modalities one --credit global --reward hard",
+    "--method ranking --reward soft", "--method supervised"])
+def test_a_step_of_grpo_stays_on_its_device(watch, flags):
+    cfg, policy, ref, bank = tiny(flags)
+    rng, step, gathered = seeded(3), grpo.STEPS["flow"], []
+    rows = Rows(cfg, policy.modalities, *bank, cfg.batch, rng, CUDA)
+    backward = lambda loss: (gathered.append(loss.detach()), loss.backward())   # noqa: E731
+    watch.waits.clear()
+    if cfg.method == "grpo":
+        taken, advantage, stats = explore(policy, rows, cfg, step, rng)
+        loss, parts = surrogate(policy, ref, rows, taken, advantage, cfg, step, backward)
+        assert parts["policy/ratio_min"] == parts["policy/ratio_max"] == 1
+        assert all(map(marked, (taken[0].x_next, advantage[0], stats["reward"], parts["policy/kl"], rows.pts)))
+    else:
+        truth = data.scene_pool("wild", "train", 5, 16, device=CUDA)
+        loss, _ = baselines.loss(policy, ref, truth, rows, cfg, rng, backward)
+    assert marked(loss) and loss.isfinite() and all(map(marked, gathered))
+    assert policy.head.weight.grad.abs().sum() > 0
+
+
+def test_a_step_of_grpo_waits_as_often_whatever_the_number_of_photos(watch):
+    counts = []
+    for flags in ("--batch 2", "--batch 4 --group 6"):
+        cfg, policy, ref, bank = tiny(f"{flags} --noise-blocks 2 --modalities joint")
+        rng, step = seeded(3), grpo.STEPS["flow"]
+        rows = Rows(cfg, policy.modalities, *bank, cfg.batch, rng, CUDA)
+        watch.waits.clear()
+        taken, advantage, _ = explore(policy, rows, cfg, step, rng)
+        surrogate(policy, ref, rows, taken, advantage, cfg, step, lambda loss: loss.backward())
+        counts.append(sum(watch.waits.values()))
+    assert counts[0] == counts[1] <= 40, watch.waits
+
+
+@pytest.mark.parametrize("flags", ["--rollout full --micro 1", "--rollout branch --modalities joint --lora 2"])
+def test_marigold_learns_and_predicts_on_its_device(watch, tmp_path, flags):
+    with torch.random.fork_rng(devices=[]):
+        parts = [test_marigold.fill(x) for x in (
+            test_marigold.UNet(test_marigold.unet_config(3) | test_marigold.SMALL),
+            test_marigold.VAE(test_marigold.VAE_CONFIG | dict(layers_per_block=1)))]
+    policy = test_marigold.Marigold(*parts, test_marigold.Schedule(test_marigold.ZERO_SNR), torch.zeros(1, 2, 12),
+                                    test_marigold.index_of("lighting")).to(CUDA)
+    cfg = parse([*test_marigold.PAPER, "--policy", "P", "--judge", "J", "--images", "I", *flags.split()])[1]
+    rng, step = seeded(3), grpo.STEPS[policy.exploration]
+    rows = Rows(cfg, policy.modalities, torch.randint(256, (3, 3, 32, 32)).byte(),
+                torch.randint(32, (3, 8, 2, 2)), torch.rand(3, 8, 4), cfg.batch, rng, CUDA)
+    taken, advantage, _ = explore(policy, rows, cfg, step, rng)
+    loss, parts = surrogate(policy, runtime.frozen_copy(policy), rows, taken, advantage, cfg, step,
+                            lambda loss: loss.backward())
+    assert marked(loss) and parts["policy/ratio_min"] == parts["policy/ratio_max"] == 1
+    if "branch" in flags:
+        return
+    assert not any(map(marked, policy.photo_maps(torch.rand(3, 40, 24), ensemble=2, steps=2).values()))
+    assert not any(map(marked, evaluation.predict(policy, torch.rand(2, 3, 32, 32), 2, 0).values()))
+
+
+@pytest.mark.parametrize("kind", ["internvl", "qwen2_5_vl", "qwen3_vl"])
+def test_judges_answer_on_their_device_and_learn(watch, monkeypatch, tmp_path, kind):
+    if kind == "internvl":
+        chat.write_original(tmp_path / "judge")
+    else:
+        chat.write_qwen(tmp_path / "judge", kind)
+        row = checkpoints.ADAPTERS[kind]
+        monkeypatch.setitem(checkpoints.ADAPTERS, kind, checkpoints.Family(
+            row.system, row.opening, row.image, row.closing, row.pixels, 128))
+    judge = load_judge(tmp_path / "judge", CUDA, dtype=torch.float32)
+    rgb = torch.rand(2, 3, judge.size, judge.size).to(CUDA)
+    pts = relations.sample_pairs(2, (judge.size,) * 2, 3, seeded()).to(CUDA)
+    prob = judge.ask(rgb, pts, batch=4)
+    assert marked(prob) and prob.shape == (2, 3, 4)
+    torch.testing.assert_close(judge.score(relations.draw_markers(rgb, pts)[:, 0], "depth"), prob[:, 0, 0])
+    add_lora(judge, 2, 4, 0.0, seeded())
+    loss, n = judge.sentence_loss(rgb, ["depth", "albedo"], [True, False])
+    loss.backward()
+    assert marked(loss) and n > 4
+
+
+def test_a_predictor_of_ours_and_the_figures_take_photos_from_the_cpu(watch, tmp_path):
+    DiT(DiTConfig(16, 4, 32, 1, 1, 2)).save(tmp_path)
+    policy = load_predictor(tmp_path).to(CUDA)
+    assert not any(map(marked, policy.photo_maps(torch.rand(3, 20, 33), ensemble=2).values()))
+    assert evaluation.diagnose(policy, 16, 2, n=2)["wild/depth/pairs"] >= 0
+
+
+def test_rendered_scenes_and_their_pool_are_the_same_on_any_device(watch):
+    """Here the devices compute alike; on a GPU numbers differ by rounding (test_gpu.py)."""
+    ids = scenes.scene_ids("train", 9)
+    made, there = scenes.render("broad", ids, 16), scenes.render("broad", ids.to(CUDA), 16)
+    assert all(map(marked, there.values())) and not any(map(marked, made.values()))
+    assert all((made[k] == there[k].cpu()).float().mean() > 0.99 for k in made)
+    pool = data.ScenePool("broad", "train", 9, 16, device=CUDA)
+    assert all(map(marked, pool.maps.values())) and not any(map(marked, pool.all().values()))
+    watch.waits.clear()
+    picked = pool.pick(torch.tensor([3, 0, 3]), CUDA)
+    assert all(map(marked, picked.values())) and not sum(watch.waits.values())
+    assert all(torch.equal(picked[k][1].cpu(), pool.all()[k][0]) for k in picked)
+    mean = lambda z: [z[k].double().cpu().nan_to_num(posinf=0).mean() for k in data.ScenePool.KEYS]     # noqa: E731
+    torch.testing.assert_close(mean(data.ScenePool("broad", "train", 9, 16).all()), mean(pool.all()), rtol=1e-2,
+                               atol=1e-3)
+
+
+def test_a_pool_that_does_not_fit_stays_on_the_cpu(watch, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (60_000, 1 << 40))        # 6,912 bytes a scene
+    small, large = (data.ScenePool("wild", "train", n, 16, device=CUDA) for n in (3, 4))
+    assert all(map(marked, small.maps.values())) and not any(map(marked, large.maps.values()))
+    assert all(map(marked, large.pick(torch.tensor([1]), CUDA).values()))
+
+
+def test_consistency_rewards_read_maps_where_they_are(watch):
+    cfg = parse(["--depth-normal", "1", "--shading", "1"])[1]
+    pred = {m: torch.rand(2, 3, relations.MODALITIES[m].channels, 8, 8).to(CUDA) for m in NAMES}
+    found = list(rewards.consistency(pred, torch.rand(2, 3, 8, 8).to(CUDA), cfg))
+    assert [name for name, *_ in found] == ["depth_normal", "shading"] and all(marked(agree) for *_, agree in found)
