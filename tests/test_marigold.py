@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from expect import edit, refused, seeded
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -52,10 +53,6 @@ ZERO_SNR = dict(
     prediction_type="v_prediction", timestep_spacing="trailing", rescale_betas_zero_snr=True, set_alpha_to_one=False,
     clip_sample=False, num_train_timesteps=1000)
 V1_0 = ZERO_SNR | dict(timestep_spacing="leading", rescale_betas_zero_snr=False)
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def unet_config(n):
@@ -1217,18 +1214,6 @@ def test_weights_are_kept_in_the_dtype_asked_for(folders):
 
 
 # refusals ---------------------------------------------------------------------------------------------------------
-
-def refused(kind, call, *words):
-    """The call raises one line that holds the words."""
-    with pytest.raises(kind) as caught:
-        call()
-    text = str(caught.value)
-    assert "\n" not in text and all(w in text for w in words), text
-
-
-def edit(path, **changes):
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
 
 def test_another_pipeline_is_refused_before_any_weights_are_read(copied):
     edit(copied / "model_index.json", _class_name="StableDiffusionAOVMatEstPipeline")

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from expect import equal, strict
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -49,11 +50,6 @@ def tiny_run(root):
     return out
 
 
-@pytest.fixture(scope="session")
-def run(tmp_path_factory):
-    return tiny_run(tmp_path_factory.getbasetemp())
-
-
 def parts(run):
     """Flags that let a GRPO stage start from the toy run's predictor, judge and bank."""
     return ["--stage", "grpo", "--policy", run / "base", "--judge", run / "judge", "--bank", run / "bank"]
@@ -62,17 +58,6 @@ def parts(run):
 def weights(folder):
     """Every tensor a stage wrote: its checkpoint, and the weights it hands on."""
     return {f"{p.name}/{k}": v for p in folder.glob("*.safetensors") for k, v in load_file(p).items()}
-
-
-def equal(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-def strict(text):
-    """json.loads that refuses NaN and Infinity, which are not JSON."""
-    def refuse(word):
-        raise AssertionError(f"{word} is not JSON")
-    return json.loads(text, parse_constant=refuse)
 
 
 def log(folder):
