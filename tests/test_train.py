@@ -5,7 +5,7 @@
 import functools
 import json
 import re
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -429,10 +429,13 @@ def test_a_batch_that_does_not_divide_among_processes_is_refused(monkeypatch):
         train.shares(4, "batch")
 
 
-def test_a_bad_flag_as_a_process_is_one_line_and_exit_code_two(tmp_path):
-    done = subprocess.run([sys.executable, str(ROOT / "train.py"), "--group", "1"], cwd=tmp_path, capture_output=True,
-                          text=True)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
+def test_as_a_script_a_bad_flag_is_one_line_and_exit_code_two(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--group", "1"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+    said = capfd.readouterr()
+    assert stop.value.code == 2 and said.out == "" and said.err.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
 # processes --------------------------------------------------------------------------------------------------------
