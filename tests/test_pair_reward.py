@@ -48,7 +48,7 @@ def test_kernel_equals_ref(triton_path, m, dtype, form, window):
     assert_same(pr.pair_reward(*args, m, form, 0.1, window), want)
 
 
-@every_modality
+@pytest.mark.parametrize("m", ["depth", "irradiance"])
 @pytest.mark.parametrize("P, window", [(1271, 0), (37, 3)])
 def test_more_pairs_than_one_program_holds_and_a_wide_window(triton_path, m, P, window):
     args = case(m, P=P, size=(9, 11), B=1, G=2 if P > 256 else 1)
@@ -82,7 +82,7 @@ def test_public_function_really_reaches_the_kernel(triton_path, monkeypatch):
     pr.pair_reward(*case("depth"), "depth")
 
 
-@every_modality
+@pytest.mark.parametrize("m", ["depth", "normal", "irradiance"])     # one channel, the last, and all three in turn
 def test_any_strides_give_the_bits_of_a_contiguous_map_and_no_copy(triton_path, m):
     pred, pts, prob, weight = case(m, G=2)
     layouts = dict(channels_last=pred.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3),
