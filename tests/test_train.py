@@ -429,13 +429,14 @@ def test_a_batch_that_does_not_divide_among_processes_is_refused(monkeypatch):
         train.shares(4, "batch")
 
 
-def test_as_a_script_a_bad_flag_is_one_line_and_exit_code_two(tmp_path, monkeypatch, capfd):
+@pytest.mark.parametrize("flags, words", [(["--group", "1"], "--group 1"), (["--images", "nowhere"], "nowhere")])
+def test_as_a_script_a_bad_flag_is_one_line_and_exit_code_two(tmp_path, monkeypatch, capfd, flags, words):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["train.py", "--group", "1"])
+    monkeypatch.setattr(sys, "argv", ["train.py", *TINY, *flags])
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
     said = capfd.readouterr()
-    assert stop.value.code == 2 and said.out == "" and said.err.count("\n") == 1 and not list(tmp_path.iterdir())
+    assert stop.value.code == 2 and said.err.count("\n") == 1 and words in said.err and not list(tmp_path.iterdir())
 
 
 # processes --------------------------------------------------------------------------------------------------------
