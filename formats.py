@@ -6,9 +6,11 @@ bytes, and the name that its refusals print. Refusals are ValueErrors that say g
 before a picture of more pixels than `--max-pixels` costs memory.
 OpenEXR: scan lines, no compression, ZIPS or ZIP, half, float and uint (the layout is openexr.com's).
 """
+import functools
 import io
 import math
 import os
+import posixpath
 import struct
 import tarfile
 import zlib
@@ -27,6 +29,7 @@ EXR_TYPES = {0: "<u4", 1: "<f2", 2: "<f4"}       # uint, half, float
 EXR_LINE = 1 << 24                               # bytes of one scan line
 
 
+@functools.lru_cache(1 << 16)
 def _plain(name):
     """A relative name without "./", or None for one that leaves its folder."""
     path = PurePosixPath(name)
@@ -76,7 +79,7 @@ class Files:
     def under(self, prefix):
         """The same files with names relative to a folder inside."""
         other = Files.__new__(Files)
-        other.path, other.prefix, other.index = self.path, str(PurePosixPath(self.prefix, prefix)), self.index
+        other.path, other.prefix, other.index = self.path, posixpath.join(self.prefix, _plain(prefix) or ""), self.index
         other.fd = os.dup(self.fd) if self.fd >= 0 else -1
         return other
 
@@ -84,7 +87,7 @@ class Files:
         plain = _plain(name)
         if plain is None:
             refuse(f"{self.path}: {name!r}", "a name that leaves the folder", "a relative name", "correct the list")
-        return str(PurePosixPath(self.prefix, plain))
+        return posixpath.join(self.prefix, plain)
 
     def where(self, name):
         """What messages call a file."""
@@ -95,8 +98,8 @@ class Files:
         full = self._full(name)
         if self.index is not None:
             return self.index.get(full, (0, -1))[1]
-        path = self.path / full
-        return path.stat().st_size if os.path.isfile(path) else -1              # also for a name too long to exist
+        path = os.path.join(self.path, full)
+        return os.stat(path).st_size if os.path.isfile(path) else -1            # also for a name too long to exist
 
     def place(self, name):
         """The same for two names of one existing file: device and inode, and the member of a tar."""

@@ -80,7 +80,7 @@ class Schedule:
             raise ValueError(f"marigold: got {T} denoising steps; want 1 .. {n - offset}")
         if self.spacing == "leading":
             return [i * (n // T) + offset for i in range(T)][::-1]
-        return [int(np.round(n - i * n / T)) - 1 for i in range(T)]
+        return (np.round(n - np.arange(T) * n / T).astype(int) - 1).tolist()
 
     def steps(self, T, quirk=False):
         """(timestep, abar there, abar after the step) of each step; the last ends at the scheduler's final abar.

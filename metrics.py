@@ -478,12 +478,12 @@ def bootstrap_interval(values_a, values_b=None, n=2000, seed=0, level=0.95, rela
     if relative and (values_b is None or w @ a == 0):
         _refuse("bootstrap_interval", "no values_b, or mean(a) 0", "a relative change", "use relative=False")
 
-    def change(i):
-        first, second = ((w[i] * x[i]).sum() / w[i].sum() for x in (a, b))
+    def change(i):                                                              # (..., N) indices of images
+        first, second = ((w[i] * x[i]).sum(-1) / w[i].sum(-1) for x in (a, b))
         return first if values_b is None else second / first - 1 if relative else second - first
 
-    rng = np.random.default_rng(seed)
+    rng, rows = np.random.default_rng(seed), max(1, (1 << 20) // len(a))        # resamples at a time: 8 MB of indices
     with np.errstate(divide="ignore", invalid="ignore"):                        # a resample whose mean of a is 0
-        draws = [change(rng.integers(0, len(a), len(a))) for _ in range(n)]
+        draws = np.concatenate([change(rng.integers(0, len(a), (min(rows, n - k), len(a)))) for k in range(0, n, rows)])
         low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
     return float(change(slice(None))), float(low), float(high)

@@ -11,6 +11,7 @@ The only file that touches torch.distributed.
 """
 import copy
 import errno
+import functools
 import hashlib
 import json
 import math
@@ -249,12 +250,18 @@ def cosine(step, steps, warmup=0):
     return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup))
 
 
+@functools.cache
+def commit():
+    """Of the code that runs: 40 digits, with -dirty when files were changed; "unknown" outside a repository."""
+    done = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40",
+                           "--exclude=*"], capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
+
+
 def about():
     """Where numbers come from: command, commit, versions, device."""
-    commit = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40",
-                             "--exclude=*"], capture_output=True, text=True)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({os.cpu_count()} cores)"
-    return dict(command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), commit=commit.stdout.strip() or "unknown",
+    return dict(command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), commit=commit(),
                 python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__,
                 numpy=numpy.__version__, device=gpu, processes=str(world()), threads=str(torch.get_num_threads()))
 

@@ -1,4 +1,4 @@
-"""Shared switches: Triton's interpreter where there is no GPU, one thread, NaN-filled memory, small files.
+"""Shared: Triton's interpreter where there is no GPU, one thread, a toy run, scenes, NaN-filled memory, small files.
 
 Where there is a GPU, kernels are compiled and test_gpu.py runs; every other test means the CPU, whose results are
 promised to the bit: --device auto is the CPU then, and programs that tests start in a fork see no GPU.
@@ -26,6 +26,23 @@ if torch.cuda.is_available():
 
 torch.set_num_threads(1)
 torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory):
+    """A complete run folder at toy size: base, judge, bank, grpo, report.json, panel.png."""
+    import test_train
+    return test_train.tiny_run(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="session")
+def rooms(tmp_path_factory):
+    """A folder of six scenes with known answers."""
+    from rooms import write_scene
+    folder = tmp_path_factory.mktemp("rooms")
+    for i in range(6):
+        write_scene(folder, f"room_{i}.cam.0", i)
+    return folder
 
 
 @pytest.fixture

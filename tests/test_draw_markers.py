@@ -22,8 +22,9 @@ def case(size=(31, 41), B=2, N=7, dtype=torch.float32):
     return torch.rand(B, 3, H, W, generator=rng).to(DEVICE, dtype), pts.to(DEVICE), photo.to(DEVICE)
 
 
-@pytest.mark.parametrize("size", [(31, 41), (37, 12), (280, 230)], ids=str)      # 31 * 41 = 1271 > BLOCK
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size, dtype", [                           # 31 * 41 = 1271 > BLOCK; places before colours
+    ((31, 41), torch.float32), ((37, 12), torch.float32), ((280, 230), torch.float32),
+    ((31, 41), torch.float64), ((31, 41), torch.bfloat16)], ids=str)
 def test_kernel_equals_ref_to_the_bit(triton_path, size, dtype):
     args = case(size, N=1 if size[0] > 100 else 7, dtype=dtype)                  # 230 px: 0.45 of its size
     out = torch.float64 if dtype == torch.float64 else torch.float32

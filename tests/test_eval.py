@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import test_train
 import torch
 from PIL import Image
 
@@ -18,11 +17,6 @@ from runtime import run_command
 DATA = Path(__file__).parents[2] / "shared" / "data" / "hypersim_scenes"
 QUICK = ["--images", "4", "--size", "16", "--denoise-steps", "1"]
 BETTER = {name: row[-1] for name, row in METRICS.items()}
-
-
-@pytest.fixture(scope="session")
-def run(tmp_path_factory):
-    return test_train.tiny_run(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture(scope="module")

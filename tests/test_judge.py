@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from expect import seeded
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -24,10 +25,6 @@ from relations import MODALITIES, draw_markers
 NAMES = list(MODALITIES)
 SIZES = MiniJudge(size=16, patch=4, width=32, vision_layers=1, text_layers=1, heads=2)
 ROUNDING = 1e-5                    # fp32 attention over sequences of another length
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 @pytest.fixture(scope="module")

@@ -96,7 +96,7 @@ def test_mixed_dtypes_follow_the_wider_state(triton_path, form):
 
 @form
 def test_gradcheck_in_float64(triton_path, form):
-    x_next, mean, std = inputs((2, 2, 3, 5), torch.float64)
+    x_next, mean, std = inputs((2, 2, 1, 3), torch.float64)
     assert torch.autograd.gradcheck(lambda mean: FORMS[form][0](x_next, mean, std), (mean,))
 
 

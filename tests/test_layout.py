@@ -1,5 +1,6 @@
 """The layout is the method: import layers, forbidden names and calls, docstrings, files, the README's commands."""
 import ast
+import functools
 import importlib
 import re
 import shlex
@@ -41,6 +42,7 @@ README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 
 
+@functools.cache
 def tree(path):
     return ast.parse(path.read_text(), str(path))
 
@@ -49,6 +51,7 @@ def module(path):
     return "kernels" if path.parent.name == "kernels" else path.stem
 
 
+@functools.cache
 def imports(path):
     """Names of project modules that a file imports, at any depth."""
     found = set()
@@ -60,6 +63,7 @@ def imports(path):
     return found & NAMES - {module(path)}
 
 
+@functools.cache
 def calls(path):
     """(dotted name, call) of every call of a file."""
     return [(ast.unparse(node.func), node) for node in ast.walk(tree(path)) if isinstance(node, ast.Call)]

@@ -5,16 +5,13 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from expect import edit, refused, seeded
 from safetensors.torch import load_file, save_file
 
 import lora
 
 TARGETS = ("to_q", "to_out.0")
 ROUNDING = 1e-6                    # fp32, sums of 6 to 8 numbers near 1 in another order
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 class Layer(nn.Module):
@@ -279,18 +276,6 @@ def test_what_peft_writes_is_read_here(tmp_path, x):
 
 # refusals ---------------------------------------------------------------------------------------------------------
 
-def refused(kind, call, *words):
-    with pytest.raises(kind) as caught:
-        call()
-    text = str(caught.value)
-    assert "\n" not in text and all(w in text for w in words), text
-
-
-def edit(folder, **changes):
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
 def test_a_target_that_names_no_linear_layer_is_refused():
     for target in ("to_z", "conv", "q"):
         refused(ValueError, lambda target=target: lora.inject(network(), ("to_q", target), 3, 6), repr(target))
@@ -318,12 +303,12 @@ def test_a_file_cut_short_is_refused(folder, name):
 @pytest.mark.parametrize("option, value", [("use_dora", True), ("use_rslora", True), ("rank_pattern", {"to_q": 8}),
                                            ("alpha_pattern", {"to_q": 8}), ("modules_to_save", ["conv"])])
 def test_another_kind_of_lora_is_refused_by_its_option(folder, option, value):
-    edit(folder, **{option: value})
+    edit(folder / "adapter_config.json", **{option: value})
     refused(ValueError, lambda: lora.load_adapter(network(), folder), option)
 
 
 def test_another_kind_of_adapter_is_refused_by_name(folder):
-    edit(folder, peft_type="LOHA")
+    edit(folder / "adapter_config.json", peft_type="LOHA")
     refused(ValueError, lambda: lora.load_adapter(network(), folder), "'LOHA'")
 
 
@@ -363,7 +348,7 @@ def test_an_adapter_of_another_width_is_refused_with_both_shapes(folder):
 
 
 def test_a_rank_that_contradicts_the_config_is_refused(folder):
-    edit(folder, r=4)
+    edit(folder / "adapter_config.json", r=4)
     refused(ValueError, lambda: lora.load_adapter(network(), folder), "lora_A", "(3, 8)", "(4, 8)")
 
 

@@ -6,7 +6,6 @@ import threading
 import numpy as np
 import official
 import pytest
-import test_train
 import torch
 from official import bench_of
 
@@ -20,11 +19,6 @@ from predictor import DiT, DiTConfig, load_predictor, predict_photo
 from runtime import run_command
 
 every = pytest.mark.parametrize("bench", benchmarks.BENCHMARKS, ids=lambda b: f"{b.dataset}-{b.task}")
-
-
-@pytest.fixture(scope="session")
-def run(tmp_path_factory):
-    return test_train.tiny_run(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from rooms import write_scene
 
 import data
 import prepare
@@ -215,7 +216,6 @@ def test_interiorverse_normals_in_other_axes_are_refused(tmp_path):
 
 
 def test_jsonl_splits_rooms_and_counts(tmp_path, capsys):
-    from test_questions import write_scene
     rooms = [f"room_{i}" for i in range(40)]
     chosen = [r for r in rooms if questions.split_of(r) == "val"][:2] + [
         r for r in rooms if questions.split_of(r) == "train"][:3]

@@ -5,44 +5,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rooms import S, png, write_scene
 
 import questions
 from relations import MODALITIES, draw_markers
 
-S = 64
 
-
-def png(path, array):
-    Image.fromarray(array).save(path)
-
-
-def write_scene(folder, scene, seed=0, **maps):
-    """A scene: left near and dim, right far and bright; patches of two colours; a hole at the top."""
-    folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(seed)
-    depth = np.tile(np.linspace(0, 40000, S).astype(np.uint16), (S, 1))
-    normal = np.tile(np.linspace(-.9, .9, S)[:, None, None], (1, S, 3))
-    normal = normal / np.linalg.norm(normal, axis=-1, keepdims=True).clip(1e-6) * .8 + np.array([0, 0, .6])
-    colour = rng.integers(60, 255, (2, 3)).astype(np.uint8)
-    albedo = colour[(np.indices((S, S)).sum(0) // 16) % 2]
-    light = np.repeat(np.tile(np.linspace(20, 250, S).astype(np.uint8), (S, 1))[..., None], 3, -1)
-    normal = np.round((normal / np.linalg.norm(normal, axis=-1, keepdims=True) + 1) / 2 * 255).astype(np.uint8)
-    normal[:8], depth[:8] = 0, 0                                                # invalid: depth reads as closest
-    made = dict(rgb=albedo, depth=depth, normal=normal, albedo=albedo, irradiance=light) | maps
-    for name, value in made.items():
-        png(folder / f"{scene}_{name}.png", value)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("scenes")
-    for i in range(6):
-        write_scene(path, f"room_{i}.cam.0", i)
-    return path
-
-
-def test_answers_are_true_balanced_and_off_the_mask(folder):
-    rows = questions.build(folder, 6, S, 0)
+def test_answers_are_true_balanced_and_off_the_mask(rooms):
+    rows = questions.build(rooms, 6, S, 0)
     for m in ("depth", "normal", "irradiance"):
         mine = [r for r in rows if r["modality"] == m]
         assert len(mine) == 36 and sum(r["first"] for r in mine) == 18
@@ -57,9 +27,9 @@ def test_answers_are_true_balanced_and_off_the_mask(folder):
             assert r["first"] == (red > green)
 
 
-def test_the_same_seed_draws_the_same_and_other_scenes_change_nothing(folder, tmp_path):
-    again = questions.build(folder, 4, S, 3)
-    assert again == questions.build(folder, 4, S, 3) != questions.build(folder, 4, S, 4)
+def test_the_same_seed_draws_the_same_and_other_scenes_change_nothing(rooms, tmp_path):
+    again = questions.build(rooms, 4, S, 3)
+    assert again == questions.build(rooms, 4, S, 3) != questions.build(rooms, 4, S, 4)
     write_scene(tmp_path, "room_2.cam.0", 2)
     alone = questions.draw(tmp_path, "room_2.cam.0", 4, S, 3)
     assert [r for r in again if r["scene"] == "room_2.cam.0"] == [r for r in alone if r in again]
@@ -99,9 +69,9 @@ def test_a_missing_map_is_named(tmp_path):
         questions.build(tmp_path, 2, S, 0)
 
 
-def test_json_lines_are_the_released_layout_and_read_back(folder, tmp_path):
-    rows = questions.build(folder, 2, S, 0)
-    path = questions.export(rows, folder, tmp_path, S, questions.JSONL["train"])
+def test_json_lines_are_the_released_layout_and_read_back(rooms, tmp_path):
+    rows = questions.build(rooms, 2, S, 0)
+    path = questions.export(rows, rooms, tmp_path, S, questions.JSONL["train"])
     lines = [json.loads(x) for x in path.read_text().splitlines()]
     assert path.name == "intrinsic_judgement_train.jsonl" and len(lines) == len(rows)
     for line, row in zip(lines, rows, strict=True):
@@ -116,7 +86,7 @@ def test_json_lines_are_the_released_layout_and_read_back(folder, tmp_path):
     back = questions.read_jsonl(path)
     assert [(r["modality"], r["first"]) for r in back] == [(r["modality"], r["first"]) for r in rows]
     images = questions.marked(back[:3], tmp_path, S)
-    assert (images - questions.marked(rows[:3], folder, S)).abs().max() < 1 / 254
+    assert (images - questions.marked(rows[:3], rooms, S)).abs().max() < 1 / 254
 
 
 def test_the_released_lines_without_sizes_are_read(tmp_path):
@@ -142,10 +112,10 @@ def test_lines_that_leave_the_folder_or_ask_otherwise_are_refused(tmp_path, chan
     assert "line 1" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_markers_are_drawn_by_the_one_renderer(folder):
-    row = questions.build(folder, 1, S, 0)[0]
-    plain = questions.photo(row, folder, S)
-    assert torch.equal(questions.marked([row], folder, S),
+def test_markers_are_drawn_by_the_one_renderer(rooms):
+    row = questions.build(rooms, 1, S, 0)[0]
+    plain = questions.photo(row, rooms, S)
+    assert torch.equal(questions.marked([row], rooms, S),
                        draw_markers(plain[None], torch.tensor(row["pts"])[None, None])[:, 0])
 
 
@@ -155,10 +125,10 @@ def test_passes_follow_each_other_and_see_every_row_once():
     assert all(sorted(seen[i:i + 7]) == rows for i in (0, 7, 14)) and seen[:7] != seen[7:14]
 
 
-def test_questions_are_drawn_once_and_again_for_another_folder(folder, tmp_path, monkeypatch):
+def test_questions_are_drawn_once_and_again_for_another_folder(rooms, tmp_path, monkeypatch):
     path = tmp_path / "q.json"
-    first = questions.cached(path, folder, 2, S, 0, None, True)
+    first = questions.cached(path, rooms, 2, S, 0, None, True)
     monkeypatch.setattr(questions, "build", lambda *_: pytest.fail("drawn again"))
-    assert questions.cached(path, folder, 2, S, 0, None, False) == first
+    assert questions.cached(path, rooms, 2, S, 0, None, False) == first
     monkeypatch.undo()
-    assert questions.cached(path, folder, 2, S, 1, None, True) != first
+    assert questions.cached(path, rooms, 2, S, 1, None, True) != first

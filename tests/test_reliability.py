@@ -4,7 +4,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from test_questions import S, write_scene
+from rooms import S
 
 import eval as evaluation
 import questions
@@ -15,16 +15,8 @@ RULES = evaluation.HEURISTICS
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("scenes")
-    for i in range(4):
-        write_scene(path, f"room_{i}.cam.0", i)
-    return path
-
-
-@pytest.fixture(scope="module")
-def rows(folder):
-    return questions.build(folder, 6, S, 0)
+def rows(rooms):
+    return questions.build(rooms, 4, S, 0)
 
 
 class Rule:
@@ -42,25 +34,25 @@ class Rule:
         return torch.tensor(out)
 
 
-def test_a_knowing_judge_is_right_and_consistent(rows, folder):
+def test_a_knowing_judge_is_right_and_consistent(rows, rooms):
     """Left is nearer and darker in these scenes; what it does not know it leaves undecided, and that counts."""
     def knows(red, green, m):
         return {"depth": 0.9, "irradiance": 0.1}.get(m, 0.5) if red[1] < green[1] else {
             "depth": 0.1, "irradiance": 0.9}.get(m, 0.5)
-    got = reliability.report(Rule(knows), rows, folder, RULES)
+    got = reliability.report(Rule(knows), rows, rooms, RULES)
     for m in ("depth", "irradiance"):
         assert got[m]["accuracy"] == 1 and got[m]["inconsistent"] == 0 and abs(got[m]["ece"] - 0.1) < 1e-6
     assert got["normal"]["accuracy"] == 0 and got["normal"]["undecided"] == got["normal"]["n"]
     assert np.isnan(got["normal"]["released"]) and got["depth"]["released"] == 1
 
 
-def test_a_judge_that_always_says_red_is_half_right_and_found_out(rows, folder):
-    got = reliability.report(Rule(lambda *_: 0.8), rows, folder, RULES)
+def test_a_judge_that_always_says_red_is_half_right_and_found_out(rows, rooms):
+    got = reliability.report(Rule(lambda *_: 0.8), rows, rooms, RULES)
     for m in ("depth", "normal", "irradiance"):
         assert got[m]["accuracy"] == 0.5 and got[m]["inconsistent"] == got[m]["always_first"] == 1
         assert abs(got[m]["ece"] - 0.3) < 1e-6
     assert got["albedo"]["inconsistent"] == 0                                   # "same" both times is consistent
-    average = reliability.report(Rule(lambda *_: 0.8), rows, folder, RULES, swap_average=True)
+    average = reliability.report(Rule(lambda *_: 0.8), rows, rooms, RULES, swap_average=True)
     assert average["depth"]["undecided"] == average["depth"]["n"]
 
 
@@ -77,14 +69,14 @@ def test_calibration_is_the_textbook_s():
     assert abs(ece - (2 * .05 + 1 * .2 + 3 * abs(2 / 3 - .95)) / 6) < 1e-9
 
 
-def test_margins_hold_every_question(rows, folder):
-    got = reliability.report(Rule(lambda *_: 0.8), rows, folder, RULES)
+def test_margins_hold_every_question(rows, rooms):
+    got = reliability.report(Rule(lambda *_: 0.8), rows, rooms, RULES)
     assert all(sum(b["n"] for b in r["margins"]) == r["n"] for r in got.values())
     assert sum(r["n"] for r in got.values()) == len(rows)
 
 
-def test_drawn_markers_cannot_be_exchanged(rows, folder, tmp_path):
-    path = questions.export(rows[:4], folder, tmp_path, S, "x.jsonl")
+def test_drawn_markers_cannot_be_exchanged(rows, rooms, tmp_path):
+    path = questions.export(rows[:4], rooms, tmp_path, S, "x.jsonl")
     lines = questions.read_jsonl(path)
     got = reliability.report(Rule(lambda *_: 0.8), lines, tmp_path, RULES)
     assert "inconsistent" not in got["depth"]
@@ -92,10 +84,10 @@ def test_drawn_markers_cannot_be_exchanged(rows, folder, tmp_path):
         reliability.report(Rule(lambda *_: 0.8), lines, tmp_path, RULES, swap_average=True)
 
 
-def test_the_command_prints_and_writes_every_figure(folder, tmp_path, capsys):
+def test_the_command_prints_and_writes_every_figure(rooms, tmp_path, capsys):
     build_mini(MiniJudge(size=32, patch=4, width=32, vision_layers=1, text_layers=1, heads=2),
                torch.Generator().manual_seed(0)).save(tmp_path / "judge")
-    evaluation.main(["--dataset", "judge", "--scenes", str(folder), "--judge", str(tmp_path / "judge"), "--pairs", "2",
+    evaluation.main(["--dataset", "judge", "--scenes", str(rooms), "--judge", str(tmp_path / "judge"), "--pairs", "2",
                      "--json", str(tmp_path / "j.json"), "--swap-average"])
     out = capsys.readouterr().out
     got = json.loads((tmp_path / "j.json").read_text())

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from expect import equal, strict
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -37,17 +38,6 @@ def walk(run, model, stop_at=0):
 
 def flat(model, opts):
     return pack(dict(policy=model), opts)
-
-
-def equal(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
-
-
-def strict(text):
-    """json.loads that refuses NaN and Infinity, which are not JSON."""
-    def refuse(word):
-        raise AssertionError(f"{word} is not JSON")
-    return json.loads(text, parse_constant=refuse)
 
 
 # randomness -----------------------------------------------------------------------------------------------------

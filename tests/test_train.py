@@ -5,13 +5,14 @@
 import functools
 import json
 import re
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from expect import equal, strict
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -49,11 +50,6 @@ def tiny_run(root):
     return out
 
 
-@pytest.fixture(scope="session")
-def run(tmp_path_factory):
-    return tiny_run(tmp_path_factory.getbasetemp())
-
-
 def parts(run):
     """Flags that let a GRPO stage start from the toy run's predictor, judge and bank."""
     return ["--stage", "grpo", "--policy", run / "base", "--judge", run / "judge", "--bank", run / "bank"]
@@ -62,17 +58,6 @@ def parts(run):
 def weights(folder):
     """Every tensor a stage wrote: its checkpoint, and the weights it hands on."""
     return {f"{p.name}/{k}": v for p in folder.glob("*.safetensors") for k, v in load_file(p).items()}
-
-
-def equal(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-def strict(text):
-    """json.loads that refuses NaN and Infinity, which are not JSON."""
-    def refuse(word):
-        raise AssertionError(f"{word} is not JSON")
-    return json.loads(text, parse_constant=refuse)
 
 
 def log(folder):
@@ -197,9 +182,9 @@ def test_deterministic_refuses_what_is_not_and_changes_no_bit_on_a_cpu(run, tmp_
 @pytest.mark.parametrize("credit", ["global", "pair"])
 def test_the_ratio_is_exactly_one_before_the_first_update(run, tmp_path, credit, rollout, step):
     go(tmp_path, *parts(run), "--credit", credit, "--rollout", rollout, "--exploration", step, "--eval-every", 0,
-       "--steps", 3, "--stop-at", 3)
+       "--steps", 2, "--stop-at", 2)
     rows = log(tmp_path / "grpo")
-    assert len(rows) == 3 and all(row["policy/ratio_min"] == row["policy/ratio_max"] == 1 for row in rows)
+    assert len(rows) == 2 and all(row["policy/ratio_min"] == row["policy/ratio_max"] == 1 for row in rows)
     assert all(row["policy/clip_frac"] == 0 and row["grad/norm"] > 0 for row in rows)
 
 
@@ -494,10 +479,14 @@ def test_a_batch_that_does_not_divide_among_processes_is_refused(monkeypatch):
         train.shares(4, "batch")
 
 
-def test_a_bad_flag_as_a_process_is_one_line_and_exit_code_two(tmp_path):
-    done = subprocess.run([sys.executable, str(ROOT / "train.py"), "--group", "1"], cwd=tmp_path, capture_output=True,
-                          text=True)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
+@pytest.mark.parametrize("flags, words", [(["--group", "1"], "--group 1"), (["--images", "nowhere"], "nowhere")])
+def test_as_a_script_a_bad_flag_is_one_line_and_exit_code_two(tmp_path, monkeypatch, capfd, flags, words):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", *TINY, *flags])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+    said = capfd.readouterr()
+    assert stop.value.code == 2 and said.err.count("\n") == 1 and words in said.err and not list(tmp_path.iterdir())
 
 
 # processes --------------------------------------------------------------------------------------------------------

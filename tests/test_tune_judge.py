@@ -6,8 +6,8 @@ import chat
 import faults
 import pytest
 import torch
+from rooms import write_scene
 from safetensors.torch import load_file
-from test_questions import write_scene
 
 import judge as judging
 import questions

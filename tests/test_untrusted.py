@@ -17,6 +17,7 @@ import numpy as np
 import official
 import pytest
 import torch
+from expect import edit
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -86,10 +87,6 @@ def refused(call, *words):
         found = fuzz.outcome(caught)
     assert found == "refused", found
     assert all(word in errors[0] for word in words), errors[0]
-
-
-def edit(path, **changes):
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 # pickles ----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,35 @@
+"""What many tests expect: one line that refuses, strict JSON, equal tensors; and what they begin with: seeds, edits."""
+import json
+
+import pytest
+import torch
+
+
+def seeded(seed=0):
+    """A generator of its own."""
+    return torch.Generator().manual_seed(seed)
+
+
+def refused(kind, call, *words):
+    """The call raises one line that holds the words."""
+    with pytest.raises(kind) as caught:
+        call()
+    text = str(caught.value)
+    assert "\n" not in text and all(w in text for w in words), text
+
+
+def edit(path, **changes):
+    """Change values of a JSON file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def strict(text):
+    """json.loads that refuses NaN and Infinity, which are not JSON."""
+    def refuse(word):
+        raise AssertionError(f"{word} is not JSON")
+    return json.loads(text, parse_constant=refuse)
+
+
+def equal(a, b):
+    """Whether two dicts of tensors agree in every name, dtype and bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
