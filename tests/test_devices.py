@@ -3,6 +3,7 @@
 Without a GPU: on the stand-in of standin.py, where a tensor left on the CPU raises as it would on a GPU.
 """
 import copy
+import dataclasses
 
 import chat
 import pytest
@@ -13,6 +14,7 @@ from standin import CUDA, Generator, StandIn, install, marked
 from test_train import TINY
 
 import baselines
+import bench
 import checkpoints
 import data
 import eval as evaluation
@@ -221,3 +223,21 @@ def test_consistency_rewards_read_maps_where_they_are(watch):
     pred = {m: torch.rand(2, 3, relations.MODALITIES[m].channels, 8, 8).to(CUDA) for m in NAMES}
     found = list(rewards.consistency(pred, torch.rand(2, 3, 8, 8).to(CUDA), cfg))
     assert [name for name, *_ in found] == ["depth_normal", "shading"] and all(marked(agree) for *_, agree in found)
+
+
+def test_the_benchmark_keeps_to_the_gpu(watch, monkeypatch):
+    for name in ("counted", "on_cpu"):
+        monkeypatch.setattr(bench, name, lambda *_: 1.0)
+    monkeypatch.setattr(bench, "policy_tflop", lambda px: (1.0, 100.0))
+    for name in ("GPU", "TINY"):                                                # one of both sides
+        sizes = getattr(bench, name)
+        monkeypatch.setattr(bench, name, dataclasses.replace(sizes, sides=sizes.sides[:1]))
+    monkeypatch.setattr(bench.memory, "table", lambda: [dict(px=512, training="LoRA r 16", checkpointing=True)])
+    run = bench.Bench(torch.device("cpu"))
+    run.device = CUDA
+    torch.compiler.set_stance("force_eager")
+    for part in ("judge", "policy", "step", "memory", "compiled"):
+        bench.RUN[part](run)
+    torch.compiler.set_stance("default")
+    assert {row.part for row in run.rows} == {"judge", "policy", "step"}
+    assert all(marked(p) for p in run.judge[0].model.parameters())
