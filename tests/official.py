@@ -160,6 +160,12 @@ def sixteen(x):
     return png16(np.round(np.clip(x, 0, 1) * 65535).astype(np.uint16))
 
 
+@functools.cache
+def lit_photo(i, k):
+    """16-bit PNG of object i of three under light k."""
+    return sixteen(lit(i, 0)[0] * lit(i, k)[1][..., None])
+
+
 def write_mit(root, item, i, task):
     mask = np.zeros((SIDE, SIDE), np.uint8)
     mask[4:-4, 8:-8] = 255
@@ -171,7 +177,7 @@ def write_mit(root, item, i, task):
         save(root / item["rgb"], sixteen(reflectance * shading[..., None]))
     else:
         for k, name in enumerate([item["rgb"], *(item[m] for m in benchmarks.MIT_LIGHTS[1:])]):
-            save(root / name, sixteen(lit(i, 0)[0] * lit(i, k)[1][..., None]))
+            save(root / name, lit_photo(i % 3, k))
 
 
 def make(bench, root, n=3):

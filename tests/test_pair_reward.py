@@ -34,13 +34,13 @@ def assert_same(got, want):
     assert torch.equal(got[0], want[0]) and got[0].dtype == torch.int8
     for a, b in zip(got[1:], want[1:], strict=True):
         assert a.dtype == b.dtype
-        torch.testing.assert_close(a, b, **TOL)
+        torch.testing.assert_close(a, b, rtol=0, atol=TOL["atol"] if a.dtype == torch.float32 else 1e-13)
 
 
 @every_modality
 @pytest.mark.parametrize("form, window, dtype", [                   # a map is read before the form matters
     ("hard", 0, torch.float32), ("soft", 1, torch.float32), ("brier", 0, torch.float32),
-    ("soft", 1, torch.float64), ("hard", 0, torch.bfloat16), ("brier", 0, torch.float16)], ids=str)
+    ("soft", 0, torch.float64), ("hard", 0, torch.bfloat16), ("brier", 0, torch.float16)], ids=str)
 def test_kernel_equals_ref(triton_path, m, dtype, form, window):
     args = case(m, dtype=dtype)
     want = pr.pair_reward_ref(*args, m, form, 0.1, window)
@@ -88,10 +88,10 @@ def test_any_strides_give_the_bits_of_a_contiguous_map_and_no_copy(triton_path, 
     layouts = dict(channels_last=pred.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3),
                    transposed=pred.mT.contiguous().mT, sliced=torch.stack((pred, -pred), -1)[..., 0])
     strided = torch.stack((prob, 1 - prob), -1)[..., 0]
-    want = pr.pair_reward(pred, pts, prob, weight, m, window=1)
+    want = pr.pair_reward(pred, pts, prob, weight, m)
     for layout, other in layouts.items():
         assert (m, layout) == ("depth", "channels_last") or not other.is_contiguous()
-        got = pr.pair_reward(other, pts.int(), strided, weight, m, window=1)
+        got = pr.pair_reward(other, pts.int(), strided, weight, m)
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True)), layout
 
 
