@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import eval as evaluation
+import files
 import runtime
 import train
 from config import PRESETS, Config, Parser
@@ -93,7 +94,7 @@ def prepare(args, seed):
         key = json.dumps({k: v for k, v in asdict(own).items() if k not in ("out", "steps", "threads", "val_images")})
         if known.get(row, {}).get("settings") != key:
             known[row] = dict(settings=key, flops=flops_per_step(own, device))
-            runtime.write_json(path, known)
+            files.write_json(path, known)
     return {row: one["flops"] for row, one in known.items()}
 
 
@@ -119,13 +120,13 @@ def run_row(job):
         values = [evaluation.score(evaluation.predict(p, maps["rgb"], cfg.eval_steps, 0), maps, pairs)
                   for p in (before, after)]
         figures[domain] = evaluation.compare(*values)
-    log = runtime.read_log(Path(cfg.out) / "grpo" / "metrics.jsonl")
+    log = files.read_log(Path(cfg.out) / "grpo" / "metrics.jsonl")
     seconds = np.cumsum([r["time/step"] for r in log])
     figures["seconds"] = float(seconds[-1])
     figures["curve"] = [dict(photos=(r["step"] + 1) * cfg.batch, seconds=float(s),
                              **{k: r[f"wild/{k}"] / figures["start"][f"wild/{k}"] - 1 for k in SHOWN})
                         for r, s in zip(log, seconds, strict=True) if f"wild/{SHOWN[0]}" in r and r["step"]]
-    runtime.write_json(path, figures)
+    files.write_json(path, figures)
     return figures
 
 
@@ -250,7 +251,7 @@ def main(argv=None):
         for k, many in result["fewer_photos"].items():
             print(f"{k}: `all` needs "
                   + ", ".join("-" if x is None else f"{x:.1f}" for x in many) + " times fewer photos than `paper`")
-    runtime.write_json(Path(args.out) / "ablation.json", result)
+    files.write_json(Path(args.out) / "ablation.json", result)
     (Path(args.out) / "ablation.md").write_text(text + "\n")
     draw(Path(args.out) / "ablation.svg", runs)
     print(f"written: {args.out}/ablation.json, ablation.md, ablation.svg")

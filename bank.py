@@ -22,8 +22,8 @@ import torch
 from tqdm import tqdm
 
 import relations
+from files import read_tensors, write_tensors
 from relations import MODALITIES, sample_pairs
-from runtime import read_tensors, write_tensors
 from untrusted import Refusing
 
 PACK = 64                         # single entries written by one call that are worth a pack

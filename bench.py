@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoints
 import config
+import files
 import grpo
 import kernels.bench
 import lora
@@ -576,7 +577,7 @@ def main(argv=None):
                      tflops=bench.tflops, copy=bench.copy, rows=[asdict(r) for r in bench.rows], memory=bench.memory,
                      kernels=bench.kernels, failed=bench.failed)
         if args.json:                                                           # what there is, should time run out
-            runtime.write_json(args.json, found)
+            files.write_json(args.json, found)
     torch.compiler.set_stance("default")
     print(render(found))
     if bench.failed:

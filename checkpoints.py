@@ -26,8 +26,8 @@ from transformers import (
     Qwen2Tokenizer,
 )
 
+import files
 import lora
-import runtime
 from untrusted import Refusing, Tensors, fits, read_json, refuse, sober, whole
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -291,7 +291,7 @@ def _internvl(folder, config, tokenizer, size):
         state[POSITIONS] = resize_positions(state[POSITIONS], side)
     with torch.device("meta"):
         model = InternVLForConditionalGeneration(config)
-    runtime.load_strict(model, state, folder, assign=True)
+    files.load_strict(model, state, folder, assign=True)
     text = model.model.language_model
     text.rotary_emb = type(text.rotary_emb)(config=text.config)                 # its buffers are in no checkpoint
     return model
@@ -317,13 +317,13 @@ def _other(folder, config):
 
 def locate(name):
     """Folders of a judge: (folder of the weights, adapter folder or None); a hub id is downloaded."""
-    folder = runtime.hub_folder(name, PATTERNS)
+    folder = files.hub_folder(name, PATTERNS)
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
         if not base or not isinstance(base, str):
             raise ValueError(f"checkpoints.py: {folder} is an adapter that names no base model; "
                              "open the merged folder beside it")
-        return runtime.hub_folder(base, PATTERNS), folder
+        return files.hub_folder(base, PATTERNS), folder
     return folder, None
 
 

@@ -23,11 +23,12 @@ import protocols
 import questions
 import reliability
 from config import Parser
+from files import write_json
 from judge import load_judge
 from predictor import NAMES, load_predictor, sample_ode
 from questions import true_relations
 from relations import at_points, margin, sample_pairs
-from runtime import generator, pick_device, run_command, write_json
+from runtime import generator, pick_device, run_command
 from scenes import srgb_decode
 
 PROCEDURAL = ("synthetic", "broad", "wild")

@@ -31,9 +31,10 @@ import lora
 from bank import Bank
 from checkpoints import ADAPTERS, SYSTEM, convert_internvl  # noqa: F401
 from config import Parser
+from files import replace_files, write_json
 from kernels.draw_markers import mark_photos
 from relations import MODALITIES, draw_markers
-from runtime import pick_device, rank, replace_files, run_command, world, write_json
+from runtime import pick_device, rank, run_command, world
 
 logging.disable_progress_bar()       # of loading and saving weights: errors stay one line
 NAMES = tuple(MODALITIES)

@@ -12,7 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from runtime import replace_file, write_json
+from files import replace_file, write_json
 from untrusted import read_json, read_tensors, refuse, whole
 
 PREFIX = "base_model.model."

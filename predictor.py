@@ -33,9 +33,10 @@ from tqdm import tqdm
 import data
 import lora
 from config import Parser
+from files import load_strict, write_json, write_tensors
 from marigold import Marigold
 from relations import MODALITIES, relative_depth
-from runtime import average, load_strict, normal, pick_device, run_command, share, world, write_json, write_tensors
+from runtime import average, normal, pick_device, run_command, share, world
 from untrusted import LAYERS, read_json, read_tensors, refuse, whole
 
 DATA_STD = 0.5                     # s, standard deviation of maps in [-1, 1]

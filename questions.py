@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
+from files import write_json
 from relations import LUMA, MODALITIES, draw_markers, margin, relation, sample_pairs
-from runtime import generator, write_json
+from runtime import generator
 from untrusted import Refusing, decode_json, inside, read_json, refuse
 
 BLACK = 0.1                       # encoded luma (1 % linear) of an albedo that shows no light

@@ -20,6 +20,7 @@ import torch
 import baselines
 import data
 import eval as evaluation
+import files
 import grpo
 import kernels
 import lora
@@ -145,7 +146,7 @@ def tune_judge(cfg, device):
         cfg.judge_passes * len(rows) / cfg.judge_batch)
     learnt = runtime.trained(model.model)
     opts = optimizers([learnt], cfg.judge_lr, 0, cfg.judge_decay, betas=(0.9, 0.999))
-    frozen = dict(questions=len(rows), judge_weights=runtime.weights_digest(cfg.judge))
+    frozen = dict(questions=len(rows), judge_weights=files.weights_digest(cfg.judge))
     run = Run(folder, settings(cfg, "size", "scenes", "judge", prefix="judge_") | frozen, cfg.seed, steps,
               dict(adapters=learnt), opts, cfg.save_every, cfg.keep)
     if runtime.rank() == 0:
@@ -180,7 +181,7 @@ def tune_judge(cfg, device):
 
 def judge_digest(cfg):
     """Digest of the judge's weights, which a run may not exchange half way."""
-    return cfg.judge if cfg.judge == questions.ORACLE else runtime.weights_digest(cfg.judge or Path(cfg.out) / "judge")
+    return cfg.judge if cfg.judge == questions.ORACLE else files.weights_digest(cfg.judge or Path(cfg.out) / "judge")
 
 
 def judged_photos(cfg, device, shared=True):
@@ -261,7 +262,7 @@ def keep(policy, cfg, start, folder, **about):
 
 def evaluated(run):
     """Rows of a run's log that hold diagnostics."""
-    return [r for r in runtime.read_log(run.folder / "metrics.jsonl") if any(k.startswith("synthetic/") for k in r)]
+    return [r for r in files.read_log(run.folder / "metrics.jsonl") if any(k.startswith("synthetic/") for k in r)]
 
 
 def watch(average, run, cfg, start, step):
@@ -287,7 +288,7 @@ def tune(cfg, device):
     acting, params = runtime.trained(actor, like=policy), list(learnt.parameters())
     opts = optimizers([policy], cfg.lr, 0, weight_decay=0.0, betas=(0.9, 0.95))
     shares(cfg.batch, "batch")
-    frozen = dict(policy_weights=runtime.weights_digest(start), judge_weights=judge_digest(cfg))
+    frozen = dict(policy_weights=files.weights_digest(start), judge_weights=judge_digest(cfg))
     run = Run(grpo_folder(cfg), settings(cfg, *GRPO_SETTINGS) | frozen, cfg.seed, cfg.steps,
               dict(policy=learnt, average=averaged), opts, cfg.save_every, cfg.keep)
     takes_part = runtime.rank() == 0 or bool(cfg.fsdp)                          # in evaluating and writing the average
@@ -363,7 +364,7 @@ def report_wild(cfg, device):
         results.append(evaluation.report(name, values[1], values[0], answers))
         if name == "wild":
             save_panel(out / "panel.png", maps["rgb"], *pred, truth=maps)
-    runtime.write_json(out / "report.json", dict(about=runtime.about(), seed=cfg.seed, tables=results))
+    files.write_json(out / "report.json", dict(about=runtime.about(), seed=cfg.seed, tables=results))
     print(f"\nwritten: {out}/report.json, {out}/panel.png; "
           f"maps of your own photos: python predictor.py PHOTO --checkpoint {out}/grpo")
 
@@ -395,7 +396,7 @@ def report_photos(cfg, device):
     evaluation.table(f"{cfg.images}: {len(rgb)} of the photos trained on; no ground truth exists; "
                      "paired bootstrap 95 %",
                      lines, ("figure", "judge", "base", "X", "change", "95 %"))
-    runtime.write_json(out / "photos" / "report.json", dict(about=runtime.about(), seed=cfg.seed, **result))
+    files.write_json(out / "photos" / "report.json", dict(about=runtime.about(), seed=cfg.seed, **result))
     save_panel(out / "photos" / "panel.png", rgb, *pred, labels=names)
 
 

@@ -18,11 +18,12 @@ import torch
 import grpo
 import kernels
 from config import Parser, parse
+from files import write_json
 from grpo_step import Rows, explore, surrogate
 from kernels import draw_markers, log_ratio, pair_credit, pair_reward, sde_step, step_logprob
 from predictor import DiT, DiTConfig
 from relations import LUMA, MODALITIES, SAME_ALBEDO, relation, sample_pairs
-from runtime import about, run_command, write_json
+from runtime import about, run_command
 
 NOT_RUN = "not run"
 LOOP_PAIRS = 100_000                                    # of the loop; its time is scaled to as many as were compared

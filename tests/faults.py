@@ -78,7 +78,7 @@ def outcome(folder):
     """Everything that a stage is for, without times and places: dict name -> tensor, number or text."""
     from safetensors.torch import load_file
 
-    from runtime import read_log
+    from files import read_log
     found = {}
     for path in sorted(p for p in Path(folder).rglob("*") if p.is_file()):
         name = str(path.relative_to(folder))

@@ -18,6 +18,7 @@ import bench
 import checkpoints
 import data
 import eval as evaluation
+import files
 import grpo
 import kernels
 import metrics
@@ -90,7 +91,7 @@ def test_all_stages_and_the_tables_run_on_a_gpu_and_resume(watch, monkeypatch, t
     train.main([*args, "--stop-at", "2"])                                       # of base
     train.main(args)
     assert {p.name for p in tmp_path.iterdir()} >= {"base", "judge", "grpo", "bank", "report.json", "panel.png"}
-    assert [len(runtime.read_log(tmp_path / s / "metrics.jsonl")) for s in ("base", "judge", "grpo")] == [3, 3, 3]
+    assert [len(files.read_log(tmp_path / s / "metrics.jsonl")) for s in ("base", "judge", "grpo")] == [3, 3, 3]
     # one step each: the loss is finite, the norms, the log
     assert waits["base"]["__bool__"] == 1 and waits["base"]["tolist"] == 2
 

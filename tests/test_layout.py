@@ -12,24 +12,25 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted([*ROOT.glob("*.py"), *(ROOT / "kernels").glob("*.py")])
 NAMES = {p.stem for p in ROOT.glob("*.py")} | {"kernels"}
 LAYERS = {  # module: project modules it may import; a module that is not listed fails
-    "untrusted": set(), "relations": set(), "scenes": set(), "metrics": set(), "runtime": set(),
-    "config": {"untrusted"}, "lora": {"runtime", "untrusted"}, "sd2": set(), "kernels": {"relations"},
+    "untrusted": set(), "relations": set(), "scenes": set(), "metrics": set(), "files": set(), "runtime": {"files"},
+    "config": {"untrusted"}, "lora": {"files", "runtime", "untrusted"}, "sd2": set(), "kernels": {"relations"},
     "formats": {"untrusted"},
     "data": {"scenes", "relations", "formats", "untrusted"},
     "benchmarks": {"data", "formats", "metrics", "scenes"},
     "protocols": {"benchmarks", "data", "metrics", "scenes"},
     "grpo": {"kernels", "relations"},
     "rewards": {"grpo", "kernels", "relations", "runtime", "scenes"},
-    "bank": {"relations", "data", "runtime", "untrusted"},
-    "checkpoints": {"lora", "runtime", "untrusted"},
+    "bank": {"relations", "data", "files", "runtime", "untrusted"},
+    "checkpoints": {"lora", "files", "runtime", "untrusted"},
     "prepare": {"config", "data", "formats", "questions", "relations", "runtime", "scenes", "untrusted"},
-    "questions": {"data", "relations", "runtime", "untrusted"},
+    "questions": {"data", "relations", "files", "runtime", "untrusted"},
     "reliability": {"questions", "relations"},
-    "judge": {"relations", "scenes", "metrics", "config", "runtime", "data", "lora", "kernels", "checkpoints", "bank"},
+    "judge": {"relations", "scenes", "metrics", "config", "files", "runtime", "data", "lora", "kernels", "checkpoints",
+              "bank"},
     "mini_judge": {"judge", "questions", "relations", "runtime"},
-    "predictor": {"relations", "scenes", "metrics", "config", "runtime", "data", "lora", "kernels", "marigold",
+    "predictor": {"relations", "scenes", "metrics", "config", "files", "runtime", "data", "lora", "kernels", "marigold",
                   "untrusted"},
-    "marigold": {"relations", "scenes", "metrics", "config", "runtime", "data", "lora", "kernels", "sd2",
+    "marigold": {"relations", "scenes", "metrics", "config", "files", "runtime", "data", "lora", "kernels", "sd2",
                  "untrusted"},
     "predictions": {"benchmarks", "data", "formats", "protocols", "predictor", "runtime", "scenes"},
     "grpo_step": {"grpo", "predictor", "rewards", "runtime"},
@@ -108,9 +109,9 @@ def test_no_pickle_and_no_remote_code(path):
 
 UNSAFE = {"extract", "extractall", "unpack_archive", "import_module", "__import__", "fromstring", "memmap", "ZipFile"}
 PLACES = {  # call: the modules that may make it, since they check what they read or wrote it themselves
-    "json.loads": {"untrusted", "runtime", "predictions"}, "json.load": set(), "load_file": {"untrusted"},
-    "safe_open": {"untrusted", "runtime"}, "Image.open": {"formats"}, "tarfile.open": {"formats"},
-    "h5py.File": {"prepare"}, "torch.load": set(), "snapshot_download": {"runtime"}}
+    "json.loads": {"untrusted", "runtime", "files", "predictions"}, "json.load": set(), "load_file": {"untrusted"},
+    "safe_open": {"untrusted", "files"}, "Image.open": {"formats"}, "tarfile.open": {"formats"},
+    "h5py.File": {"prepare"}, "torch.load": set(), "snapshot_download": {"files"}}
 
 
 @every_source

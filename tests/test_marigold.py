@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import config
+import files
 import grpo
 import grpo_step
 import lora
@@ -1315,7 +1316,7 @@ def test_an_embedding_of_another_width_is_refused(copied):
 def test_a_hub_id_without_a_network_is_one_line(monkeypatch, capsys):
     def offline(*args, **kwargs):
         raise OSError("cannot reach the hub:\nname resolution failed")
-    monkeypatch.setattr(runtime, "snapshot_download", offline)
+    monkeypatch.setattr(files, "snapshot_download", offline)
     refused(FileNotFoundError, lambda: load_predictor("prs-eth/marigold-none"), "prs-eth/marigold-none", "network")
 
 
@@ -1326,7 +1327,7 @@ def test_a_hub_id_is_downloaded_without_pickles(folders, monkeypatch):
     def download(name, allow_patterns):
         asked.append((name, allow_patterns))
         return str(folders["depth"])
-    monkeypatch.setattr(runtime, "snapshot_download", download)
+    monkeypatch.setattr(files, "snapshot_download", download)
     assert load_predictor("prs-eth/marigold-some").modalities == ("depth",)
     (name, patterns), = asked
     wanted = lambda path: any(fnmatch.fnmatch(path, p) for p in patterns)       # noqa: E731

@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+import files
 import runtime
 from runtime import CHECKPOINT, Run, UserError, cosine, ema_update, generator, optimizers, pack, run_command, unpack
 
@@ -220,7 +221,7 @@ def test_the_last_checkpoints_are_kept_and_their_number_is_a_setting(tmp_path):
         opts = optimizers([model], 0.01, 0, 0.0)
         run = Run(tmp_path / str(keep), {}, 0, 6, dict(policy=model), opts, 1, keep)
         walk(run, model)
-        steps = [int(runtime.read_tensors(p)[1]["step"]) for p in run.checkpoints()]
+        steps = [int(files.read_tensors(p)[1]["step"]) for p in run.checkpoints()]
         assert steps == [6, 5, 4][:keep]
 
 
@@ -268,7 +269,7 @@ def test_a_failed_write_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     run, model, _ = make(tmp_path)
     walk(run, model, stop_at=2)
     old = (tmp_path / CHECKPOINT).read_bytes()
-    monkeypatch.setattr(runtime.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(files.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         run.save(3)
     assert (tmp_path / CHECKPOINT).read_bytes() == old
@@ -283,8 +284,8 @@ def test_a_full_disk_is_one_line_whoever_writes(tmp_path, small_files, capsys):
         return said
     weights = dict(a=torch.zeros(1000))
     fails(lambda: save_file(weights, tmp_path / "a"))                           # the net: a writer that names no file
-    assert str(tmp_path / "b") in fails(lambda: runtime.write_tensors(tmp_path / "b", weights))
-    assert str(tmp_path / "c") in fails(lambda: runtime.write_json(tmp_path / "c", list(range(1000))))
+    assert str(tmp_path / "b") in fails(lambda: files.write_tensors(tmp_path / "b", weights))
+    assert str(tmp_path / "c") in fails(lambda: files.write_json(tmp_path / "c", list(range(1000))))
     assert not list(tmp_path.glob("[bc]*"))
 
 
@@ -292,7 +293,7 @@ def test_text_is_utf8_in_any_locale(tmp_path):
     before = locale.setlocale(locale.LC_CTYPE)
     locale.setlocale(locale.LC_CTYPE, "C")                                      # it has ASCII
     try:
-        runtime.write_text(tmp_path / "a", "\u00e9")
+        files.write_text(tmp_path / "a", "\u00e9")
     finally:
         locale.setlocale(locale.LC_CTYPE, before)
     assert (tmp_path / "a").read_bytes() == "\u00e9".encode()
@@ -397,7 +398,7 @@ def test_a_value_that_is_not_a_number_still_logs_strict_json(tmp_path):
 
 
 def test_written_json_is_strict(tmp_path):
-    runtime.write_json(tmp_path / "a.json", dict(tables=[dict(x=math.nan)], y=1.5))
+    files.write_json(tmp_path / "a.json", dict(tables=[dict(x=math.nan)], y=1.5))
     assert strict((tmp_path / "a.json").read_text()) == dict(tables=[dict(x=None)], y=1.5)
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
