@@ -134,7 +134,7 @@ PRESETS = {
         base_scenes=20000, base_steps=6000, base_batch=64, base_lr=6e-4, base_muon=1e-3,
         judge_scenes=60000, judge_steps=10000, judge_batch=128, judge_lr=5e-4, judge_muon=1e-3, judge_decay=0.02,
         judge_width=384, judge_vision_layers=8, judge_text_layers=4, judge_heads=6, judge_patch=8,
-        photos=4000, pairs=64, bank_pairs=128, sample_steps=10, noise_blocks="1,2,4,8,16", rollout="branch", tail=1,
+        photos=4000, pairs=64, bank_pairs=128, sample_steps=10, noise_blocks="1,2,4,8", rollout="branch", tail=1,
         credit="pair", credit_width=4.0, reward="brier", tau="0.4,0.5,0.05,0.25", jitter=8, modalities="joint",
         balance=1, norm="global", steps=2000, batch=16, clip=0.1, kl_weight=0.1, replay=0.2, lr=1e-4, ema=0.99),
     # the paper's numbers; needs weights and photos: `problem` names them

@@ -145,7 +145,7 @@ def test_a_step_of_grpo_waits_as_often_whatever_the_number_of_photos(watch):
     assert counts[0] == counts[1] <= 40, watch.waits
 
 
-@pytest.mark.parametrize("flags", ["--rollout full --micro 1", "--rollout branch --modalities joint --lora 2"])
+@pytest.mark.parametrize("flags", ["--rollout full --micro 3", "--rollout branch --modalities joint --lora 2"])
 def test_marigold_learns_and_predicts_on_its_device(watch, tmp_path, flags):
     with torch.random.fork_rng(devices=[]):
         parts = [test_marigold.fill(x) for x in (
