@@ -430,7 +430,7 @@ def main(argv=None):
     for name in needed(cfg):
         take(stages[name], cfg, device)
         runtime.barrier()
-        if cfg.stop_at and cfg.stage == "all":
+        if cfg.stop_at and name != cfg.stage:                                       # of several stages
             if runtime.rank() == 0:
                 print(f"train.py: stopped after {cfg.stop_at} steps of {name} (--stop-at); without it the same goes on")
             return

@@ -433,6 +433,12 @@ def test_missing_weights_fail_before_any_training(run, tmp_path, capsys, flag, s
     assert "nowhere" in line and not list((tmp_path / "run").rglob("metrics.jsonl"))
 
 
+def test_a_stop_in_a_stage_that_grpo_needs_first_ends_there(tmp_path, capsys):
+    go(tmp_path, "--stage", "grpo", "--stop-at", 2)
+    assert "stopped after 2 steps of base (--stop-at)" in capsys.readouterr().out
+    assert len(log(tmp_path / "base")) == 2 and not (tmp_path / "judge").exists()
+
+
 def test_grpo_on_a_fresh_machine_trains_base_and_judge_first(tmp_path, capsys):
     go(tmp_path / "run", "--stage", "grpo")
     assert "base" in capsys.readouterr().out
