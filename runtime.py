@@ -191,10 +191,14 @@ def _part(x):
 
 
 def _spread(value, like):
-    """A whole tensor in the form of `like`."""
-    if not isinstance(like, DTensor) or value.shape != like.shape:
+    """A whole tensor in the form of `like`: spread over ranks, or with its strides, as fused AdamW wants them."""
+    if value.shape != like.shape:
         return value
-    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
+    if isinstance(like, DTensor):
+        return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
+    if value.stride() == like.stride():
+        return value
+    return torch.empty_like(like, dtype=value.dtype, device=value.device).copy_(value)
 
 
 def shutdown():
@@ -246,9 +250,12 @@ def cosine(step, steps, warmup=0):
 
 @functools.cache
 def commit():
-    """Of the code that runs: 40 digits, with -dirty when files were changed; "unknown" outside a repository."""
-    done = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40",
-                           "--exclude=*"], capture_output=True, text=True)
+    """Of the code that runs: 40 digits, with -dirty when files were changed; "unknown" without a repository or git."""
+    try:
+        done = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty",
+                               "--abbrev=40", "--exclude=*"], capture_output=True, text=True)
+    except FileNotFoundError:
+        return "unknown"
     return done.stdout.strip() or "unknown"
 
 
@@ -521,7 +528,7 @@ class Run:
             flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in moved])
             dist.all_reduce(flat)
             for p, g in zip(moved, flat.split([p.numel() for p in moved]), strict=True):
-                p.grad = (g / world()).view_as(p)
+                p.grad = _spread((g / world()).view_as(p), p)
 
     def update(self, loss, params, factor, clip=1.0):
         """Backward, average the gathered gradients over ranks, clip each parameter list by its own norm, step, clear.

@@ -125,6 +125,24 @@ def test_pack_then_unpack_restores_weights_and_optimizer_state(tmp_path, muon):
     assert equal(kept, flat(other, other_opts))
 
 
+def test_what_is_restored_or_averaged_over_ranks_has_the_strides_of_its_weight(tmp_path, monkeypatch):
+    """Fused AdamW refuses others; weights of convolutions lie channels last under --compile."""
+    conv = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    opts, p = optimizers([conv], 0.01, 0, 0.0), conv.weight
+    run = Run(tmp_path, {}, 0, 2, dict(policy=conv), opts)
+    conv(torch.ones(1, 3, 5, 5)).sum().backward()
+    grad = p.grad.clone()
+    monkeypatch.setattr(runtime, "world", lambda: 2)
+    monkeypatch.setattr(runtime.dist, "all_reduce", lambda x: None)
+    run._gather([p])
+    assert torch.equal(p.grad, grad / 2) and p.grad.stride() == p.stride()
+    opts[0].step()
+    state = {k: v.clone() for k, v in opts[0].state[p].items()}
+    unpack(flat(conv, opts), dict(policy=conv), opts)
+    for k, v in opts[0].state[p].items():
+        assert torch.equal(v, state[k]) and (v.shape != p.shape or v.stride() == p.stride())
+
+
 def test_packed_tensors_are_copies():
     model = net()
     kept = flat(model, [])
@@ -159,6 +177,11 @@ def test_config_json_holds_settings_command_versions_and_device(tmp_path):
     kept = strict((tmp_path / "run.json").read_text())
     assert kept["settings"] == dict(width=4) and kept["seed"] == 0
     assert all(kept[k] for k in ("command", "commit", "python", "torch", "transformers", "numpy", "device"))
+
+
+def test_a_machine_without_git_is_no_obstacle(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert runtime.commit.__wrapped__() == "unknown"
 
 
 def test_a_changed_setting_is_refused_by_name_with_both_values(tmp_path):
