@@ -3,9 +3,9 @@
     python bench.py --all --json FILE        every part, under 9 minutes; prints the tables of bench/RESULTS.md
     python bench.py --part memory            one part: kernels, judge, policy, step, memory
 
-Weights are random: speed does not depend on them. The limit is the larger of operations (counted on tensors without
-data) over the rate of a matrix product and bytes over the rate of a copy, both measured in the same run. Without a GPU
-every code path runs once at a tiny size, the full-size U-Net once on the CPU, and every other figure reads "not run".
+Weights are random: speed does not depend on them. The limit is operations (counted on tensors without data)
+over the rate of a matrix product, for kernels bytes over the rate of a copy, rates of the same run. Without a GPU every
+code path runs once at a tiny size, the full-size U-Net once on the CPU, and every other figure reads "not run".
 """
 import contextlib
 import functools
@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoints
@@ -32,12 +33,12 @@ import runtime
 import train
 from grpo_step import Rows, explore, surrogate
 from judge import Judge
+from kernels.bench import FAILURES, NOT_RUN, table
 from memory import GB, SD2
 from mini_judge import IMG, mini_tokenizer
 from peer import Peer, diffusers
 
 PARTS = ("kernels", "judge", "policy", "step", "memory")
-NOT_RUN = "not run"
 MINUTES = 8.5                     # of --all: rows that are not begun by then read "not run"
 TINY_SD2 = SD2 | dict(
     unet=SD2["unet"] | dict(
@@ -149,7 +150,7 @@ class Bench:
         print(what, file=sys.stderr, flush=True)
         try:
             return self.clock(make(), runs), ""
-        except (RuntimeError, kernels.TritonError) as error:
+        except FAILURES as error:
             if self.dry:
                 raise
             self.failed.append(what)
@@ -185,8 +186,11 @@ def born(device, dtype=torch.float32):
 
 
 def counted(fn):
-    """Floating-point operations of a call, in TFLOP (2 per multiplication and addition of products)."""
-    with FlopCounterMode(display=False) as counter:
+    """Floating-point operations of a call, in TFLOP (2 per multiplication and addition of products).
+
+    Attention is taken apart into its products: the counter does not know the CPU's fused form.
+    """
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         fn()
     return counter.get_total_flops() / 1e12
 
@@ -284,19 +288,30 @@ class Step:
         rng = torch.Generator().manual_seed(0)
         rows = Rows(self.cfg, self.policy.modalities, self.photo, self.pts, self.prob if prob is None else prob, 1,
                     rng, self.policy.text.device)
-        return rows, *explore(self.actor, rows, self.cfg, self.sde, rng)[:2]
+        return rows, *explore(self.actor, rows, self.cfg, self.sde, rng, self.check)[:2]
+
+    @staticmethod
+    def check(values):
+        """Wait for what Run.check looks at; numbers of random weights may be any."""
+        torch.stack([x.isfinite().all() for x in values.values()]).tolist()
+
+    def backward(self, share):
+        """As Run.backward: the host waits for each loss."""
+        self.check(dict(loss=share.detach()))
+        share.backward()
 
     def gradient(self, prob=None):
         """Rollout and update: the gradient of one step."""
         for p in self.learnt:
             p.grad = None
         rows, taken, advantage = self.explore(prob)
-        surrogate(self.policy, self.ref, rows, taken, advantage, self.cfg, self.sde, lambda share: share.backward(),
+        surrogate(self.policy, self.ref, rows, taken, advantage, self.cfg, self.sde, self.backward,
                   anchor=bool(self.cfg.compile))
 
     def whole(self, prob=None):
-        """The gradient, AdamW, the average, the acting copy."""
+        """The gradient, its norm clipped, AdamW, the average, the acting copy."""
         self.gradient(prob)
+        torch.nn.utils.clip_grad_norm_(self.learnt, 1.0).item()
         for opt in self.opts:
             opt.step()
         runtime.ema_update(runtime.trained(self.average, like=self.policy), runtime.trained(self.policy), 0.99)
@@ -488,29 +503,28 @@ def kernels_part(bench):
 # memory -----------------------------------------------------------------------------------------------------------
 
 def memory_part(bench):
-    """The computed table; on a GPU beside the peak of one GRPO step, one state at a time."""
+    """The computed table; on a GPU beside the peak of a GRPO step, one state at a time, over what other parts hold.
+
+    Of the second step: in the first one AdamW has no averages yet while activations are there.
+    """
     bench.memory = [dict(row) for row in memory.table()]
     for row in bench.memory:
         px = bench.sizes.sides[GPU.sides.index(row["px"])]
         if time.monotonic() > bench.deadline or bench.dry and row["px"] != GPU.sides[0]:    # tiny: the same paths
             continue
         flags = ["--micro", "1", "--sample-steps", "3", "--checkpointing", str(int(row["checkpointing"]))]
+        held = 0 if bench.dry else torch.cuda.memory_allocated()                 # the judge
         step = Step(bench, px, *flags, *(["--lora", "16"] if row["training"] != "full" else []))
-        if not bench.dry:
-            torch.cuda.reset_peak_memory_stats()
         step.whole()
         if not bench.dry:
-            row["peak_gb"] = torch.cuda.max_memory_allocated() / GB
+            torch.cuda.reset_peak_memory_stats()
+            step.whole()
+            row["peak_gb"] = (torch.cuda.max_memory_allocated() - held) / GB
         del step
         bench.clear()
 
 
 # output -----------------------------------------------------------------------------------------------------------
-
-def table(columns, lines):
-    """A markdown table."""
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in (columns, ["---"] * len(columns), *lines))
-
 
 def shown(value, form):
     """A figure, or "not run"."""
@@ -568,7 +582,7 @@ def main(argv=None):
     for name in chosen:
         try:
             RUN[name](bench)
-        except (RuntimeError, kernels.TritonError) as error:                    # outside of a row
+        except FAILURES as error:                                               # outside of a row
             if bench.dry:
                 raise
             bench.failed.append(f"{name}: {error}")

@@ -7,6 +7,7 @@ Without a GPU it measures the vectorised relation against a loop over pairs (wha
 eager GRPO step, and says that the kernels were not run. Medians with the 20th and 80th percentile.
 """
 import statistics
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from relations import LUMA, MODALITIES, SAME_ALBEDO, relation, sample_pairs
 from runtime import about, run_command
 
 NOT_RUN = "not run"
+# of one row: memory, another result, a compiler (Triton calls gcc and passes on its CalledProcessError)
+FAILURES = (RuntimeError, ValueError, OSError, subprocess.SubprocessError, kernels.TritonError)
 LOOP_PAIRS = 100_000                                    # of the loop; its time is scaled to as many as were compared
 COLUMNS = ("op", "case", "eager ms", "torch.compile ms", "Triton ms", "GB/s", "of copy", "launches (eager)",
            "peak MB (eager)")
@@ -301,7 +304,7 @@ def on_gpu(ops):
             print(f"kernels: {op}, {case.label}", file=sys.stderr, flush=True)
             try:
                 rows.append(measure(op, case, copy_speed))
-            except (RuntimeError, ValueError, kernels.TritonError) as error:
+            except FAILURES as error:
                 rows.append(dict(op=op, case=case.label, failed=" ".join(f"{type(error).__name__}: {error}".split())))
     return dict(copy_gb_per_s=copy_speed, kernels=rows)
 

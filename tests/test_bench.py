@@ -1,8 +1,10 @@
 """The benchmark: its dry run takes every path and invents no figure, rows judge right; the memory table."""
 import dataclasses
 import json
+import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -74,6 +76,34 @@ def test_a_row_that_fails_on_a_gpu_costs_no_other_and_is_counted():
     good = run.add(bench.Row("policy", "small", tflop=0.1), lambda: lambda: 2.0)
     assert bad.ms is None and bad.note == "failed: OutOfMemoryError: tried to allocate 9 GB"
     assert good.ms == 2.0 and good.of_limit == 0.5 and run.failed == ["policy: large"] and run.rows == [bad, good]
+
+
+@pytest.mark.parametrize("error", [subprocess.CalledProcessError(1, "gcc"), ValueError("x"), OSError("no compiler")])
+def test_a_compiler_that_is_missing_costs_its_row_alone(error):
+    run = bench.Bench(CPU)
+    run.dry, run.clear = False, lambda: None
+
+    def broken():
+        raise error
+    assert run.add(bench.Row("policy", "x"), broken).note.startswith(f"failed: {type(error).__name__}")
+
+
+def test_attention_is_counted_where_it_is_fused():
+    with FakeTensorMode():
+        q = torch.empty(2, 3, 16, 8)
+        assert bench.counted(lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q)) == 49152e-12  # 4 BHLLD
+
+
+def test_the_measured_peak_is_that_of_a_later_step_and_leaves_out_what_was_there(monkeypatch):
+    taken, run = [], bench.Bench(CPU)
+    run.dry, run.clear = False, lambda: None
+    monkeypatch.setattr(bench.memory, "table", lambda: [dict(px=512, training="full", checkpointing=True)])
+    monkeypatch.setattr(bench, "Step", lambda *_: SimpleNamespace(whole=lambda: taken.append("step")))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 7e9)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: taken.append("reset"))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 27e9)
+    bench.memory_part(run)
+    assert taken == ["step", "reset", "step"] and run.memory[0]["peak_gb"] == 20
 
 
 def test_a_row_that_would_begin_too_late_is_not_run():
