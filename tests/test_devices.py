@@ -10,6 +10,7 @@ import pytest
 import test_marigold
 import torch
 import torch._dynamo  # before torch's calls are watched
+from expect import seeded
 from standin import CUDA, Generator, StandIn, install, marked
 from test_train import TINY
 
@@ -44,10 +45,6 @@ def watch(monkeypatch):
     with StandIn() as standin:
         yield standin
     kernels.use("auto")
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def test_the_stand_in_refuses_what_a_gpu_refuses(watch):

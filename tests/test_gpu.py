@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import test_marigold
 import torch
+from expect import seeded
 from safetensors.torch import load_file
 from test_train import TINY, log
 
@@ -23,6 +24,7 @@ from config import parse
 from grpo_step import Rows, explore, surrogate
 from mini_judge import MiniJudge, Probe, build_mini, judge_loss
 from predictor import NAMES, DiT, DiTConfig, flow_loss
+from train import companions
 
 DEVICE = torch.device(os.environ.get("REASONX_TEST_DEVICE", "cuda"))
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,10 +41,6 @@ def whole_fp32():
     yield
     torch.set_float32_matmul_precision(before[0])
     torch.backends.cudnn.allow_tf32 = before[1]
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def predictor_of_ours():
@@ -186,12 +184,46 @@ def test_the_ratio_is_exactly_one_in_bf16(flags):
     assert policy.head.weight.grad.abs().sum() > 0
 
 
-def test_the_ratio_of_marigold_is_exactly_one_in_bf16():
+def small_marigold():
     parts = [test_marigold.fill(x) for x in (
         test_marigold.UNet(test_marigold.unet_config(3) | test_marigold.SMALL),
         test_marigold.VAE(test_marigold.VAE_CONFIG | dict(layers_per_block=1)))]
-    policy = test_marigold.Marigold(*parts, test_marigold.Schedule(test_marigold.ZERO_SNR),
-                                    test_marigold.waves(1, 2, 12), test_marigold.index_of("lighting")).to(DEVICE)
+    return test_marigold.Marigold(*parts, test_marigold.Schedule(test_marigold.ZERO_SNR),
+                                  test_marigold.waves(1, 2, 12), test_marigold.index_of("lighting"))
+
+
+@pytest.mark.parametrize("make", [predictor_of_ours, small_marigold])
+def test_a_compiled_rollout_has_ratio_one_and_nearly_the_velocities_of_training(make):
+    cfg, policy = settings("--precision bf16 --compile --replay 0"), make().to(DEVICE)
+    ref, _, actor = companions(policy, cfg, DEVICE)
+    step, rows = grpo.STEPS[policy.exploration], rows_of(cfg, policy, DEVICE)
+    taken, advantage, _ = explore(actor, rows, cfg, step, seeded(8))
+    loss, stats = surrogate(policy, ref, rows, taken, advantage, cfg, step, lambda loss: loss.backward(), anchor=True)
+    assert stats["policy/ratio_min"] == stats["policy/ratio_max"] == 1 and loss.isfinite()
+    assert stats["policy/gap"] < 0.05
+
+
+def test_adamw_goes_on_from_a_checkpoint_of_weights_that_lie_channels_last():
+    ends = []
+    for resumed in (False, True):
+        conv = torch.nn.Conv2d(8, 8, 3)
+        with torch.no_grad():
+            for p in conv.parameters():
+                p.copy_(torch.randn(p.shape, generator=seeded()))
+        conv = conv.to(DEVICE, memory_format=torch.channels_last)
+        modules, opts = dict(policy=conv), runtime.optimizers([conv], 0.01, 0, 0.0)
+        for k in range(3):
+            conv(torch.rand(2, 8, 5, 5, generator=seeded(k)).to(DEVICE)).square().sum().backward()
+            opts[0].step()
+            opts[0].zero_grad()
+            if resumed:
+                runtime.unpack(runtime.pack(modules, opts), modules, opts)
+        ends.append(conv.weight)
+    assert torch.equal(*ends)
+
+
+def test_the_ratio_of_marigold_is_exactly_one_in_bf16():
+    policy = small_marigold().to(DEVICE)
     cfg, step = settings("--precision bf16 --checkpointing 1 --replay 0"), grpo.STEPS[policy.exploration]
     policy.checkpointing(True)
     rows = rows_of(cfg, policy, DEVICE)
