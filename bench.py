@@ -305,8 +305,7 @@ class Step:
         for p in self.learnt:
             p.grad = None
         rows, taken, advantage = self.explore(prob)
-        surrogate(self.policy, self.ref, rows, taken, advantage, self.cfg, self.sde, self.backward,
-                  anchor=bool(self.cfg.compile))
+        surrogate(self.policy, self.ref, rows, taken, advantage, self.cfg, self.sde, self.backward, anchor=True)
 
     def whole(self, prob=None):
         """The gradient, its norm clipped, AdamW, the average, the acting copy."""
@@ -375,8 +374,7 @@ def forward_rows(bench, full, px):
         return lambda: unet(x, t, text)
 
     def graph():
-        with torch.cuda.stream(torch.cuda.Stream()) if not bench.dry else contextlib.nullcontext():
-            unet(x, t, text)
+        unet(x, t, text)                                                        # libraries choose before the recording
         if bench.dry:
             return plain()
         torch.cuda.synchronize()
@@ -513,7 +511,7 @@ def memory_part(bench):
         if time.monotonic() > bench.deadline or bench.dry and row["px"] != GPU.sides[0]:    # tiny: the same paths
             continue
         flags = ["--micro", "1", "--sample-steps", "3", "--checkpointing", str(int(row["checkpointing"]))]
-        held = 0 if bench.dry else torch.cuda.memory_allocated()                 # the judge
+        held = 0 if bench.dry else torch.cuda.memory_allocated()                # a judge of another part
         step = Step(bench, px, *flags, *(["--lora", "16"] if row["training"] != "full" else []))
         step.whole()
         if not bench.dry:

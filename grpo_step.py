@@ -125,8 +125,8 @@ def surrogate(policy, ref, rows, taken, advantage, cfg, step, backward, anchor=F
 
     taken, advantage  of `explore`
     backward  called with each portion's share of the loss
-    anchor    True: the policy as it is now counts as the one that acted, which rounds otherwise (--compile); `taken` is
-              changed, and `policy/gap` is the distance of the two velocities, relative to their length
+    anchor    True: the policy as it is now counts as the one that acted, which may round otherwise (--compile, a GPU);
+              `taken` is changed, and `policy/gap` is the distance of the two velocities, relative to their length
     returns   the loss, and what the log shows of it
     """
     cond, loss, parts = rows.encode(policy), 0.0, []
