@@ -91,7 +91,7 @@ def explore(policy, rows, cfg, step, rng, check=lambda values: None):
     cond, B, starts = rows.encode(policy), len(rows.rgb), 1 if cfg.init_noise == "shared" else cfg.group
     noise = rows.normal((starts, len(rows.index), *policy.shape(rows.rgb)), rng)
     noise = noise[0] if starts == 1 else noise.transpose(0, 1)                  # (M*B, c, h, w) or (M*B, G, c, h, w)
-    with rows.amp:                                                              # the weights are cast once, not T times
+    with rows.amp:                                                              # what trains is cast once, not T times
         x0, taken = grpo.rollout(lambda x, t: rows.all_velocities(policy, cond, x, t),
                                  policy.start(noise, cfg.sample_steps), policy.times(cfg.sample_steps), cfg.group,
                                  STOCHASTIC[cfg.rollout](cfg), step, cfg.noise, rng, cfg.tail,

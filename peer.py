@@ -23,6 +23,8 @@ class Peer:
         for net, ours in ((self.unet, policy.unet), (self.ref, ref.unet), (self.vae, policy.vae)):
             net.load_state_dict(ours.state_dict())
         self.ref.requires_grad_(False)
+        if cfg.precision != "fp32":                                             # as scripts keep what is frozen
+            self.ref.to(torch.bfloat16)
         self.vae.requires_grad_(False)
         self.scheduler = diffusers.DDIMScheduler(**sd2["scheduler"])
         self.scheduler.set_timesteps(self.cfg.sample_steps)

@@ -261,6 +261,7 @@ def load_predictor(path):
 
 def compile_velocity(policy):
     """torch.compile a predictor's velocity, in place; on a GPU its convolutions' weights lie channels last."""
+    torch._dynamo.config.recompile_limit = 64                                   # of this code by all networks and sizes
     if next(policy.network.parameters()).is_cuda:
         policy.network.to(memory_format=torch.channels_last)
     policy.velocity = torch.compile(policy.velocity, dynamic=False)

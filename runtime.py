@@ -656,4 +656,4 @@ def run_command(main, name, resumes=False):
 def ema_update(average, model, decay):
     """Move the averaged weights toward the model's: average <- decay average + (1 - decay) model."""
     pairs = [(_part(a), _part(p)) for a, p in zip(average.parameters(), model.parameters(), strict=True)]
-    get_ema_multi_avg_fn(decay)(*zip(*pairs, strict=True), None)                # all in one launch on a GPU
+    get_ema_multi_avg_fn(decay)(*zip(*pairs, strict=True), None)                # few launches on a GPU
