@@ -16,14 +16,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import eval as evaluation
 import files
 import runtime
 import train
+from arithmetic import counted
 from config import PRESETS, Config, Parser
 from plots import Line, figure
 from predictor import load_predictor
@@ -72,9 +71,9 @@ def row_config(args, row, seed):
 
 def flops_per_step(cfg, device, steps=8):
     """Floating-point operations of a training step, the mean of the first few; products inside attention included."""
-    with TemporaryDirectory() as folder, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        train.tune(replace(cfg, out=folder, eval_every=0, stop_at=steps), device)
-    return counter.get_total_flops() / steps
+    with TemporaryDirectory() as folder:
+        own = replace(cfg, out=folder, eval_every=0, stop_at=steps)
+        return counted(lambda: train.tune(own, device)) / steps
 
 
 def prepare(args, seed):

@@ -18,23 +18,20 @@ from dataclasses import asdict, dataclass
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
+import arithmetic
 import checkpoints
 import config
 import files
 import grpo
 import kernels.bench
-import lora
 import marigold
-import memory
 import runtime
 import train
+from arithmetic import GB, JUDGE, SD2, counted
 from grpo_step import Rows, explore, surrogate
 from judge import Judge
 from kernels.bench import FAILURES, NOT_RUN, table
-from memory import GB, SD2
 from mini_judge import IMG, mini_tokenizer
 from peer import Peer, diffusers
 
@@ -47,14 +44,6 @@ TINY_SD2 = SD2 | dict(
         cross_attention_dim=24, down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"],
         up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"]),
     vae=SD2["vae"] | dict(layers_per_block=1, block_out_channels=[16, 32, 32, 32], norm_num_groups=8))
-JUDGE = dict(  # config.json of InternVL2.5-4B at the tile of the released judge
-    ps_version="v2", downsample_ratio=0.5, force_image_size=512, select_layer=-1,
-    vision_config=dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
-                       patch_size=14, image_size=448, qkv_bias=True, qk_normalization=False, hidden_act="gelu",
-                       layer_norm_eps=1e-6, norm_type="layer_norm", initializer_factor=0.1),
-    llm_config=dict(architectures=["Qwen2ForCausalLM"], hidden_size=2048, intermediate_size=11008,
-                    num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=2, vocab_size=151674,
-                    rms_norm_eps=1e-6, rope_theta=1e6, max_position_embeddings=32768))
 TINY_JUDGE = JUDGE | dict(
     force_image_size=56,
     vision_config=JUDGE["vision_config"] | dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1,
@@ -186,14 +175,9 @@ def born(device, dtype=torch.float32):
         torch.set_default_dtype(torch.float32)
 
 
-def counted(fn):
-    """Floating-point operations of a call, in TFLOP (2 per multiplication and addition of products).
-
-    Attention is taken apart into its products: the counter does not know the CPU's fused form.
-    """
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        fn()
-    return counter.get_total_flops() / 1e12
+def tflop(fn):
+    """Floating-point operations of a call, in TFLOP."""
+    return counted(fn) / 1e12
 
 
 def rates(bench):
@@ -229,7 +213,7 @@ def judge_part(bench):
     with FakeTensorMode(), torch.no_grad():
         fake = build_judge(GPU)
         one = torch.empty(1, 3, fake.size, fake.size)
-        single, packed = counted(lambda: fake.prefill(one, ["depth"])), counted(lambda: fake.logits(one))
+        single, packed = tflop(lambda: fake.prefill(one, ["depth"])), tflop(lambda: fake.logits(one))
     with torch.no_grad():
         judge = build_judge(sizes, bench.device)
         rgb = torch.rand(max(sizes.batches), 3, judge.size, judge.size, device=bench.device)
@@ -273,10 +257,7 @@ class Step:
             "--size", str(px), "--group", str(sizes.group), "--sample-steps", str(sizes.steps), "--pairs",
             str(sizes.pairs), "--bank-pairs", str(sizes.pairs), *(["--precision", "fp32"] if bench.dry else []),
             *flags])[1]
-        self.policy = build_policy(sizes, device)
-        if self.cfg.lora:
-            lora.inject(self.policy.network, self.policy.lora_targets, self.cfg.lora, self.cfg.lora)
-        self.policy.checkpointing(bool(self.cfg.checkpointing))
+        self.policy = train.fitted(build_policy(sizes, device), self.cfg)
         self.ref, self.average, self.actor = train.companions(self.policy, self.cfg, device)
         self.learnt = list(runtime.trained(self.policy).parameters())
         self.opts = runtime.optimizers([self.policy], self.cfg.lr, 0, weight_decay=0.0, betas=(0.9, 0.95))
@@ -346,13 +327,13 @@ def policy_tflop(px):
         unet = marigold.UNet(SD2["unet"])
         x, text = torch.empty(1, 16, px // 8, px // 8), torch.empty(1, 2, 1024)
     with torch.enable_grad():
-        both = counted(lambda: unet(x, 0, text).sum().backward())
+        both = tflop(lambda: unet(x, 0, text).sum().backward())
     with torch.no_grad():
-        once = counted(lambda: unet(x, 0, text))
+        once = tflop(lambda: unet(x, 0, text))
         with FakeTensorMode():
             vae = marigold.VAE(SD2["vae"])
-            seen = counted(lambda: vae.encode(torch.empty(1, 3, px, px)))
-            shown = counted(lambda: vae.decode(torch.empty(1, 4, px // 8, px // 8)))
+            seen = tflop(lambda: vae.encode(torch.empty(1, 3, px, px)))
+            shown = tflop(lambda: vae.decode(torch.empty(1, 4, px // 8, px // 8)))
     G, states = GPU.group, 1 + GPU.group * (GPU.steps - 2)                      # trained; a group shares the first one
     return once, 3 * seen + G * shown + once * (states + G) + (once + both) * states
 
@@ -493,7 +474,7 @@ def kernels_part(bench):
         bench.kernels = dict(kernels=[dict(op=op, eager=NOT_RUN, compile=NOT_RUN, triton=NOT_RUN)
                                       for op in kernels.bench.OPS])
         return
-    bench.kernels = kernels.bench.on_gpu(kernels.bench.OPS)
+    bench.kernels = kernels.bench.on_gpu(kernels.bench.OPS, bench.copy)
     bench.failed += [f"{r['op']}, {r['case']}" for r in bench.kernels["kernels"] if "failed" in r]
     bench.kernels["grpo_step"] = kernels.bench.whole_step(bench.device)
 
@@ -505,7 +486,7 @@ def memory_part(bench):
 
     Of the second step: in the first one AdamW has no averages yet while activations are there.
     """
-    bench.memory = [dict(row) for row in memory.table()]
+    bench.memory = [dict(row) for row in arithmetic.table()]
     for row in bench.memory:
         px = bench.sizes.sides[GPU.sides.index(row["px"])]
         if time.monotonic() > bench.deadline or bench.dry and row["px"] != GPU.sides[0]:    # tiny: the same paths

@@ -119,11 +119,15 @@ def autocast(precision, device, cache=True):
     return torch.autocast(device.type, torch.bfloat16, cache_enabled=cache, enabled=in_bf16(precision, device))
 
 
+def multiplying(network):
+    """The layers of a network whose weights autocast casts."""
+    return [m for m in network.modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))]
+
+
 def halve(network):
     """Keep in bf16 the weights that autocast would cast at every call, in place: the same bits, half the memory."""
-    for m in network.modules():
-        if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d)):
-            m.to(torch.bfloat16)
+    for m in multiplying(network):
+        m.to(torch.bfloat16)
 
 
 def barrier():

@@ -221,8 +221,12 @@ def judged_photos(cfg, device, shared=True):
 
 
 def start_policy(cfg, start, device):
-    """The predictor that GRPO starts from, with fresh adapters if asked for."""
-    policy = load_predictor(start).to(device)
+    """The predictor that GRPO starts from."""
+    return fitted(load_predictor(start).to(device), cfg)
+
+
+def fitted(policy, cfg):
+    """A predictor with fresh adapters and recomputed activations, if asked for."""
     if cfg.lora:
         lora.inject(policy.network, policy.lora_targets, cfg.lora, cfg.lora,
                     rng=runtime.generator(cfg.seed, SEEDS["lora"]))

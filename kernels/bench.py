@@ -296,9 +296,9 @@ def span(way):
     return f"{way['ms']:.3g} ({way['low']:.3g} to {way['high']:.3g})"
 
 
-def on_gpu(ops):
-    """Rows of all cases; one that fails (another result, a compiler, memory) says so and costs no other."""
-    copy_speed, rows = copy_bandwidth(), []
+def on_gpu(ops, copy_speed):
+    """Rows of all cases, copy_speed in GB/s; one that fails (another result, a compiler, memory) costs no other."""
+    rows = []
     for op in ops:
         for case in OPS[op](torch.device("cuda")):
             print(f"kernels: {op}, {case.label}", file=sys.stderr, flush=True)
@@ -361,7 +361,7 @@ def main(argv=None):
         print(f"{n} cases agree with their definitions")
         return
     if ops and gpu:
-        found |= on_gpu(ops)
+        found |= on_gpu(ops, copy_bandwidth())
     elif ops:
         found["kernels"] = [dict(op=op, eager=NOT_RUN, compile=NOT_RUN, triton=NOT_RUN) for op in ops]
     if args.op == "relation" or args.op == "all" and not gpu:

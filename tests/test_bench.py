@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import arithmetic
 import bench
 import kernels.bench
 import marigold
-import memory
 import peer
 
 ROOT = Path(bench.__file__).parent
@@ -91,13 +91,13 @@ def test_a_compiler_that_is_missing_costs_its_row_alone(error):
 def test_attention_is_counted_where_it_is_fused():
     with FakeTensorMode():
         q = torch.empty(2, 3, 16, 8)
-        assert bench.counted(lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q)) == 49152e-12  # 4 BHLLD
+        assert bench.tflop(lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q)) == 49152e-12  # 4 BHLLD
 
 
 def test_the_measured_peak_is_that_of_a_later_step_and_leaves_out_what_was_there(monkeypatch):
     taken, run = [], bench.Bench(CPU)
     run.dry, run.clear = False, lambda: None
-    monkeypatch.setattr(bench.memory, "table", lambda: [dict(px=512, training="full", checkpointing=True)])
+    monkeypatch.setattr(bench.arithmetic, "table", lambda: [dict(px=512, training="full", checkpointing=True)])
     monkeypatch.setattr(bench, "Step", lambda *_: SimpleNamespace(whole=lambda: taken.append("step")))
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 7e9)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: taken.append("reset"))
@@ -142,18 +142,18 @@ def test_a_loop_that_takes_another_step_is_no_comparison(change, monkeypatch):
 
 # memory -----------------------------------------------------------------------------------------------------------
 
-TINY = dict(memory.SD2["unet"], block_out_channels=[32, 64], attention_head_dim=[2, 4], norm_num_groups=8,
+TINY = dict(arithmetic.SD2["unet"], block_out_channels=[32, 64], attention_head_dim=[2, 4], norm_num_groups=8,
             down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"],
             up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"])
 
 
 def counted(px):
     with FakeTensorMode():
-        return memory.activations(marigold.UNet(TINY), px)
+        return arithmetic.activations(marigold.UNet(TINY), px)
 
 
 def test_tensors_without_data_are_counted_like_real_ones():
-    assert counted(64) == memory.activations(marigold.UNet(TINY), 64)
+    assert counted(64) == arithmetic.activations(marigold.UNet(TINY), 64)
 
 
 def test_counting_restores_what_it_replaced():
@@ -170,7 +170,7 @@ def test_activations_grow_with_the_pixels_and_shrink_by_checkpointing():
 
 def test_each_state_adds_the_same_bytes_to_the_bf16_copies_of_the_weights():
     unet = marigold.UNet(TINY)
-    one, two, three = (memory.activations(unet, 64, batch=b)[0] for b in (1, 2, 3))
+    one, two, three = (arithmetic.activations(unet, 64, batch=b)[0] for b in (1, 2, 3))
     copies = 2 * sum(p.numel() for p in unet.parameters() if p.ndim > 1)        # matrices and convolutions
     assert two - one == three - two > 0
     assert 0.5 * copies < one - (two - one) < copies                            # those of the text and time inputs go
@@ -178,7 +178,7 @@ def test_each_state_adds_the_same_bytes_to_the_bf16_copies_of_the_weights():
 
 def test_the_documentation_holds_the_computed_table():
     text = (ROOT / "docs" / "marigold.md").read_text()
-    for r in memory.table():
+    for r in arithmetic.table():
         assert (f"| {r['px']} | {r['training']} | {'yes' if r['checkpointing'] else 'no'} | {r['state_gb']:.1f} | "
                 f"{r['activations_gb']:.1f} | {r['total_gb']:.1f} | {r['card_gb']} | {r['with_judge_gb']:.1f} | "
                 f"{r['with_judge_card_gb']} |") in text

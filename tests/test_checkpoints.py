@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+import arithmetic
 import checkpoints
 import judge as judging
 import lora
@@ -164,15 +165,7 @@ def test_a_tied_native_folder_gets_its_head_from_the_embedding(original, tmp_pat
 
 def test_the_shapes_of_the_released_judge():
     """877 native tensors and 3,712,916,480 weights at 512 px; the official LoRA has 29,933,568."""
-    config = json.loads(json.dumps(dict(
-        ps_version="v2", downsample_ratio=0.5, force_image_size=512, select_layer=-1,
-        vision_config=dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
-                           patch_size=14, image_size=448, qkv_bias=True, qk_normalization=False, hidden_act="gelu",
-                           layer_norm_eps=1e-6, norm_type="layer_norm", initializer_factor=0.1),
-        llm_config=dict(architectures=["Qwen2ForCausalLM"], hidden_size=2048, intermediate_size=11008,
-                        num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=2, vocab_size=151674,
-                        rms_norm_eps=1e-6, rope_theta=1e6, max_position_embeddings=32768))))
-    made = checkpoints.native_config(config)
+    made = checkpoints.native_config(arithmetic.JUDGE)
     assert checkpoints.set_tile(made) == 36 and made.image_seq_length == 324
     with torch.device("meta"):
         model = chat.InternVLForConditionalGeneration(made)

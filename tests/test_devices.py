@@ -230,7 +230,7 @@ def test_the_benchmark_keeps_to_the_gpu(watch, monkeypatch):
     for name in ("GPU", "TINY"):                                                # one of both sides
         sizes = getattr(bench, name)
         monkeypatch.setattr(bench, name, dataclasses.replace(sizes, sides=sizes.sides[:1]))
-    monkeypatch.setattr(bench.memory, "table", lambda: [dict(px=512, training="LoRA r 16", checkpointing=True)])
+    monkeypatch.setattr(bench.arithmetic, "table", lambda: [dict(px=512, training="LoRA r 16", checkpointing=True)])
     run = bench.Bench(torch.device("cpu"))
     run.device = CUDA
     torch.compiler.set_stance("force_eager")

@@ -36,7 +36,8 @@ LAYERS = {  # module: project modules it may import; a module that is not listed
     "grpo_step": {"grpo", "predictor", "rewards", "runtime"},
     "baselines": {"predictor", "rewards"},
     "eval": NAMES - {"train", "grpo"},
-    "train": NAMES, "ablate": NAMES, "plots": set(), "memory": {"lora", "marigold"}, "peer": {"marigold"},
+    "train": NAMES, "ablate": NAMES, "plots": set(),
+    "arithmetic": {"lora", "marigold", "runtime"}, "peer": {"marigold"},
 }
 every_source = pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 README = ROOT / "README.md"

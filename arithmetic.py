@@ -1,15 +1,19 @@
-"""Memory of fine-tuning Marigold, computed: the real-size network runs on tensors without data, and the bytes that
-autograd keeps are counted. `python bench.py --part memory` prints the table.
+"""What the published networks cost, counted on tensors without data: operations, and the memory of fine-tuning.
+
+The real-size network runs, and the bytes that autograd keeps are counted; `python bench.py --part memory` prints the
+table.
 """
 import functools
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import lora
 import marigold
+import runtime
 
 CARDS = (8, 12, 16, 24, 32, 40, 48, 80)                                         # GB of common GPUs
 GB = 1e9
@@ -26,7 +30,25 @@ SD2 = dict(  # sizes of the public weights
     index=dict(_class_name="MarigoldIntrinsicsPipeline", default_processing_resolution=768, target_properties=dict(
         target_names=["albedo", "shading", "residual"], **{k: dict(prediction_space="linear") for k in (
             "albedo", "shading", "residual")})))
+JUDGE = dict(  # config.json of InternVL2.5-4B at the tile of the released judge
+    ps_version="v2", downsample_ratio=0.5, force_image_size=512, select_layer=-1,
+    vision_config=dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
+                       patch_size=14, image_size=448, qkv_bias=True, qk_normalization=False, hidden_act="gelu",
+                       layer_norm_eps=1e-6, norm_type="layer_norm", initializer_factor=0.1),
+    llm_config=dict(architectures=["Qwen2ForCausalLM"], hidden_size=2048, intermediate_size=11008,
+                    num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=2, vocab_size=151674,
+                    rms_norm_eps=1e-6, rope_theta=1e6, max_position_embeddings=32768))
 JUDGE_PARAMETERS = 3_712_916_480                                                # InternVL2.5-4B at 512 px
+
+
+def counted(fn):
+    """Floating-point operations of a call (2 per multiplication and addition of products).
+
+    Attention is taken apart into its products: the counter does not know the CPU's fused form.
+    """
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        fn()
+    return counter.get_total_flops()
 
 
 def size_of(x):
@@ -95,8 +117,7 @@ def table(rank=16):
                 if how != "full":
                     lora.inject(unet, marigold.LORA_TARGETS, rank, rank)
                 trained = parameters(unet, trained=True)
-                halved = sum(p.numel() for m in unet.modules() if isinstance(m, (nn.Linear, nn.Conv2d))
-                             for p in m.parameters(recurse=False))
+                halved = sum(p.numel() for m in runtime.multiplying(unet) for p in m.parameters())
                 frozen = 12 * parameters(unet) - 2 * halved if how == "full" else 4 * parameters(unet)
                 state = frozen + 4 * (parameters(vae) + trained * (3 if how == "full" else 5))
                 decoding = px * px * 256 * 12                                   # bytes, the VAE decoder's widest layer
