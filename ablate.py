@@ -18,10 +18,12 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 import data
-import eval as evaluation
 import files
+import report
 import runtime
+import scores
 import train
+import watch
 from arithmetic import counted
 from config import PRESETS, Config, Parser
 from plots import Line, figure
@@ -112,13 +114,13 @@ def run_row(job):
     train.tune(cfg, device)
     before, after = load_predictor(cfg.policy).to(device), load_predictor(Path(cfg.out) / "grpo").to(device)
     figures = dict(row=row, seed=seed, steps=steps, photos=steps * cfg.batch, key=key,
-                   about=runtime.about(), start=evaluation.diagnose(before, cfg.size, cfg.eval_steps, cfg.val_images))
+                   about=runtime.about(), start=watch.diagnose(before, cfg.size, cfg.eval_steps, cfg.val_images))
     for domain in ("wild", "synthetic"):
         maps = data.scene_pool(domain, args.split, cfg.eval_images, cfg.size).all()
-        pairs = evaluation.eval_pairs(maps, evaluation.PAIRS, 1, 0)
-        values = [evaluation.score(evaluation.predict(p, maps["rgb"], cfg.eval_steps, 0), maps, pairs)
+        pairs = scores.eval_pairs(maps, scores.PAIRS, 1, 0)
+        values = [scores.score_maps(scores.predict_maps(p, maps["rgb"], cfg.eval_steps, 0), maps, pairs)
                   for p in (before, after)]
-        figures[domain] = evaluation.compare(*values)
+        figures[domain] = report.compare_scores(*values)
     log = files.read_log(Path(cfg.out) / "grpo" / "metrics.jsonl")
     seconds = np.cumsum([r["time/step"] for r in log])
     figures["seconds"] = float(seconds[-1])

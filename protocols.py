@@ -1,4 +1,4 @@
-"""How one prediction of one benchmark image is scored, averaged and shown; the paper's numbers beside which it stands.
+"""How one prediction of one benchmark image is scored, averaged and shown; the paper's numbers to compare with.
 
 pred     list, one dict per photo of the sample: depth (H, W); normal (3, H, W); albedo, irradiance, residual
          (3, H, W) *linear*. numpy, the sample's size
@@ -15,10 +15,13 @@ from PIL import Image, ImageDraw
 import benchmarks
 import data
 import metrics
+import surface
+from colour import ADOBE_TO_SRGB
+from relations import assumed_camera
 from scenes import srgb_encode
 
 # task: {metric: (text, better, times)}; times: factor between the mean and the printed number
-METRICS = {
+MEASURES = {
     "depth": {"abs_rel": ("AbsRel", -1, 1), "delta1": ("delta1, max ratio < 1.25", 1, 1),
               "delta2": ("delta2, < 1.25^2", 1, 1), "delta3": ("delta3, < 1.25^3", 1, 1), "rmse": ("RMSE, m", -1, 1),
               "log10": ("log10", -1, 1), "silog": ("SILog x100", -1, 1)},
@@ -53,12 +56,12 @@ PAPER = {  # ReasonX (arXiv 2512.04222), tables and project page: metric -> [(ba
     ("diode", "normal"): {"mean": [("PRISM", 14.6, 14.5)]},
     ("photos", "surface"): {"rmse": [("PRISM, ETH3D", .146, .099), ("PRISM, COCO", .202, .137)]},
 }
-ANGLES = (11.25, 22.5, 30)        # degrees, strict
-LARGEST = 1e30                    # a prediction beyond it is no number: its square has no place in float32
-MIN_VALID = 0.95                  # share of pixels with a derived normal below which it is said
+THRESHOLDS = (11.25, 22.5, 30)        # degrees, strict
+LARGEST = 1e30                    # of a predicted value: the square of a larger one overflows float32
+MIN_VALID = 0.95                  # share of pixels with a derived normal; below it a line is printed
 
 
-def encoded(linear):
+def encode_clipped(linear):
     """Linear -> sRGB-encoded, both clipped to [0, 1]: float64 numpy."""
     return srgb_encode(torch.from_numpy(np.clip(np.asarray(linear, np.float64), 0, 1))).numpy()
 
@@ -82,23 +85,23 @@ def score_normal(bench, pred, sample):
     """Angular errors, the number of pixels behind them, and the mean angle of each of the 8 sign choices."""
     angle = metrics.normal_error(pred[0]["normal"], sample["normal"])
     angle = angle[np.isfinite(angle)]
-    axes = metrics.axis_errors(pred[0]["normal"], sample["normal"]) or {}
+    axes = surface.axis_errors(pred[0]["normal"], sample["normal"]) or {}
     return dict(mean=float(angle.mean()), pixels=len(angle), median=float(np.median(angle)),
-                **{f"within_{a:g}": float((angle < a).mean()) for a in ANGLES},
-                axes=[axes.get(a) for a in metrics.AXES])
+                **{f"within_{a:g}": float((angle < a).mean()) for a in THRESHOLDS},
+                axes=[axes.get(a) for a in surface.AXES])
 
 
 def score_whdr(bench, pred, sample):
     """WHDR at both thresholds in both colour spaces; None where no comparison counts."""
     linear = pred[0]["albedo"].transpose(1, 2, 0)
-    spaces = {"linear": linear, "srgb": encoded(linear)}
+    spaces = {"linear": linear, "srgb": encode_clipped(linear)}
     return {f"whdr{100 * d:.0f}_{space}": metrics.whdr(image, sample["judgements"], d)
             for d in (0.1, 0.2) for space, image in spaces.items()}
 
 
 def score_maw(bench, pred, sample):
     """Intensity and chromaticity errors against measured albedo."""
-    image = np.round(encoded(pred[0]["albedo"]) * 255).astype(np.uint8).transpose(1, 2, 0)
+    image = np.round(encode_clipped(pred[0]["albedo"]) * 255).astype(np.uint8).transpose(1, 2, 0)
     return dict(intensity=metrics.maw_intensity(image, sample["labels"], sample["colors"]),
                 chromaticity=metrics.maw_chromaticity(image, sample["labels"], sample["colors"]))
 
@@ -130,7 +133,7 @@ def iid_pair(bench, m, pred, sample):
     """Prediction and truth of one map in the space they are compared in -> two (3, H, W), mask of their shape."""
     p, g = np.asarray(pred, np.float64), np.asarray(sample[m], np.float64)
     if bench.dataset == "interiorverse":
-        return encoded(p), g ** (1 / 2.2), np.ones(g.shape, bool)
+        return encode_clipped(p), g ** (1 / 2.2), np.ones(g.shape, bool)
     ok = sample[f"{m}_mask"]
     if m == "albedo":
         return p.clip(0) ** (1 / 2.2), g ** (1 / 2.2), ok
@@ -153,22 +156,22 @@ def score_iid(bench, pred, sample):
 
 
 def score_surface(bench, pred, sample):
-    """Predicted normals against those of the predicted depth (focal length: the longer side; z = 1 + 2 d)."""
-    depth, normal = 1 + 2 * np.asarray(pred[0]["depth"], np.float64), np.asarray(pred[0]["normal"], np.float64)
-    (H, W), focal = depth.shape, max(depth.shape)
-    derived = metrics.normals_from_depth(depth, focal, focal, (W - 1) / 2, (H - 1) / 2)
+    """Predicted normals against those of the predicted depth, seen by relations.assumed_camera."""
+    normal = np.asarray(pred[0]["normal"], np.float64)
+    z, *camera = assumed_camera(np.asarray(pred[0]["depth"], np.float64))
+    derived = surface.valid_normals(z, *camera)
     ok = derived.any(0)
     a, b = ((x + 1) / 2 for x in (derived, normal / np.linalg.norm(normal, axis=0).clip(1e-12)))
-    return dict(rmse=metrics.depth_normal_consistency(depth, normal, focal, focal), ssim=metrics.ssim(a, b, ok),
+    return dict(rmse=surface.depth_normal_consistency(z, normal, *camera), ssim=metrics.ssim(a, b, ok),
                 valid=float(ok[1:-1, 1:-1].mean()))
 
 
-SCORES = {"depth": score_depth, "normal": score_normal, "whdr": score_whdr, "maw": score_maw, "lmse": score_lmse,
+_SCORES = {"depth": score_depth, "normal": score_normal, "whdr": score_whdr, "maw": score_maw, "lmse": score_lmse,
           "lights": score_lights, "iid": score_iid, "surface": score_surface}
 
 
-def score(bench, pred, sample):
-    """Every number of one image. raises ValueError, naming the image."""
+def score_prediction(bench, pred, sample):
+    """Every number of one image (`values` above). raises ValueError, naming the image."""
     for one in pred:
         for m, x in one.items():
             if x.shape[-2:] != tuple(sample["size"]) and bench.task != "maw":
@@ -177,40 +180,43 @@ def score(bench, pred, sample):
                       "resize it to the ground truth")
                 raise ValueError(f"{sample['name']}: got a predicted {m} of {x.shape[-1]} x {x.shape[-2]} pixels, want "
                                  f"{w} x {h}; {do}")
-            if not max(float(x.max()), -float(x.min())) <= LARGEST:             # nor for a NaN
+            if not max(float(x.max()), -float(x.min())) <= LARGEST:             # true for a NaN too
                 bad = np.count_nonzero(~(np.abs(x.astype(np.float64)) <= LARGEST))
                 raise ValueError(f"{sample['name']}: got {bad} values in the predicted {m} that are non-finite or "
                                  f"beyond {LARGEST:g}, want finite numbers; fix the predictor")
     try:
-        return SCORES[bench.task](bench, pred, sample)
+        return _SCORES[bench.task](bench, pred, sample)
     except ValueError as error:
         raise ValueError(f"{sample['name']}: {error}") from None
 
 
-def finished(bench, rows):
-    """The rows before the first that is none of this benchmark's or lacks a value that another has."""
-    known = METRICS[bench.task].keys() | {"name", "scale", "pixels", "axes"}
+def whole_rows(bench, rows):
+    """The rows before the first one that belongs to another benchmark or lacks a value that another row has."""
+    known = MEASURES[bench.task].keys() | {"name", "scale", "pixels", "axes"}
     wanted = {"depth": known - {"pixels", "axes"}, "normal": known - {"pooled", "scale"},
-              "iid": {"name", "albedo_psnr", "albedo_ssim"}}.get(bench.task, METRICS[bench.task].keys() | {"name"})
+              "iid": {"name", "albedo_psnr", "albedo_ssim"}}.get(bench.task, MEASURES[bench.task].keys() | {"name"})
     wanted = wanted.union(*(known & row.keys() for row in rows if isinstance(row, dict)))
-    return list(itertools.takewhile(lambda row: isinstance(row, dict) and wanted <= row.keys()
-                                    and isinstance(row["name"], str), rows))
+
+    def is_whole(row):
+        return isinstance(row, dict) and wanted <= row.keys() and isinstance(row["name"], str)
+
+    return list(itertools.takewhile(is_whole, rows))
 
 
-def lists(bench, rows):
+def metric_values(bench, rows):
     """Values per image of every metric that some image has: dict metric -> (n,) float, NaN where an image has none."""
     rows = [dict(r, pooled=r["mean"]) if "pixels" in r else r for r in rows]
     return {k: np.array([np.nan if r.get(k) is None else r[k] for r in rows], float)
-            for k in METRICS[bench.task] if any(r.get(k) is not None for r in rows)}
+            for k in MEASURES[bench.task] if any(r.get(k) is not None for r in rows)}
 
 
-def weights(name, rows):
+def image_weights(name, rows):
     """Weight of each image in the mean of a metric: its pixels in the pooled one, else 1."""
     return np.array([r["pixels"] if name == "pooled" else 1.0 for r in rows])
 
 
-def problems(bench, rows, names):
-    """What the numbers do not say: negative fitted scales, another sign choice that fits better. List of lines."""
+def find_problems(bench, rows, names):
+    """Lines on what the numbers hide: negative fitted scales, missing normals, a sign choice that fits better."""
     out = []
     negative = [n for n, r in zip(names, rows, strict=True) if r.get("scale", 1) < 0]
     if negative:
@@ -220,29 +226,35 @@ def problems(bench, rows, names):
     if holes:
         out.append(f"{len(holes)} of {len(rows)} depth maps give normals on less than {100 * MIN_VALID:.0f} % of their "
                    f"pixels, only these count (first: {holes[0][0]}, {100 * holes[0][1]:.1f} %); want 1 + 2 depth > 0")
-    wrong = benchmarks.wrong_axes(mean_axes(rows), "ground truth")
+    wrong = surface.wrong_axes(mean_axes(rows), "ground truth")
     return [*out, wrong] if wrong else out
 
 
 def mean_axes(rows):
     """Mean over images of the angle of each sign choice, or None."""
     known = [r["axes"] for r in rows if r.get("axes") and None not in r["axes"]]
-    return dict(zip(metrics.AXES, np.mean(known, 0).tolist(), strict=True)) if known else None
+    return dict(zip(surface.AXES, np.mean(known, 0).tolist(), strict=True)) if known else None
 
 
 # pictures ---------------------------------------------------------------------------------------------------------
+
+def _colour_map(t):
+    """Values (H, W) in [0, 1] -> picture (3, H, W), bright to dark."""
+    knots = np.linspace(0, 1, len(data.ANCHORS))
+    return np.stack([np.interp(t, knots, data.ANCHORS[:, c]) for c in range(3)])
+
 
 def _bar(error, top):
     """(H, W) error, NaN where there is no truth -> (3, H, W') picture: bright is 0, dark `top` or more, gray no truth.
 
     The bar at its right runs from 0 (bottom) to top.
     """
-    (H, W), known = error.shape, np.isfinite(error)
+    H, W = error.shape
+    known = np.isfinite(error)
     error = np.where(known, error, 0)
     bar = np.repeat(np.linspace(1, 0, H)[:, None], max(4, W // 24), 1)          # top of the bar = largest error
     both = np.concatenate([np.clip(error / max(top, 1e-12), 0, 1), np.zeros((H, 2)), bar], 1)
-    knots = np.linspace(0, 1, len(data.ANCHORS))
-    colour = np.stack([np.interp(both, knots, data.ANCHORS[:, c]) for c in range(3)])
+    colour = _colour_map(both)
     colour[:, :, W:W + 2] = 1
     colour[:, :, :W][:, ~known] = 0.5
     return colour
@@ -250,8 +262,7 @@ def _bar(error, top):
 
 def _depths(depth, mask, low, high):
     t = np.where(mask, np.clip((depth - low) / max(high - low, 1e-6), 0, 1), 0)
-    knots = np.linspace(0, 1, len(data.ANCHORS))
-    return np.stack([np.interp(t, knots, data.ANCHORS[:, c]) for c in range(3)]) * mask
+    return _colour_map(t) * mask
 
 
 def _small(x, side=384):
@@ -260,11 +271,12 @@ def _small(x, side=384):
     return x[..., ::k, ::k]
 
 
-def _judged(sample, albedo):
+def _comparisons(sample, albedo):
     """IIW's comparisons on the photo: green where the albedo agrees at 10 % (linear), red where it does not."""
     photo = _small(np.asarray(sample["photos"][0]))
     image = Image.fromarray((photo * 255).astype(np.uint8).transpose(1, 2, 0).copy())
-    (W, H), draw = image.size, ImageDraw.Draw(image)
+    W, H = image.size
+    draw = ImageDraw.Draw(image)
     points = {p["id"]: (p["x"] * W, p["y"] * H) for p in sample["judgements"]["intrinsic_points"]}
     for c in sample["judgements"]["intrinsic_comparisons"]:
         wrong = metrics.whdr(albedo.transpose(1, 2, 0), dict(sample["judgements"], intrinsic_comparisons=[c]), 0.1)
@@ -273,7 +285,7 @@ def _judged(sample, albedo):
     return np.asarray(image).transpose(2, 0, 1) / 255
 
 
-def pictures(bench, pred, sample):
+def result_pictures(bench, pred, sample):
     """Photo, truth, prediction, error map with its colour bar: [(label, (3, h, w) in [0, 1])]."""
     photo = ("photo", _small(np.asarray(sample["photos"][0])))
     one = pred[0]
@@ -301,19 +313,18 @@ def pictures(bench, pred, sample):
         error = _bar(np.abs(p - g).mean(0), 0.5)
         return [photo, ("true albedo", g), ("predicted albedo", p), ("|p-g|, bar 0..0.5", error)]
     if bench.task == "maw":
-        labels, colors = _small(sample["labels"]), np.asarray(sample["colors"], np.float64)
+        labels = _small(sample["labels"])
+        colors = np.asarray(sample["colors"], np.float64)
         truth = np.zeros((3, *labels.shape))
         for k, c in zip(np.unique(labels[labels != 0]), colors, strict=False):
-            truth[:, labels == k] = encoded(metrics.ADOBE_TO_SRGB @ c)[:, None]
-        return [photo, ("measured albedo", truth), ("predicted albedo", _small(encoded(one["albedo"])))]
+            truth[:, labels == k] = encode_clipped(ADOBE_TO_SRGB @ c)[:, None]
+        return [photo, ("measured albedo", truth), ("predicted albedo", _small(encode_clipped(one["albedo"])))]
     if bench.task == "whdr":
-        return [photo, ("judgements: green agrees, red not", _judged(sample, one["albedo"])),
-                ("predicted albedo", _small(encoded(one["albedo"])))]
+        return [photo, ("judgements: green agrees, red not", _comparisons(sample, one["albedo"])),
+                ("predicted albedo", _small(encode_clipped(one["albedo"])))]
     if bench.task == "surface":
-        focal, depth = max(sample["size"]), 1 + 2 * np.asarray(one["depth"], np.float64)
-        H, W = depth.shape
-        derived = metrics.normals_from_depth(depth, focal, focal, (W - 1) / 2, (H - 1) / 2)
+        derived = surface.valid_normals(*assumed_camera(np.asarray(one["depth"], np.float64)))
         angle = metrics.normal_error(one["normal"], derived)
         return [photo, ("normals of depth", _small((derived + 1) / 2)), ("normals", _small((one["normal"] + 1) / 2)),
                 ("angle, bar 0..60 deg", _bar(_small(angle), 60))]
-    return [photo, *[(f"albedo {i + 1}", _small(encoded(p["albedo"]))) for i, p in enumerate(pred[:3])]]
+    return [photo, *[(f"albedo {i + 1}", _small(encode_clipped(p["albedo"]))) for i, p in enumerate(pred[:3])]]

@@ -121,6 +121,26 @@ def relative_depth(depth, mask):
     return ((depth - low) / (high - low).clamp_min(1e-6)).clamp(0, 1)
 
 
+def assumed_camera(depth):
+    """z = 1 + 2 d of relative depth (..., H, W), focal length = longer side, centred (ours): (z, fx, fy, cx, cy)."""
+    H, W = depth.shape[-2:]
+    return 1 + 2 * depth, max(H, W), max(H, W), (W - 1) / 2, (H - 1) / 2
+
+
+def normals_from_depth(z, fx, fy, cx, cy):
+    """Unit normals of planar z (..., H, W) > 0 by central differences: (..., 3, H - 2, W - 2), camera frame (ours).
+
+    fx, fy, cx, cy  pinhole camera in px, integer pixel centres. Adding to z bends the surface, scaling it does not.
+    """
+    H, W = z.shape[-2:]
+    x = (torch.arange(W, dtype=z.dtype, device=z.device) - cx) / fx * z
+    y = (torch.arange(H, dtype=z.dtype, device=z.device)[:, None] - cy) / fy * z
+    point = torch.stack((x, -y, -z), -3)                                        # (..., 3, H, W)
+    right = point[..., 1:-1, 2:] - point[..., 1:-1, :-2]
+    up = point[..., :-2, 1:-1] - point[..., 2:, 1:-1]
+    return F.normalize(torch.linalg.cross(right, up, dim=-3), dim=-3, eps=1e-30)
+
+
 def margin(maps, pts, modality, window=0):
     """Signed, differentiable margin by which red wins (formulas in the module docstring).
 

@@ -20,7 +20,7 @@ import grpo
 import runtime
 from kernels.pair_credit import pair_credit
 from kernels.pair_reward import pair_reward
-from relations import MODALITIES
+from relations import MODALITIES, assumed_camera, normals_from_depth
 from scenes import srgb_decode
 
 FORM = dict(hard="hard", confidence="hard", soft="soft", brier="brier")
@@ -105,27 +105,13 @@ def advantage(agree, weight, pts, size, level, cfg):
     return local_advantage(pair_credit(agree, weight, pts, size, cfg.credit_width + cfg.credit_growth * level), cfg)
 
 
-def depth_normals(depth):
-    """Unit normals of relative depth maps, for z = 1 + 2 d and a focal length of the longer side.
-
-    depth    (..., 1, H, W) in [0, 1];  returns (..., 3, H - 2, W - 2): x right, y up, z toward the camera
-    """
-    H, W = depth.shape[-2:]
-    z, focal = 1 + 2 * depth[..., 0, :, :], max(H, W)
-    x = (torch.arange(W, device=z.device) - (W - 1) / 2) / focal * z
-    y = (torch.arange(H, device=z.device)[:, None] - (H - 1) / 2) / focal * z
-    point = torch.stack((x, -y, -z), -3)                                        # (..., 3, H, W)
-    right = point[..., 1:-1, 2:] - point[..., 1:-1, :-2]
-    up = point[..., :-2, 1:-1] - point[..., 2:, 1:-1]
-    return F.normalize(torch.linalg.cross(right, up, dim=-3), dim=-3, eps=1e-12)
-
-
 def depth_normal_agreement(depth, normal):
     """Agreement of depth (..., 1, H, W) and normals (..., 3, H, W) at each pixel: (..., H, W), (1 + cos) / 2 in [0, 1].
 
     The border, where depth has no normal, takes its neighbour's value.
     """
-    cos = (depth_normals(depth) * normal[..., 1:-1, 1:-1]).sum(-3)
+    made = normals_from_depth(*assumed_camera(depth[..., 0, :, :]))             # (..., 3, H - 2, W - 2)
+    cos = (made * normal[..., 1:-1, 1:-1]).sum(-3)
     return F.pad((0.5 + 0.5 * cos).flatten(0, -3)[:, None], (1, 1, 1, 1), "replicate").view(
         *depth.shape[:-3], *depth.shape[-2:])
 

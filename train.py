@@ -19,23 +19,22 @@ import torch
 
 import baselines
 import data
-import eval as evaluation
 import files
 import grpo
 import kernels
 import lora
-import metrics
 import questions
-import rewards
+import report
 import runtime
 from bank import Bank
 from config import Config, parse
 from grpo_step import Rows, explore, mean, surrogate
 from judge import Closed, add_lora, load_judge
 from mini_judge import MiniJudge, Probe, build_mini, judge_loss
-from predictor import NAMES, DiT, DiTConfig, compile_velocity, flow_loss, load_predictor
+from predictor import DiT, DiTConfig, compile_velocity, flow_loss, load_predictor
 from relations import MODALITIES
 from runtime import Run, UserError, cosine, ema_update, optimizers
+from watch import diagnose, drift
 
 FIELDS = [f.name for f in fields(Config)]
 GRPO_SETTINGS = {"size", "images", "policy", "judge", *FIELDS[FIELDS.index("method"):FIELDS.index("ema") + 1]} - {
@@ -274,9 +273,9 @@ def watch(average, run, cfg, start, step):
 
     returns  its figures, and what has left its band since the first step (words, "" while nothing has)
     """
-    figures = evaluation.diagnose(average, cfg.size, cfg.eval_steps, cfg.val_images, batch=cfg.micro or 64)
+    figures = diagnose(average, cfg.size, cfg.eval_steps, cfg.val_images, batch=cfg.micro or 64)
     figures = runtime.shared(figures) if cfg.fsdp else figures                  # or ranks might judge it differently
-    drifted = evaluation.drift(figures, (evaluated(run) or [figures])[0], cfg.band, cfg.forget)
+    drifted = drift(figures, (evaluated(run) or [figures])[0], cfg.band, cfg.forget)
     if not drifted and run.improves(figures):
         keep(average, cfg, start, run.folder / "best", step=step + 1)
         run.improved(step + 1, figures)
@@ -298,7 +297,7 @@ def tune(cfg, device):
     takes_part = runtime.rank() == 0 or bool(cfg.fsdp)                          # in evaluating and writing the average
     sde = grpo.STEPS[policy.exploration if cfg.exploration == "auto" else cfg.exploration]
     seen = [row for row in evaluated(run) if row["step"] < run.start]           # alike on every rank: it may be a run
-    drifted = evaluation.drift(seen[-1], seen[0], cfg.band, cfg.forget) if seen else ""     # that has stopped early
+    drifted = drift(seen[-1], seen[0], cfg.band, cfg.forget) if seen else ""     # that has stopped early
     inside, left = [p.detach().clone() for p in averaged.parameters()], float(bool(drifted))
     if run.start < run.steps and not drifted:
         photos, bank_pts, bank_prob, names = judged_photos(cfg, device)
@@ -354,74 +353,6 @@ def tune(cfg, device):
         keep(average, cfg, start, run.folder)
 
 
-def report_wild(cfg, device):
-    """Before/after table on held-out scenes, the judge beside it, a picture; writes OUT/report.json, OUT/panel.png."""
-    out = Path(cfg.out)
-    before, after = load_predictor(cfg.policy or out / "base").to(device), load_predictor(out / "grpo").to(device)
-    oracle = cfg.judge == questions.ORACLE
-    judge_model = None if oracle else load_judge(cfg.judge or out / "judge").to(device)
-    results = []
-    for name in ("wild", "synthetic", "broad"):
-        maps = data.ScenePool(name, "test", cfg.eval_images, cfg.size).all()
-        pairs = evaluation.eval_pairs(maps, evaluation.PAIRS, 1, 0)
-        pred = [evaluation.predict(p, maps["rgb"], cfg.eval_steps, 0, cfg.micro or 64) for p in (before, after)]
-        values = [evaluation.score(p, maps, pairs) for p in pred]
-        ask = judge_model is not None and name != "synthetic"
-        answers = evaluation.judge_scores(judge_model, maps, pred[0], 0) if ask else None
-        results.append(evaluation.report(name, values[1], values[0], answers))
-        if name == "wild":
-            save_panel(out / "panel.png", maps["rgb"], *pred, truth=maps)
-    files.write_json(out / "report.json", dict(about=runtime.about(), seed=cfg.seed, tables=results))
-    print(f"\nwritten: {out}/report.json, {out}/panel.png; "
-          f"maps of your own photos: python predictor.py PHOTO --checkpoint {out}/grpo")
-
-
-def report_photos(cfg, device):
-    """Before/after figures without ground truth on the photos of --images; writes OUT/photos/report.json, panel.png."""
-    out = Path(cfg.out)
-    photos, pts, prob, names = (x[:cfg.eval_images] for x in judged_photos(cfg, device, shared=False))
-    rgb = photos.float() / 255
-    pred, rows = [], {}
-    for path in (cfg.policy or out / "base", grpo_folder(cfg)):                 # one in memory at a time
-        policy = load_predictor(path).to(device)
-        pred.append(evaluation.predict(policy, rgb, cfg.eval_steps, 0, cfg.micro or 64))
-        del policy
-    for m in pred[0]:
-        rows[f"reward/{m}"] = [rewards.judged(p[m][:, None], pts, prob[..., NAMES.index(m)], m, cfg)[2][:, 0].numpy()
-                               for p in pred]
-    if {"depth", "normal"} <= pred[0].keys():
-        rows["depth-normal RMSE"] = [evaluation.photo_scores(p) for p in pred]
-    result = {"n": len(rgb),
-              "judge/confidence": {m: float((2 * prob[..., k] - 1).abs().mean()) for k, m in enumerate(NAMES)}}
-    lines = []
-    for name, (a, b) in rows.items():
-        change, low, high = metrics.bootstrap_interval(a, b)
-        result[name] = dict(base=float(a.mean()), x=float(b.mean()), change=change, low=low, high=high)
-        lines.append((name,
-                      f"confidence {result['judge/confidence'][name[7:]]:.3f}" if name.startswith("reward") else "ours",
-                      f"{a.mean():.4f}", f"{b.mean():.4f}", f"{change:+.4f}", f"[{low:+.4f}, {high:+.4f}]"))
-    evaluation.table(f"{cfg.images}: {len(rgb)} of the photos trained on; no ground truth exists; "
-                     "paired bootstrap 95 %",
-                     lines, ("figure", "judge", "base", "X", "change", "95 %"))
-    files.write_json(out / "photos" / "report.json", dict(about=runtime.about(), seed=cfg.seed, **result))
-    save_panel(out / "photos" / "panel.png", rgb, *pred, labels=names)
-
-
-def save_panel(path, rgb, before, after, truth=None, labels=None, rows=4):
-    """Picture: a row per photo with each modality before, after and, if known, in truth."""
-    tiles = []
-    for i in range(min(rows, len(rgb))):
-        tiles.append((labels[i] if labels else "photo", rgb[i].numpy()))
-        for m in before:
-            for word, maps in (("base", before), ("X", after), ("truth", truth)):
-                if maps is not None:
-                    value = maps[m][i]
-                    if word == "truth" and m == "depth":                        # sky as far as the farthest surface
-                        value = value.masked_fill(~truth["mask"][i], value[truth["mask"][i]].max())
-                    tiles.append((f"{m} {word}", data.display(m, value.numpy())))
-    data.save_png(path, data.panel(tiles, columns=len(tiles) // min(rows, len(rgb))))
-
-
 def main(argv=None):
     """Command line: one stage or all, then the tables."""
     preset, cfg, dry_run = parse(argv)
@@ -442,7 +373,10 @@ def main(argv=None):
                 print(f"train.py: stopped after {cfg.stop_at} steps of {name} (--stop-at); without it the same goes on")
             return
     if runtime.rank() == 0 and cfg.stage in ("all", "grpo") and not cfg.stop_at:
-        (report_photos if cfg.images else report_wild)(cfg, device)
+        if cfg.images:
+            report.report_photos(cfg, device, *(x[:cfg.eval_images] for x in judged_photos(cfg, device, shared=False)))
+        else:
+            report.report_wild(cfg, device)
 
 
 def take(stage, cfg, device):

@@ -40,6 +40,7 @@ import torch
 from PIL import Image
 from test_marigold import SMALL, VAE_CONFIG, ZERO_SNR, fill, index_of, text_parts, unet_config
 
+import benchmark_table
 import benchmarks
 import data
 import formats
@@ -336,7 +337,7 @@ def read_tar(folder, path):
 
 
 def make_benchmarks(folder):
-    for bench in benchmarks.BENCHMARKS:
+    for bench in benchmark_table.BENCHMARKS:
         if bench.dataset not in ("kitti", "eth3d", "scannet"):
             official.make(bench, folder / bench.dataset, 1)
 
@@ -346,15 +347,15 @@ def read_benchmark(folder, path):
     name = path.relative_to(folder).parts[0]
 
     def load(bench):
-        files, items, _ = benchmarks.find(bench, folder / name)
+        files, items, _ = benchmarks.find_data(bench, folder / name)
         changed = path.relative_to(files.path).as_posix()
         for item in items:
-            if benchmarks.complete(files, item) and (changed in item.values() or path.suffix == ".csv"):
-                benchmarks.load(bench, files, item, axes=True)
-    calls = [lambda b=b: load(b) for b in benchmarks.BENCHMARKS if b.dataset == name]
+            if benchmarks.is_complete(files, item) and (changed in item.values() or path.suffix == ".csv"):
+                benchmarks.load_sample(bench, files, item, axes=True)
+    calls = [lambda b=b: load(b) for b in benchmark_table.BENCHMARKS if b.dataset == name]
     if path.suffix in (".npy", ".png"):
         saved = formats.Files(path.parent)
-        calls += [lambda m=m: benchmarks.read_prediction(saved, path.name, m) for m in ("depth", "albedo")]
+        calls += [lambda m=m: predictions.read_prediction(saved, path.name, m) for m in ("depth", "albedo")]
     return calls
 
 

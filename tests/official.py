@@ -14,8 +14,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+import benchmark_table
 import benchmarks
 import data
+import predictions
+from colour import ADOBE_TO_SRGB
 from scenes import srgb_decode, srgb_encode
 
 SIDE = 64
@@ -33,7 +36,7 @@ def pool():
 
 
 def bench_of(dataset, task=""):
-    return benchmarks.chosen(dataset, task)[0]
+    return benchmark_table.choose_benchmarks(dataset, task)[0]
 
 
 def linear(x):
@@ -146,7 +149,7 @@ def patches():
     """MAW: uint8 sRGB albedo (H, W, 3) of four flat quarters, their labels (H, W), linear Adobe RGB colours."""
     labels = np.kron(np.array([[1, 2], [3, 0]]), np.ones((120, 160))).astype(np.uint8)
     colours = np.array([[0, 0, 0], [90, 60, 40], [40, 100, 200], [180, 180, 170]], np.uint8)
-    return colours[labels], labels, linear(colours[1:] / 255) @ np.linalg.inv(benchmarks.metrics.ADOBE_TO_SRGB).T
+    return colours[labels], labels, linear(colours[1:] / 255) @ np.linalg.inv(ADOBE_TO_SRGB).T
 
 
 def lit(i, k):
@@ -176,7 +179,7 @@ def write_mit(root, item, i, task):
         save(root / item["shading"], sixteen(shading))
         save(root / item["rgb"], sixteen(reflectance * shading[..., None]))
     else:
-        for k, name in enumerate([item["rgb"], *(item[m] for m in benchmarks.MIT_LIGHTS[1:])]):
+        for k, name in enumerate([item["rgb"], *(item[m] for m in benchmark_table.MIT_LIGHTS[1:])]):
             save(root / name, lit_photo(i % 3, k))
 
 
@@ -189,7 +192,7 @@ def make(bench, root, n=3):
         for i in range(n):
             save(root / f"p{i}.png", picture(maps["rgb"][i % 3]))
         return [dict(rgb=f"p{i}.png", name=f"p{i}.png") for i in range(n)]
-    items = benchmarks.items(bench, None)[:16 if bench.dataset == "mit" else n]
+    items = benchmarks.list_items(bench, None)[:16 if bench.dataset == "mit" else n]
     for i, item in enumerate(items):
         rgb, j = picture(maps["rgb"][i % 3]), i % 3
         if bench.dataset == "mit":
@@ -249,7 +252,7 @@ def answer(bench, folder, items):
         files = benchmarks.formats.Files(folder)
 
     def put(name, m, x):
-        save(folder / benchmarks.prediction_file(bench, files, name, m), np.asarray(x, np.float32))
+        save(folder / predictions.prediction_file(bench, files, name, m), np.asarray(x, np.float32))
     maps = pool()
     for i, item in enumerate(items):
         j, name = i % 3, item["rgb"]
@@ -269,7 +272,7 @@ def answer(bench, folder, items):
             put(name, "albedo", 0.5 * reflectance.transpose(2, 0, 1))
             put(name, "irradiance", np.repeat(0.3 * shading[None], 3, 0))
         elif bench.task == "lights":
-            for k, photo in enumerate([item["rgb"], *(item[m] for m in benchmarks.MIT_LIGHTS[1:])]):
+            for k, photo in enumerate([item["rgb"], *(item[m] for m in benchmark_table.MIT_LIGHTS[1:])]):
                 put(photo, "albedo", (0.3 + 0.1 * k) * lit(i, 0)[0].transpose(2, 0, 1))
         elif bench.dataset == "interiorverse":
             put(name, "albedo", linear(maps["albedo"][j]) ** (1 / 2.2))

@@ -7,9 +7,11 @@ import official
 import pytest
 from official import bench_of, pool
 
+import benchmark_table
 import benchmarks
 import formats
-from benchmarks import BENCHMARKS, MissingData
+import predictions
+from benchmark_table import BENCHMARKS, MissingData
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 every = pytest.mark.parametrize("bench", BENCHMARKS, ids=lambda b: f"{b.dataset}-{b.task}")
@@ -22,9 +24,9 @@ def small_eth3d(monkeypatch):
 
 def first(bench, root):
     """The only image of a data set of one, read."""
-    files, items, _ = benchmarks.find(bench, root)
-    item = next(i for i in items if benchmarks.complete(files, i))
-    return benchmarks.load(bench, files, item, axes=True)
+    files, items, _ = benchmarks.find_data(bench, root)
+    item = next(i for i in items if benchmarks.is_complete(files, i))
+    return benchmarks.load_sample(bench, files, item, axes=True)
 
 
 # lists ------------------------------------------------------------------------------------------------------------
@@ -59,7 +61,7 @@ def test_eth3d_has_13_scenes():
     ("ibims", "", "corridor_01_img.png", "normal", "corridor_01_normal.npy"),
     ("iiw", "", "63508.png", "judgements", "63508.json")])
 def test_the_other_columns_of_a_list_follow_from_the_photo(dataset, task, name, role, want):
-    items = {i["rgb"]: i for i in benchmarks.items(bench_of(dataset, task), None)}
+    items = {i["rgb"]: i for i in benchmarks.list_items(bench_of(dataset, task), None)}
     assert items[name][role] == want
 
 
@@ -88,7 +90,7 @@ def test_the_lists_together_stay_small():
     ("photos", "", "a/b.jpg", "depth", "a/b_depth.npy")])
 def test_saved_maps_are_looked_for_under_marigolds_names(tmp_path, dataset, task, name, modality, want):
     (tmp_path / "7-r.png").touch()
-    assert benchmarks.prediction_file(bench_of(dataset, task), formats.Files(tmp_path), name, modality) == want
+    assert predictions.prediction_file(bench_of(dataset, task), formats.Files(tmp_path), name, modality) == want
 
 
 # layouts ----------------------------------------------------------------------------------------------------------
@@ -100,10 +102,11 @@ def test_a_data_set_reads_the_same_from_a_folder_and_from_a_tar(bench, tmp_path)
     items = official.make(bench, tmp_path / "data", 2)
     tar = official.tar_of(tmp_path / "data", tmp_path / "data.tar")
     for path in (tmp_path / "data", tar):
-        files, found, missing = benchmarks.find(bench, path)
+        files, found, missing = benchmarks.find_data(bench, path)
         assert len(found) == (bench.count or 2) and [i["name"] for i in found[:2]] == [i["name"] for i in items[:2]]
         assert bool(missing) == (len(found) > len(items))
-    a, b = (benchmarks.load(bench, benchmarks.find(bench, p)[0], found[0]) for p in (tmp_path / "data", tar))
+    a, b = (benchmarks.load_sample(bench, benchmarks.find_data(bench, p)[0], found[0])
+            for p in (tmp_path / "data", tar))
     assert a.keys() == b.keys() and np.array_equal(a["photos"][0], b["photos"][0])
     for key in a.keys() - {"photos", "name", "size", "judgements"}:
         np.testing.assert_array_equal(a[key], b[key])
@@ -196,8 +199,8 @@ def test_mit_photos_keep_16_bits_and_are_shown_srgb_encoded(tmp_path):
 
 @every
 def test_the_page_names_layout_source_licence_and_count(bench):
-    text = benchmarks.page(bench, ["a/b.png", "c.png"])
-    source, licence, _ = benchmarks.ABOUT[bench.dataset, bench.task]
+    text = benchmark_table.missing_page(bench, ["a/b.png", "c.png"])
+    source, licence, _ = benchmark_table.ABOUT[bench.dataset, bench.task]
     count = str(bench.count or f"every image of {bench.tree[0].split('  ')[0]} is")
     for part in (bench.dataset, *bench.tree, source, licence, count, "2 files", "a/b.png"):
         assert part in text
@@ -208,14 +211,14 @@ def test_the_page_names_layout_source_licence_and_count(bench):
 def test_an_empty_folder_is_missing_data(bench, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises((MissingData, FileNotFoundError), match="empty"):
-        benchmarks.find(bench, tmp_path / "empty")
+        benchmarks.find_data(bench, tmp_path / "empty")
 
 
 def test_the_first_missing_file_is_named_in_list_order(tmp_path):
     bench = bench_of("scannet")
     items = official.make(bench, tmp_path, 3)
     (tmp_path / items[1]["depth"]).unlink()
-    _, _, missing = benchmarks.find(bench, tmp_path)
+    _, _, missing = benchmarks.find_data(bench, tmp_path)
     assert missing[0] == items[1]["depth"] and len(missing) == 2 * 797 + 1
 
 
@@ -276,7 +279,7 @@ def test_a_meta_csv_without_six_columns_is_refused_with_its_line(tmp_path):
     with open(tmp_path / "labels/meta.csv", "a") as f:
         f.write("a,b,c\n")
     with pytest.raises(ValueError, match="line 3: got 1 columns, want 6"):
-        benchmarks.find(bench, tmp_path)
+        benchmarks.find_data(bench, tmp_path)
 
 
 @pytest.mark.parametrize("content, word", [(b"", "got no line"), (b"\xff\xfe\0", "got no table"),
@@ -285,7 +288,7 @@ def test_a_meta_csv_that_is_empty_or_no_text_or_names_the_impossible_is_refused(
     official.make(bench_of("maw"), tmp_path, 1)
     (tmp_path / "labels/meta.csv").write_bytes(content)
     with pytest.raises((ValueError, MissingData), match=word):
-        benchmarks.find(bench_of("maw"), tmp_path)
+        benchmarks.find_data(bench_of("maw"), tmp_path)
 
 
 def test_diode_depth_of_another_size_beside_normals_is_refused_by_name(tmp_path):
@@ -302,7 +305,7 @@ def test_two_maw_labellings_of_one_photo_have_two_names(tmp_path):
     official.make(bench, tmp_path, 2)
     with open(tmp_path / "labels/meta.csv", "a") as f:
         f.write("other.npy\tscene_1/photo_mask.png\tscene_1\tphoto\tscene_1/gt.png\tNone\n")
-    names = [i["name"] for i in benchmarks.items(bench, formats.Files(tmp_path))]
+    names = [i["name"] for i in benchmarks.list_items(bench, formats.Files(tmp_path))]
     assert len(set(names)) == 3 and names[0] == "images_png/scene_0/photo.png" and "other.npy" in names[2]
 
 
@@ -358,7 +361,7 @@ def test_real_eth3d_depth_in_headerless_form_is_read(tmp_path, monkeypatch):
     depth = np.where(known, 542.019 * 59.5549 / np.where(known, disparity, 1) / 1000, np.inf).astype("<f4")
     monkeypatch.setattr(benchmarks, "ETH3D_SIZE", (h, w))
     bench = bench_of("eth3d")
-    item = benchmarks.items(bench, None)[0]
+    item = benchmarks.list_items(bench, None)[0]
     official.save(tmp_path / item["depth"], depth.tobytes())
     official.save(tmp_path / item["rgb"], official.Image.open(source / "im0.png").convert("RGB"))
     sample = first(bench, tmp_path)

@@ -18,12 +18,11 @@ import baselines
 import bench
 import checkpoints
 import data
-import eval as evaluation
 import files
 import grpo
 import kernels
-import metrics
 import relations
+import report
 import rewards
 import runtime
 import scenes
@@ -32,6 +31,8 @@ from config import parse
 from grpo_step import Rows, explore, surrogate
 from judge import add_lora, load_judge
 from predictor import NAMES, DiT, DiTConfig, load_predictor
+from scores import predict_maps
+from watch import diagnose
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py runs on the GPU that is there")
 
@@ -72,7 +73,7 @@ def test_the_stand_in_refuses_what_a_gpu_refuses(watch):
 
 def test_all_stages_and_the_tables_run_on_a_gpu_and_resume(watch, monkeypatch, tmp_path):
     monkeypatch.setattr(runtime, "setup", lambda cfg: CUDA)
-    monkeypatch.setattr(metrics, "bootstrap_interval", lambda *_, **__: (0.0, 0.0, 0.0))        # numpy, and slow
+    monkeypatch.setattr(report, "bootstrap_interval", lambda *_, **__: (0.0, 0.0, 0.0))         # numpy, and slow
     waits, stages = {}, train.take
 
     def take(stage, cfg, device):
@@ -161,7 +162,7 @@ def test_marigold_learns_and_predicts_on_its_device(watch, tmp_path, flags):
     if "branch" in flags:
         return
     assert not any(map(marked, policy.photo_maps(torch.rand(3, 40, 24), ensemble=2, steps=2).values()))
-    assert not any(map(marked, evaluation.predict(policy, torch.rand(2, 3, 32, 32), 2, 0).values()))
+    assert not any(map(marked, predict_maps(policy, torch.rand(2, 3, 32, 32), 2, 0).values()))
 
 
 @pytest.mark.parametrize("kind", ["internvl", "qwen2_5_vl", "qwen3_vl"])
@@ -189,7 +190,7 @@ def test_a_predictor_of_ours_and_the_figures_take_photos_from_the_cpu(watch, tmp
     DiT(DiTConfig(16, 4, 32, 1, 1, 2)).save(tmp_path)
     policy = load_predictor(tmp_path).to(CUDA)
     assert not any(map(marked, policy.photo_maps(torch.rand(3, 20, 33), ensemble=2).values()))
-    assert evaluation.diagnose(policy, 16, 2, n=2)["wild/depth/pairs"] >= 0
+    assert diagnose(policy, 16, 2, n=2)["wild/depth/pairs"] >= 0
 
 
 def test_rendered_scenes_and_their_pool_are_the_same_on_any_device(watch):

@@ -9,10 +9,12 @@ from PIL import Image
 
 import data
 import eval as evaluation
-from eval import HEURISTICS, METRICS, compare, eval_pairs, judge_scores, score
 from predictor import NAMES, times
 from questions import true_relations
+from report import compare_scores
 from runtime import run_command
+from scores import HEURISTICS, METRICS, PAIRS, eval_pairs, judge_scores, predict_maps, score_maps
+from watch import diagnose, drift
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "hypersim_scenes"
 QUICK = ["--images", "4", "--size", "16", "--denoise-steps", "1"]
@@ -86,7 +88,7 @@ def test_a_pair_is_scored_once(pairs):
 # scores -----------------------------------------------------------------------------------------------------------
 
 def test_perfect_maps_score_perfectly(maps, pairs):
-    got = score(perfect(maps), maps, pairs)
+    got = score_maps(perfect(maps), maps, pairs)
     assert list(got) == list(METRICS) and all(v.shape == (6,) for v in got.values())
     for name, v in got.items():
         want = 1.0 if name.endswith("pairs") or name == "depth/delta1" else 0.0
@@ -95,7 +97,7 @@ def test_perfect_maps_score_perfectly(maps, pairs):
 
 
 def test_the_more_noise_the_worse(maps, pairs):
-    means = [{k: np.nanmean(v) for k, v in score(noisy(maps, a), maps, pairs).items()} for a in (0.0, 0.1, 0.5)]
+    means = [{k: np.nanmean(v) for k, v in score_maps(noisy(maps, a), maps, pairs).items()} for a in (0.0, 0.1, 0.5)]
     for name, better in BETTER.items():
         values = [better * m[name] for m in means]
         assert values[0] > values[1] > values[2], name
@@ -104,7 +106,7 @@ def test_the_more_noise_the_worse(maps, pairs):
 def test_depth_is_scored_up_to_scale_and_shift(maps, pairs):
     pred = noisy(maps, 0.1)
     moved = pred | dict(depth=0.1 * pred["depth"] + 3)
-    a, b = score(pred, maps, pairs), score(moved, maps, pairs)
+    a, b = score_maps(pred, maps, pairs), score_maps(moved, maps, pairs)
     for name in ("depth/abs_rel", "depth/delta1", "depth/pairs"):
         np.testing.assert_allclose(a[name], b[name], rtol=1e-3)
 
@@ -113,7 +115,7 @@ def test_what_stands_under_the_sky_does_not_count(maps, pairs):
     pred = noisy(maps, 0.1)
     assert not maps["mask"].all()
     moved = {m: torch.where(maps["mask"], x, 0.25) for m, x in pred.items()}
-    a, b = score(pred, maps, pairs), score(moved, maps, pairs)
+    a, b = score_maps(pred, maps, pairs), score_maps(moved, maps, pairs)
     for name in METRICS:
         if name != "depth/pairs":                                               # its dead zone is a share of the map
             np.testing.assert_allclose(a[name], b[name], rtol=1e-6, err_msg=name)
@@ -123,7 +125,7 @@ def test_evaluation_draws_the_same_noise_for_every_predictor(maps):
     class Echo(torch.nn.Linear):
         """A predictor whose maps are its noise."""
 
-        modalities, times = evaluation.NAMES, staticmethod(times)
+        modalities, times = NAMES, staticmethod(times)
 
         def start(self, noise, T):
             return noise
@@ -139,7 +141,7 @@ def test_evaluation_draws_the_same_noise_for_every_predictor(maps):
 
         def decode(self, x, m):
             return x
-    first, second = (evaluation.predict(Echo(1, 1), maps["rgb"], 2, 0, batch=b) for b in (64, 4))
+    first, second = (predict_maps(Echo(1, 1), maps["rgb"], 2, 0, batch=b) for b in (64, 4))
     assert all(torch.equal(first[m], second[m]) for m in NAMES) and first["depth"].std() > 0.9
 
 
@@ -151,17 +153,17 @@ def values(level, n=20):
 
 
 def test_a_verdict_follows_the_direction_of_its_metric():
-    rows = compare(values(1.0), values(2.0))
+    rows = compare_scores(values(1.0), values(2.0))
     for name, better in BETTER.items():
         assert rows[name]["verdict"] == ("better" if better > 0 else "worse"), name
         row = rows[name]
         assert row["x"] > row["base"] and 0.9 < row["low"] <= row["change"] <= row["high"] < 1.1
-    back = compare(values(2.0), values(1.0))
+    back = compare_scores(values(2.0), values(1.0))
     assert all(back[name]["verdict"] == ("worse" if better > 0 else "better") for name, better in BETTER.items())
 
 
 def test_equal_predictors_are_the_same():
-    assert {row["verdict"] for row in compare(values(1.0), values(1.0)).values()} == {"same"}
+    assert {row["verdict"] for row in compare_scores(values(1.0), values(1.0)).values()} == {"same"}
 
 
 def test_a_change_within_the_noise_is_the_same():
@@ -170,13 +172,13 @@ def test_a_change_within_the_noise_is_the_same():
     for name in METRICS:
         new[name] = base[name] + 0.1 * rng.standard_normal(20)
         new[name] += base[name].mean() - new[name].mean()
-    assert {row["verdict"] for row in compare(base, new).values()} == {"same"}
+    assert {row["verdict"] for row in compare_scores(base, new).values()} == {"same"}
 
 
 def test_images_without_a_value_are_left_out_on_both_sides():
     base, new = values(1.0), values(2.0)
     base["albedo/pairs"][3] = np.nan
-    row = compare(base, new)["albedo/pairs"]
+    row = compare_scores(base, new)["albedo/pairs"]
     assert np.isfinite([row["change"], row["low"], row["high"], row["base"], row["x"]]).all()
     assert row["verdict"] == "better"
 
@@ -184,7 +186,7 @@ def test_images_without_a_value_are_left_out_on_both_sides():
 def test_a_base_that_is_perfect_can_be_compared():
     base, new = values(1.0), values(2.0)
     base["albedo/whdr10"][:] = 0.0
-    assert compare(base, new)["albedo/whdr10"]["verdict"] in ("worse", "same")
+    assert compare_scores(base, new)["albedo/whdr10"]["verdict"] in ("worse", "same")
 
 
 # drift ------------------------------------------------------------------------------------------------------------
@@ -199,8 +201,8 @@ START = {"wild/depth_spread": 0.2, "wild/depth_high_frequency": 0.01, "wild/dept
     ({"wild/depth_spread": 0.04}, "wild/depth_spread is 0.2 x what it was"),
     ({"synthetic/depth/abs_rel": 0.16}, "synthetic/depth/abs_rel has grown from 0.1 to 0.16 (--forget 0.5)")])
 def test_what_leaves_its_band_is_named(change, words):
-    assert words in evaluation.drift({**START, **change}, START, 4.0, 0.5)
-    assert evaluation.drift({**START, **change}, START, 0, 0) == ""
+    assert words in drift({**START, **change}, START, 4.0, 0.5)
+    assert drift({**START, **change}, START, 0, 0) == ""
 
 
 @pytest.mark.parametrize("change", [{}, {"wild/depth_high_frequency": 0.039}, {"wild/depth_spread": 0.051},
@@ -209,7 +211,7 @@ def test_what_leaves_its_band_is_named(change, words):
                                     {"synthetic/depth/pairs": 0.1, "synthetic/depth/abs_rel": 0.01}])
 def test_what_stays_inside_and_what_is_no_band_at_all_stops_nothing(change):
     """The truth of wild scenes must not steer a run; a higher pair accuracy is no error."""
-    assert evaluation.drift({**START, **change}, START, 4.0, 0.5) == ""
+    assert drift({**START, **change}, START, 4.0, 0.5) == ""
 
 
 # judge and heuristics ---------------------------------------------------------------------------------------------
@@ -235,10 +237,10 @@ def test_a_judge_that_knows_the_truth_is_always_right_and_so_are_the_true_maps(m
 
 
 def test_a_judge_that_always_says_yes_is_at_chance_on_balanced_albedo(maps):
-    truth = eval_pairs(maps, evaluation.PAIRS, 1, 0)["albedo"][1]
+    truth = eval_pairs(maps, PAIRS, 1, 0)["albedo"][1]
     got = judge_scores(Oracle(maps, yes=True), maps, perfect(maps), 0)["judge/albedo"]
     np.testing.assert_allclose(got, ((truth > 0).sum(1) / (truth != 0).sum(1)).numpy())
-    half = evaluation.PAIRS // 2
+    half = PAIRS // 2
     assert (got[((truth > 0).sum(1) == half).numpy() & ((truth < 0).sum(1) == half).numpy()] == 0.5).all()
 
 
@@ -349,7 +351,7 @@ def test_perfect_maps_of_a_scene_folder_score_perfectly(tmp_path):
     write_scenes(tmp_path)
     maps = data.scene_batch(tmp_path, 24)
     maps["depth"] = maps["depth"] + 1
-    got = score(perfect(maps), maps, eval_pairs(maps, 40, 1, 0))
+    got = score_maps(perfect(maps), maps, eval_pairs(maps, 40, 1, 0))
     assert all((got[f"{m}/pairs"] == 1).all() for m in NAMES) and got["depth/abs_rel"].max() < 1e-6
 
 
@@ -398,12 +400,12 @@ def test_scenes_refuse_a_predictor_without_all_modalities(run, capsys, monkeypat
 def test_diagnostics_are_finite_and_see_added_noise(run):
     """High-frequency energy of wild maps rises when a predictor adds noise to what it decodes."""
     policy = evaluation.load_predictor(run / "base")
-    clean = evaluation.diagnose(policy, 16, 2, n=4)
+    clean = diagnose(policy, 16, 2, n=4)
     real = policy.decode
 
     def grainy(x, m):
         return real(x + 0.5 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0)), m)
     policy.decode = grainy
-    noise = evaluation.diagnose(policy, 16, 2, n=4)
+    noise = diagnose(policy, 16, 2, n=4)
     assert np.isfinite(list(clean.values())).all()
     assert noise["wild/albedo_high_frequency"] > clean["wild/albedo_high_frequency"]

@@ -7,7 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
+import colour
+import intervals
 import metrics
+import surface
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 RNG = np.random.default_rng(0)
@@ -187,12 +190,12 @@ def test_whdr_from_gt_is_zero_for_a_scaled_map_and_counts_a_planted_error():
 
 @pytest.mark.parametrize("lab1, lab2, want", SHARMA)
 def test_ciede2000_on_published_pairs(lab1, lab2, want):
-    assert metrics.ciede2000(lab1, lab2) == pytest.approx(want, abs=5e-5)
-    assert metrics.ciede2000(lab2, lab1) == pytest.approx(want, abs=5e-5)
+    assert colour.ciede2000(lab1, lab2) == pytest.approx(want, abs=5e-5)
+    assert colour.ciede2000(lab2, lab1) == pytest.approx(want, abs=5e-5)
 
 
 def test_lab_of_white_gray_and_red():
-    lab = metrics.linear_to_lab([[1, 1, 1], [0, 0, 0], [0.2, 0.2, 0.2], [1, 0, 0]])
+    lab = colour.linear_to_lab([[1, 1, 1], [0, 0, 0], [0.2, 0.2, 0.2], [1, 0, 0]])
     assert np.allclose(lab[0], (100, 0, 0), atol=1e-6) and np.allclose(lab[1], 0, atol=1e-6)
     assert np.allclose(lab[2, 1:], 0, atol=1e-6)
     assert np.allclose(lab[3], (53.24, 80.09, 67.20), atol=0.02)    # published Lab (D65) of sRGB red
@@ -205,7 +208,7 @@ def test_adobe_matrix_follows_from_the_primaries():
         white = np.array([0.3127 / 0.3290, 1, (1 - 0.3127 - 0.3290) / 0.3290])
         return m * np.linalg.solve(m, white)
     srgb, adobe = ([(0.64, 0.33), green, (0.15, 0.06)] for green in ((0.30, 0.60), (0.21, 0.71)))
-    assert np.allclose(np.linalg.solve(to_xyz(srgb), to_xyz(adobe)), metrics.ADOBE_TO_SRGB, atol=1e-6)
+    assert np.allclose(np.linalg.solve(to_xyz(srgb), to_xyz(adobe)), colour.ADOBE_TO_SRGB, atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(480, 640), (333, 517), (100, 90), (240, 320)])
@@ -226,7 +229,7 @@ def maw_case():
     srgb = np.zeros((240, 320, 3), np.uint8)
     srgb[:100], srgb[150:] = (200, 120, 60), (90, 100, 110)
     s = srgb[[0, 200], 0] / 255
-    colors = ((s + 0.055) / 1.055) ** 2.4 @ np.linalg.inv(metrics.ADOBE_TO_SRGB).T
+    colors = ((s + 0.055) / 1.055) ** 2.4 @ np.linalg.inv(colour.ADOBE_TO_SRGB).T
     return srgb, mask, colors
 
 
@@ -320,18 +323,18 @@ def test_normals_of_a_plane_are_exact_in_our_frame(n):
     n = np.array(n) / np.linalg.norm(n)
     depth = plane(n)
     assert (depth > 0).all()
-    out = metrics.normals_from_depth(depth, 50, 60, 15.5, 11.5)
+    out = surface.valid_normals(depth, 50, 60, 15.5, 11.5)
     assert np.allclose(out[:, 1:-1, 1:-1], n[:, None, None])
     assert not out[:, 0].any() and not out[:, :, -1].any()
     normal = np.broadcast_to(n[:, None, None], out.shape)
-    assert metrics.depth_normal_consistency(depth, normal, 50, 60) == pytest.approx(0, abs=1e-7)
-    assert metrics.depth_normal_consistency(depth, -normal, 50, 60) == pytest.approx(2 / 3 ** 0.5)
+    assert surface.depth_normal_consistency(depth, normal, 50, 60) == pytest.approx(0, abs=1e-7)
+    assert surface.depth_normal_consistency(depth, -normal, 50, 60) == pytest.approx(2 / 3 ** 0.5)
 
 
 def test_one_bad_depth_invalidates_five_pixels():
     depth = plane(np.array([0, 0, 1.0]))
     depth[10, 10], depth[5, 20] = np.nan, 0
-    out = metrics.normals_from_depth(depth, 50, 60, 15.5, 11.5)
+    out = surface.valid_normals(depth, 50, 60, 15.5, 11.5)
     assert (~out[:, 1:-1, 1:-1].any(0)).sum() == 10
 
 
@@ -343,7 +346,7 @@ def test_derived_normals_agree_with_a_real_scene():
     normal = np.asarray(Image.open(folder / "scene_001_normal.png")).transpose(2, 0, 1) / 127.5 - 1
     # the stored depth is affine: a few shifts are tried, and no flip of an axis may do better than our frame
     camera = 443.4, 591.2, 255.5, 255.5
-    derived = [metrics.normals_from_depth(depth / 65535 + t, *camera) for t in (0.3, 1, 2)]
+    derived = [surface.valid_normals(depth / 65535 + t, *camera) for t in (0.3, 1, 2)]
 
     def median(flip):
         turned = normal * np.reshape(flip, (3, 1, 1))
@@ -363,13 +366,13 @@ def test_high_frequency_energy_of_a_ramp_is_zero_and_of_a_spike_is_known():
 
 def test_bootstrap_covers_the_mean_and_pairs_remove_common_spread():
     a = RNG.normal(5, 3, 200)
-    mean, low, high = metrics.bootstrap_interval(a, n=500)
+    mean, low, high = intervals.bootstrap_interval(a, n=500)
     assert mean == pytest.approx(a.mean()) and low < mean < high
     # the normal interval is +-1.96 s / sqrt(N); 500 resamples give its ends to about 10 %
     assert (high - low) / (2 * 1.96 * a.std() / 200 ** 0.5) == pytest.approx(1, abs=0.2)
-    assert metrics.bootstrap_interval(a, a + 1, n=100) == pytest.approx((1, 1, 1))
-    assert metrics.bootstrap_interval(a, 0.9 * a, n=100, relative=True) == pytest.approx((-0.1, -0.1, -0.1))
-    assert metrics.bootstrap_interval(a, n=50, seed=3) == metrics.bootstrap_interval(a, n=50, seed=3)
+    assert intervals.bootstrap_interval(a, a + 1, n=100) == pytest.approx((1, 1, 1))
+    assert intervals.bootstrap_interval(a, 0.9 * a, n=100, relative=True) == pytest.approx((-0.1, -0.1, -0.1))
+    assert intervals.bootstrap_interval(a, n=50, seed=3) == intervals.bootstrap_interval(a, n=50, seed=3)
 
 
 # refusals
@@ -412,14 +415,14 @@ def test_map_scores_refuse_empty_mask_non_finite_and_other_shapes(call):
     (lambda: metrics.ssim(np.ones((10, 10)), np.ones((10, 10))), "(1, 10, 10)"),
     (lambda: metrics.ssim(ONES, BAD), "ground truth"),
     (lambda: metrics.ssim(BAD, ONES), "non-finite"),
-    (lambda: metrics.normals_from_depth(ONES[None], 1, 1, 0, 0), "(1, 12, 12)"),
-    (lambda: metrics.normals_from_depth(ONES, 0, 1, 0, 0), "focal"),
-    (lambda: metrics.depth_normal_consistency(ONES, ONES, 1, 1), "normals (12, 12)"),
-    (lambda: metrics.depth_normal_consistency(0 * ONES, np.ones((3, 12, 12)), 1, 1), "five valid"),
+    (lambda: surface.valid_normals(ONES[None], 1, 1, 0, 0), "(1, 12, 12)"),
+    (lambda: surface.valid_normals(ONES, 0, 1, 0, 0), "focal"),
+    (lambda: surface.depth_normal_consistency(ONES, ONES, 1, 1), "normals (12, 12)"),
+    (lambda: surface.depth_normal_consistency(0 * ONES, np.ones((3, 12, 12)), 1, 1), "five valid"),
     (lambda: metrics.high_frequency_energy(ONES), "(C, H, W)"),
-    (lambda: metrics.bootstrap_interval([1.0, 2.0], [1.0]), "pair"),
-    (lambda: metrics.bootstrap_interval([]), "(0,)"),
-    (lambda: metrics.bootstrap_interval([1.0, -1.0], [1.0, 2.0], relative=True), "relative"),
+    (lambda: intervals.bootstrap_interval([1.0, 2.0], [1.0]), "pair"),
+    (lambda: intervals.bootstrap_interval([]), "(0,)"),
+    (lambda: intervals.bootstrap_interval([1.0, -1.0], [1.0, 2.0], relative=True), "relative"),
 ])
 def test_other_refusals(call, word):
     refused(call, word)

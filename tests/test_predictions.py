@@ -9,7 +9,9 @@ import pytest
 import torch
 from official import bench_of
 
+import benchmark_table
 import benchmarks
+import data
 import eval as evaluation
 import marigold
 import metrics
@@ -18,7 +20,7 @@ import protocols
 from predictor import DiT, DiTConfig, load_predictor, predict_photo
 from runtime import run_command
 
-every = pytest.mark.parametrize("bench", benchmarks.BENCHMARKS, ids=lambda b: f"{b.dataset}-{b.task}")
+every = pytest.mark.parametrize("bench", benchmark_table.BENCHMARKS, ids=lambda b: f"{b.dataset}-{b.task}")
 
 
 @pytest.fixture(autouse=True)
@@ -29,8 +31,8 @@ def small_eth3d(monkeypatch):
 def prepare(bench, root, n=3):
     """Data and perfect predictions; returns (items, flags of the command)."""
     items = official.make(bench, root / "data", n)
-    files, found, _ = benchmarks.find(bench, root / "data")
-    items = [i for i in found if benchmarks.complete(files, i)]
+    files, found, _ = benchmarks.find_data(bench, root / "data")
+    items = [i for i in found if benchmarks.is_complete(files, i)]
     official.answer(bench, root / "maps", items)
     flags = ["--dataset", bench.dataset, "--data", root / "data", "--pred-dir", root / "maps", "--out", root / "out",
              "--task", bench.task]
@@ -72,7 +74,7 @@ def test_perfect_maps_score_perfectly_on_every_benchmark(bench, tmp_path, capsys
     for name, row in got["metrics"].items():
         if name in PERFECT and bench.task != "surface":                         # central differences are not exact
             assert row["value"] == pytest.approx(PERFECT[name], abs=2e-3), name
-        assert protocols.METRICS[bench.task][name][0] in printed
+        assert protocols.MEASURES[bench.task][name][0] in printed
     assert bench.protocol in printed and f"{len(items)} images evaluated of {got['expected']} expected" in printed
     assert set(PERFECT) & set(got["metrics"]) or bench.task == "surface"
 
@@ -91,7 +93,7 @@ def test_saved_colours_are_read_in_the_space_that_is_named(tmp_path):
     bench = bench_of("interiorverse")
     items, flags = prepare(bench, tmp_path)
     for item in items:
-        path = tmp_path / "maps" / benchmarks.prediction_file(bench, benchmarks.formats.Files(tmp_path / "maps"),
+        path = tmp_path / "maps" / predictions.prediction_file(bench, benchmarks.formats.Files(tmp_path / "maps"),
                                                               item["rgb"], "albedo")
         np.save(path, official.linear(np.load(path)).astype(np.float32))
     assert numbers(tmp_path, *flags, "--pred-space", "linear")["metrics"]["albedo_ssim"]["value"] > 0.999
@@ -111,7 +113,7 @@ def test_two_folders_are_compared_image_by_image(tmp_path, capsys):
     items, flags = prepare(bench, tmp_path, 3)
     rng = np.random.default_rng(0)
     for item in items:
-        name = benchmarks.prediction_file(bench, benchmarks.formats.Files(tmp_path / "maps"), item["rgb"], "depth")
+        name = predictions.prediction_file(bench, benchmarks.formats.Files(tmp_path / "maps"), item["rgb"], "depth")
         noisy = np.load(tmp_path / "maps" / name)
         official.save(tmp_path / "noisy" / name, (noisy + 0.05 * rng.standard_normal(noisy.shape)).astype(np.float32))
     got = numbers(tmp_path, *flags, "--compare", tmp_path / "noisy")
@@ -129,13 +131,13 @@ def test_pictures_show_best_and_worst_first(tmp_path, capsys, monkeypatch):
     items, flags = prepare(bench, tmp_path, 3)
     rng = np.random.default_rng(0)
     for amount, item in zip((0.02, 0.0, 0.1), items, strict=True):
-        path = tmp_path / "maps" / benchmarks.prediction_file(bench, benchmarks.formats.Files(tmp_path / "maps"),
+        path = tmp_path / "maps" / predictions.prediction_file(bench, benchmarks.formats.Files(tmp_path / "maps"),
                                                               item["rgb"], "depth")
         depth = np.load(path)
         np.save(path, (depth + amount * rng.standard_normal(depth.shape)).astype(np.float32))
     shown = []
-    real = evaluation.data.panel
-    monkeypatch.setattr(evaluation.data, "panel", lambda tiles, columns: shown.extend(tiles) or real(tiles, columns))
+    real = data.panel
+    monkeypatch.setattr(data, "panel", lambda tiles, columns: shown.extend(tiles) or real(tiles, columns))
     numbers(tmp_path, *flags, "--panels", 3)
     titles = [label for label, _ in shown[::4]]
     assert [t.split(":")[0] for t in titles] == ["best", "worst", "best"]
@@ -147,14 +149,14 @@ def test_pictures_show_best_and_worst_first(tmp_path, capsys, monkeypatch):
 @every
 def test_every_task_has_a_picture(bench, tmp_path):
     items, _ = prepare(bench, tmp_path, 1)
-    files, _, _ = benchmarks.find(bench, tmp_path / "data")
+    files, _, _ = benchmarks.find_data(bench, tmp_path / "data")
     args = evaluation.arguments(["--dataset", bench.dataset])
-    source = predictions.folder(tmp_path / "maps", args)
+    source = predictions.saved_source(tmp_path / "maps", args)
     sample = source.read(bench, files, items[0])
-    tiles = protocols.pictures(bench, source.predict(bench, sample), sample)
+    tiles = protocols.result_pictures(bench, source.predict(bench, sample), sample)
     assert len(tiles) >= 2 and all(x.shape[0] == 3 and np.isfinite(x).all() for _, x in map(
         lambda t: (t[0], np.asarray(t[1])), tiles))
-    evaluation.data.panel(tiles)
+    data.panel(tiles)
 
 
 # networks ---------------------------------------------------------------------------------------------------------
@@ -162,12 +164,12 @@ def test_every_task_has_a_picture(bench, tmp_path):
 @pytest.mark.parametrize("dataset", ["diode", "iiw", "maw", "mit", "photos", "hypersim", "interiorverse", "ibims"])
 def test_a_network_is_evaluated_on_every_kind_of_benchmark(run, tmp_path, dataset, capsys):
     bench = bench_of(dataset)
-    for b in benchmarks.chosen(dataset):
+    for b in benchmark_table.choose_benchmarks(dataset):
         official.make(b, tmp_path / "data", 2)
     got = numbers(tmp_path, "--dataset", dataset, "--data", tmp_path / "data", "--out", tmp_path / "o", "--checkpoint",
                   run / "grpo", "--compare", run / "base", "--denoise-steps", 1, "--limit", 2)
     tables = got.get("tables", [got])
-    assert [t["task"] for t in tables] == [b.task for b in benchmarks.chosen(dataset)]
+    assert [t["task"] for t in tables] == [b.task for b in benchmark_table.choose_benchmarks(dataset)]
     for t in tables:
         assert t["n"] == 2 and t["partial"] == bool(bench.count)
         assert all(np.isfinite([r["value"], r["base"]]).all() for r in t["metrics"].values())
@@ -177,9 +179,9 @@ def test_a_network_is_evaluated_on_every_kind_of_benchmark(run, tmp_path, datase
 def test_the_photo_is_predicted_at_the_processing_resolution_and_enlarged_to_the_truth(run, tmp_path):
     policy, bench = load_predictor(run / "base"), bench_of("diode")
     items = official.make(bench, tmp_path, 1)
-    files, _, _ = benchmarks.find(bench, tmp_path)
+    files, _, _ = benchmarks.find_data(bench, tmp_path)
     args = evaluation.arguments(["--dataset", "diode", "--denoise-steps", "2", "--processing-res", "32"])
-    source = predictions.network(run / "base", args)
+    source = predictions.network_source(run / "base", args)
     sample = source.read(bench, files, items[0])
     assert sample["photos"][0].shape == (3, 32, 32)
     got = source.predict(bench, sample)[0]
@@ -190,14 +192,14 @@ def test_the_photo_is_predicted_at_the_processing_resolution_and_enlarged_to_the
 
 
 def test_albedo_of_a_network_is_made_linear():
-    maps = predictions.linear(dict(albedo=np.full((3, 2, 2), 0.5), depth=np.ones((1, 2, 2))), "srgb")
+    maps = predictions.linear_arrays(dict(albedo=np.full((3, 2, 2), 0.5), depth=np.ones((1, 2, 2))), "srgb")
     assert maps["albedo"][0, 0, 0] == pytest.approx(0.21404, abs=1e-5) and maps["depth"].shape == (2, 2)
 
 
 def test_a_network_without_the_modality_is_refused_and_mit_keeps_the_table_it_can_fill(run, tmp_path, capsys,
                                                                                        monkeypatch):
     monkeypatch.setattr(DiT, "modalities", ("albedo",))
-    for b in benchmarks.chosen("mit"):
+    for b in benchmark_table.choose_benchmarks("mit"):
         official.make(b, tmp_path / "data")
     flags = ["--data", tmp_path / "data", "--out", tmp_path / "o", "--checkpoint", run / "base", "--denoise-steps", 1]
     got = numbers(tmp_path, "--dataset", "mit", *flags)
@@ -248,8 +250,8 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_same_numbers(tmp_path, mo
     assert len(lines) == 100
     path.write_text("\n".join(lines[:60]) + "\n" + lines[60][:25])                # killed while writing line 61
     scored = []
-    real = protocols.score
-    monkeypatch.setattr(protocols, "score", lambda *a: scored.append(a[2]["name"]) or real(*a))
+    real = protocols.score_prediction
+    monkeypatch.setattr(protocols, "score_prediction", lambda *a: scored.append(a[2]["name"]) or real(*a))
     capsys.readouterr()
     again = numbers(tmp_path, *flags)
     assert again == whole and len(scored) == 40 and scored[0] == json.loads(lines[60])["name"]
@@ -274,14 +276,14 @@ def test_a_damaged_line_of_the_results_is_scored_again(tmp_path, capsys, tail):
 def test_an_interruption_keeps_what_was_scored(tmp_path, monkeypatch):
     bench = bench_of("ibims")
     _, flags = prepare(bench, tmp_path, 100)
-    real, seen = protocols.score, []
+    real, seen = protocols.score_prediction, []
 
     def dies(*a):
         seen.append(1)
         if len(seen) == 8:
             raise KeyboardInterrupt
         return real(*a)
-    monkeypatch.setattr(protocols, "score", dies)
+    monkeypatch.setattr(protocols, "score_prediction", dies)
     with pytest.raises(KeyboardInterrupt):
         numbers(tmp_path, *flags)
     assert len(results(tmp_path)[0].read_text().splitlines()) == 7
@@ -312,10 +314,10 @@ def test_other_predictions_data_or_settings_do_not_resume(tmp_path, what):
 def test_the_next_image_is_read_in_another_thread_while_one_is_scored(tmp_path, monkeypatch):
     bench = bench_of("ibims")
     _, flags = prepare(bench, tmp_path, 100)
-    real_load, real_score, started = benchmarks.load, protocols.score, {}
-    monkeypatch.setattr(benchmarks, "load", lambda b, f, item, **k: started.setdefault(
+    real_load, real_score, started = benchmarks.load_sample, protocols.score_prediction, {}
+    monkeypatch.setattr(benchmarks, "load_sample", lambda b, f, item, **k: started.setdefault(
         item["name"], (threading.current_thread(), threading.Event()))[1].set() or real_load(b, f, item, **k))
-    names = [i["name"] for i in benchmarks.items(bench, None)]
+    names = [i["name"] for i in benchmarks.list_items(bench, None)]
 
     def score(b, pred, sample):
         after = names.index(sample["name"]) + 1
@@ -323,7 +325,7 @@ def test_the_next_image_is_read_in_another_thread_while_one_is_scored(tmp_path, 
             started.setdefault(names[after], (None, threading.Event()))[1].wait(5)
             assert names[after] in started
         return real_score(b, pred, sample)
-    monkeypatch.setattr(protocols, "score", score)
+    monkeypatch.setattr(protocols, "score_prediction", score)
     numbers(tmp_path, *flags)
     assert all(t is not threading.main_thread() for t, _ in started.values())
 
@@ -335,7 +337,7 @@ def damaged(bench, tmp_path, change, n=3):
     files = benchmarks.formats.Files(tmp_path / "maps")
     for k, item in enumerate(items):
         for m in bench.needs:
-            change(k, tmp_path / "maps" / benchmarks.prediction_file(bench, files, item["rgb"], m))
+            change(k, tmp_path / "maps" / predictions.prediction_file(bench, files, item["rgb"], m))
     return items, flags
 
 
@@ -350,7 +352,7 @@ def test_a_map_that_some_photos_have_is_wanted_of_all(tmp_path, capsys):
     bench = bench_of("hypersim")
     items, flags = prepare(bench, tmp_path, 3)
     saved = benchmarks.formats.Files(tmp_path / "maps")
-    shading = [tmp_path / "maps" / benchmarks.prediction_file(bench, saved, i["rgb"], "irradiance") for i in items]
+    shading = [tmp_path / "maps" / predictions.prediction_file(bench, saved, i["rgb"], "irradiance") for i in items]
     shading[1].unlink()
     line = refusal(capsys, *flags)
     assert "no prediction for 1 of 9 maps of hypersim" in line and shading[1].name in line
@@ -438,7 +440,7 @@ def test_albedo_with_alpha_or_16_bits_is_refused(tmp_path, capsys, content, word
 
 # the command ------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("dataset", benchmarks.DATASETS)
+@pytest.mark.parametrize("dataset", benchmark_table.DATASETS)
 def test_a_benchmark_without_data_prints_what_to_fetch_and_exits_2(dataset, capsys):
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
@@ -480,7 +482,7 @@ def test_check_data_counts_decodes_and_names_the_first_bad_file(tmp_path, capsys
 def test_list_datasets_names_every_benchmark(capsys):
     evaluation.main(["--list-datasets"])
     printed = capsys.readouterr().out
-    for bench in benchmarks.BENCHMARKS:
+    for bench in benchmark_table.BENCHMARKS:
         assert any(bench.dataset in line and bench.task in line and str(bench.count or "-") in line
                    for line in printed.splitlines())
 
@@ -539,7 +541,7 @@ def test_marigold_is_evaluated_on_what_it_predicts(tmp_path, monkeypatch, capsys
     with torch.random.fork_rng():
         model = tiny_marigold(kind, n)
     monkeypatch.setattr(predictions, "load_predictor", lambda path: model)
-    for b in benchmarks.chosen(dataset):
+    for b in benchmark_table.choose_benchmarks(dataset):
         official.make(b, tmp_path / "data", 1)
     flags = ["--data", tmp_path / "data", "--out", tmp_path / "o", "--checkpoint", "some/marigold", "--limit", 1]
     flags += ["--processing-res", 16] if dataset != "iiw" else []

@@ -10,8 +10,11 @@ import torch
 from official import bench_of
 from PIL import Image
 
+import benchmark_table
 import metrics
 import protocols
+import surface
+from intervals import bootstrap_interval
 from scenes import srgb_decode
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -29,7 +32,7 @@ def depth_sample(H=40, W=50):
 @pytest.mark.parametrize("dataset", ["nyuv2", "kitti", "eth3d", "scannet", "diode"])
 def test_a_prediction_that_is_affine_in_depth_is_perfect(dataset):
     sample = depth_sample()
-    got = protocols.score(bench_of(dataset), [dict(depth=0.1 * sample["depth"] - 3)], sample)
+    got = protocols.score_prediction(bench_of(dataset), [dict(depth=0.1 * sample["depth"] - 3)], sample)
     assert got["abs_rel"] < 1e-5 and got["delta1"] == 1 and got["scale"] == pytest.approx(10, rel=1e-4)
 
 
@@ -42,7 +45,7 @@ def test_the_prediction_is_clipped_to_the_range_after_the_fit_and_before_the_met
     s, t = np.polyfit(p, g, 1)
     fitted = np.clip(s * p + t, 0.6, 350)
     assert (s * p + t < 0.6).any()                                              # the clip acts
-    got = protocols.score(bench, [dict(depth=pred)], sample)
+    got = protocols.score_prediction(bench, [dict(depth=pred)], sample)
     assert got["abs_rel"] == pytest.approx(np.mean(np.abs(fitted - g) / g), rel=1e-4)
     assert got["rmse"] == pytest.approx(np.sqrt(np.mean((fitted - g) ** 2)), rel=1e-4)
     assert got["delta1"] == pytest.approx(np.mean(np.maximum(fitted / g, g / fitted) < 1.25), abs=2 / g.size)
@@ -54,19 +57,19 @@ def test_only_eth3d_fits_on_a_subsampled_grid(monkeypatch):
     monkeypatch.setattr(metrics, "align_depth", lambda *a: seen.append(a[3]) or real(*a))
     for dataset in ("nyuv2", "kitti", "eth3d", "scannet", "diode"):
         sample = depth_sample()
-        protocols.score(bench_of(dataset), [dict(depth=sample["depth"])], sample)
+        protocols.score_prediction(bench_of(dataset), [dict(depth=sample["depth"])], sample)
     assert seen == [None, None, 1024, None, None]
 
 
 def test_inverse_depth_is_reported_with_the_first_file():
     bench, sample = bench_of("nyuv2"), depth_sample()
-    rows = [protocols.score(bench, [dict(depth=d)], sample)
+    rows = [protocols.score_prediction(bench, [dict(depth=d)], sample)
             for d in (sample["depth"], 1 / np.maximum(sample["depth"], 0.5))]
-    lines = protocols.problems(bench, rows, ["good.png", "bad.png"])
+    lines = protocols.find_problems(bench, rows, ["good.png", "bad.png"])
     assert len(lines) == 1 and "1 of 2 fitted scales are negative" in lines[0] and "bad.png" in lines[0]
-    flat = protocols.score(bench, [dict(depth=np.full(sample["depth"].shape, -0.5))], sample)
-    assert protocols.problems(bench, [flat], ["flat.png"]) == []                # wrong, but not inverse depth
-    assert protocols.problems(bench, rows[:1], ["good.png"]) == []
+    flat = protocols.score_prediction(bench, [dict(depth=np.full(sample["depth"].shape, -0.5))], sample)
+    assert protocols.find_problems(bench, [flat], ["flat.png"]) == []                # wrong, but not inverse depth
+    assert protocols.find_problems(bench, rows[:1], ["good.png"]) == []
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e31])
@@ -75,21 +78,21 @@ def test_a_prediction_that_is_not_finite_is_refused_with_the_image(value):
     pred = sample["depth"].copy()
     pred[3, 4] = value
     with pytest.raises(ValueError, match="a.png: got 1 values in the predicted depth that are non-finite or"):
-        protocols.score(bench_of("nyuv2"), [dict(depth=pred)], sample)
+        protocols.score_prediction(bench_of("nyuv2"), [dict(depth=pred)], sample)
 
 
 def test_a_prediction_of_another_size_is_refused():
     with pytest.raises(ValueError, match="a.png: got a predicted depth of 8 x 8 pixels, want 50 x 40; resize"):
-        protocols.score(bench_of("nyuv2"), [dict(depth=np.ones((8, 8)))], depth_sample())
+        protocols.score_prediction(bench_of("nyuv2"), [dict(depth=np.ones((8, 8)))], depth_sample())
     with pytest.raises(ValueError, match="crop it: the last 352 rows, the centre 1216 columns"):
-        protocols.score(bench_of("kitti"), [dict(depth=np.ones((375, 1242)))], depth_sample(352, 1216))
+        protocols.score_prediction(bench_of("kitti"), [dict(depth=np.ones((375, 1242)))], depth_sample(352, 1216))
 
 
 def test_an_empty_mask_is_refused_with_the_image():
     sample = depth_sample()
     sample["mask"][:] = False
     with pytest.raises(ValueError, match="a.png: .*empty mask"):
-        protocols.score(bench_of("nyuv2"), [dict(depth=sample["depth"])], sample)
+        protocols.score_prediction(bench_of("nyuv2"), [dict(depth=sample["depth"])], sample)
 
 
 # normals ----------------------------------------------------------------------------------------------------------
@@ -112,7 +115,7 @@ def test_angles_are_averaged_over_valid_pixels_with_strict_thresholds():
     side = np.cross(pred, [[[0.0]], [[1.0]], [[0.0]]], axis=0)
     side /= np.linalg.norm(side, axis=0)
     pred = np.cos(turn) * pred + np.sin(turn) * side                            # 20 degrees everywhere
-    got = protocols.score(bench_of("nyuv2", "normal"), [dict(normal=3 * pred)], sample)
+    got = protocols.score_prediction(bench_of("nyuv2", "normal"), [dict(normal=3 * pred)], sample)
     assert got["mean"] == pytest.approx(20, abs=1e-5) and got["pixels"] == 15 * 30
     assert (got["within_11.25"], got["within_22.5"], got["within_30"]) == (0, 1, 1)
 
@@ -121,35 +124,35 @@ def test_the_pooled_mean_weighs_images_by_their_pixels():
     bench = bench_of("nyuv2", "normal")
     rows = [dict(mean=10.0, pixels=300, axes=None, median=1.0, within_30=1.0),
             dict(mean=40.0, pixels=100, axes=None, median=1.0, within_30=1.0)]
-    values, weights = protocols.lists(bench, rows), protocols.weights("pooled", rows)
+    values, weights = protocols.metric_values(bench, rows), protocols.image_weights("pooled", rows)
     assert values["mean"].mean() == 25 and np.average(values["pooled"], weights=weights) == 17.5
-    assert metrics.bootstrap_interval(values["pooled"], weights=weights)[0] == 17.5
-    assert metrics.bootstrap_interval(np.full(2, 10.0), weights=weights) == (10, 10, 10)    # no spread, unequal images
-    assert (protocols.weights("mean", rows) == 1).all()
+    assert bootstrap_interval(values["pooled"], weights=weights)[0] == 17.5
+    assert bootstrap_interval(np.full(2, 10.0), weights=weights) == (10, 10, 10)    # no spread, unequal images
+    assert (protocols.image_weights("mean", rows) == 1).all()
 
 
-@pytest.mark.parametrize("signs", metrics.AXES)
+@pytest.mark.parametrize("signs", surface.AXES)
 def test_the_best_of_the_eight_sign_choices_is_found(signs):
     sample, bench = normal_sample(), bench_of("nyuv2", "normal")
     pred = np.where(sample["normal"].any(0), sample["normal"], 1.0) * np.reshape(signs, (3, 1, 1))
-    rows = [protocols.score(bench, [dict(normal=pred)], sample)]
+    rows = [protocols.score_prediction(bench, [dict(normal=pred)], sample)]
     axes = protocols.mean_axes(rows)
     assert min(axes, key=axes.get) == signs and axes[signs] < 1e-4
     assert axes[1, 1, 1] == pytest.approx(rows[0]["mean"], abs=2)               # a subsample of the same pixels
-    lines = protocols.problems(bench, rows, ["n.png"])
+    lines = protocols.find_problems(bench, rows, ["n.png"])
     x, y, z = ("-" if s < 0 else "+" for s in signs)
     assert lines == [] if signs == (1, 1, 1) else f"normal axes: ({x}x, {y}y, {z}z) fits the ground truth" in lines[0]
 
 
 def test_a_flip_that_is_better_by_a_degree_over_the_set_is_reported():
-    axes = dict.fromkeys(metrics.AXES, 40.0)
+    axes = dict.fromkeys(surface.AXES, 40.0)
     row = {(1, 1, 1): 20.0, (-1, 1, 1): 19.0}
-    rows = [dict(axes=[{**axes, **row}[a] for a in metrics.AXES])]
-    line, = protocols.problems(bench_of("nyuv2", "normal"), rows, ["n.png"])
+    rows = [dict(axes=[{**axes, **row}[a] for a in surface.AXES])]
+    line, = protocols.find_problems(bench_of("nyuv2", "normal"), rows, ["n.png"])
     assert "(-x, +y, +z) fits the ground truth at 19.0" in line and "either may be the wrong one" in line
     row[-1, 1, 1] = 19.7                                                        # as good: says nothing
-    rows = [dict(axes=[{**axes, **row}[a] for a in metrics.AXES])]
-    assert protocols.problems(bench_of("nyuv2", "normal"), rows, ["n.png"]) == []
+    rows = [dict(axes=[{**axes, **row}[a] for a in surface.AXES])]
+    assert protocols.find_problems(bench_of("nyuv2", "normal"), rows, ["n.png"]) == []
 
 
 # albedo -----------------------------------------------------------------------------------------------------------
@@ -161,7 +164,7 @@ def test_whdr_of_the_iiw_fixture_is_the_known_number():
     rgb = torch.from_numpy(np.asarray(Image.open(folder / "63508.png").convert("RGB")) / 255.0).permute(2, 0, 1)
     sample = dict(name="63508.png", photos=[rgb], size=rgb.shape[1:],
                   judgements=json.loads((folder / "63508.json").read_text()))
-    got = protocols.score(bench_of("iiw"), [dict(albedo=srgb_decode(rgb).numpy())], sample)
+    got = protocols.score_prediction(bench_of("iiw"), [dict(albedo=srgb_decode(rgb).numpy())], sample)
     assert got["whdr10_linear"] == pytest.approx(0.7122507122507123, abs=1e-12)
     assert set(got) == {f"whdr{d}_{s}" for d in (10, 20) for s in ("linear", "srgb")}
 
@@ -179,7 +182,7 @@ def iiw_sample(l1, l2, darker, **change):
 
 def whdr_of(*args, **change):
     albedo, sample = iiw_sample(*args, **change)
-    return protocols.score(bench_of("iiw"), [dict(albedo=albedo)], sample)
+    return protocols.score_prediction(bench_of("iiw"), [dict(albedo=albedo)], sample)
 
 
 def test_the_colour_space_decides_near_the_threshold():
@@ -193,7 +196,7 @@ def test_the_colour_space_decides_near_the_threshold():
 def test_an_image_whose_judgements_do_not_count_has_no_number_and_leaves_the_mean(darker, change):
     rows = [whdr_of(0.5, 0.9, "1"), whdr_of(0.5, 0.9, darker, **change)]
     assert rows[1]["whdr10_linear"] is None
-    values = protocols.lists(bench_of("iiw"), rows)["whdr10_linear"]
+    values = protocols.metric_values(bench_of("iiw"), rows)["whdr10_linear"]
     assert values[0] == 0 and np.isnan(values[1])
 
 
@@ -208,11 +211,11 @@ def test_maw_of_the_measured_colours_is_zero_and_one_scale_is_free(tmp_path):
     image, labels, colours = official.patches()
     sample = dict(name="m.png", photos=[torch.zeros(3, 240, 320)], size=(240, 320), labels=labels, colors=colours)
     albedo = official.linear(image.transpose(2, 0, 1) / 255)
-    got = protocols.score(bench_of("maw"), [dict(albedo=albedo)], sample)
-    half = protocols.score(bench_of("maw"), [dict(albedo=0.5 * albedo)], sample)
+    got = protocols.score_prediction(bench_of("maw"), [dict(albedo=albedo)], sample)
+    half = protocols.score_prediction(bench_of("maw"), [dict(albedo=0.5 * albedo)], sample)
     assert got["intensity"] < 1e-10 and got["chromaticity"] < 1e-4
     assert half["intensity"] < 1e-5                                             # 8-bit rounding of the darker map
-    shuffled = protocols.score(bench_of("maw"), [dict(albedo=albedo[::-1])], sample)
+    shuffled = protocols.score_prediction(bench_of("maw"), [dict(albedo=albedo[::-1])], sample)
     assert shuffled["chromaticity"] > 3
 
 
@@ -220,7 +223,8 @@ def test_maw_labels_that_do_not_match_the_colours_are_refused():
     image, labels, colours = official.patches()
     sample = dict(name="m.png", photos=[torch.zeros(3, 240, 320)], size=(240, 320), labels=labels, colors=colours[:2])
     with pytest.raises(ValueError, match="m.png: .*3 labels, 3 after the resize, 2 colours"):
-        protocols.score(bench_of("maw"), [dict(albedo=official.linear(image.transpose(2, 0, 1) / 255))], sample)
+        pred = dict(albedo=official.linear(image.transpose(2, 0, 1) / 255))
+        protocols.score_prediction(bench_of("maw"), [pred], sample)
 
 
 def test_lmse_is_half_reflectance_half_shading_in_gray_windows_of_20():
@@ -228,7 +232,7 @@ def test_lmse_is_half_reflectance_half_shading_in_gray_windows_of_20():
     truth = {m: RNG.random((3, 43, 51)) for m in ("albedo", "shading")}
     pred = dict(albedo=RNG.random((3, 43, 51)), irradiance=RNG.random((3, 43, 51)))
     sample = dict(name="x", photos=[torch.zeros(3, 43, 51)], size=(43, 51), mask=mask, **truth)
-    got = protocols.score(bench_of("mit"), [pred], sample)
+    got = protocols.score_prediction(bench_of("mit"), [pred], sample)
     want = []
     for m, p in (("albedo", "albedo"), ("shading", "irradiance")):
         residual = energy = 0.0
@@ -265,7 +269,7 @@ def iid_sample():
 def test_iid_scores_follow_their_formulas():
     sample = iid_sample()
     pred = dict(albedo=RNG.random((3, 24, 28)), irradiance=RNG.random((3, 24, 28)), residual=RNG.random((3, 24, 28)))
-    got = protocols.score(bench_of("hypersim"), [pred], sample)
+    got = protocols.score_prediction(bench_of("hypersim"), [pred], sample)
     ok = sample["albedo_mask"]
     mse = np.mean((pred["albedo"][ok] ** (1 / 2.2) - sample["albedo"][ok] ** (1 / 2.2)) ** 2)
     assert got["albedo_psnr"] == pytest.approx(-10 * np.log10(mse))
@@ -276,13 +280,13 @@ def test_iid_scores_follow_their_formulas():
     p, g = np.clip(stretch * scale * p, 0, 1), np.clip(stretch * g, 0, 1)
     assert got["shading_psnr"] == pytest.approx(-10 * np.log10(np.mean((p[ok] - g[ok]) ** 2)))
     assert got["shading_ssim"] == pytest.approx(metrics.ssim(p * ok, g * ok))
-    scaled = protocols.score(bench_of("hypersim"), [dict(pred, irradiance=7 * pred["irradiance"])], sample)
+    scaled = protocols.score_prediction(bench_of("hypersim"), [dict(pred, irradiance=7 * pred["irradiance"])], sample)
     assert scaled["shading_psnr"] == pytest.approx(got["shading_psnr"])
     assert scaled["albedo_psnr"] == got["albedo_psnr"]
 
 
 def test_a_map_that_is_not_predicted_is_not_scored():
-    got = protocols.score(bench_of("hypersim"), [dict(albedo=RNG.random((3, 24, 28)))], iid_sample())
+    got = protocols.score_prediction(bench_of("hypersim"), [dict(albedo=RNG.random((3, 24, 28)))], iid_sample())
     assert set(got) == {"albedo_psnr", "albedo_ssim"}
 
 
@@ -294,9 +298,9 @@ def test_depth_and_normals_of_one_plane_agree_at_the_declared_camera():
     z = 1.6 / (n[2] - n[0] * x - n[1] * y)
     sample = dict(name="p", photos=[torch.zeros(3, H, W)], size=(H, W))
     normal = np.broadcast_to(n[:, None, None], (3, H, W))
-    good = protocols.score(bench_of("photos"), [dict(depth=(z - 1) / 2, normal=normal)], sample)
+    good = protocols.score_prediction(bench_of("photos"), [dict(depth=(z - 1) / 2, normal=normal)], sample)
     other = normal * [[[-1]], [[1]], [[1]]]
-    bad = protocols.score(bench_of("photos"), [dict(depth=(z - 1) / 2, normal=other)], sample)
+    bad = protocols.score_prediction(bench_of("photos"), [dict(depth=(z - 1) / 2, normal=other)], sample)
     assert good["rmse"] < 1e-6 and good["ssim"] > 0.999 and bad["rmse"] == pytest.approx(2 * n[0] / 3 ** 0.5, rel=1e-3)
 
 
@@ -305,16 +309,16 @@ def test_depth_that_gives_no_normal_does_not_count_as_agreement():
     normal = rng.normal(size=(3, H, W))
     sample = dict(name="p", photos=[torch.zeros(3, H, W)], size=(H, W))
     depth = 0.5 + 0.01 * rng.random((H, W))
-    whole = protocols.score(bench_of("photos"), [dict(depth=depth, normal=normal)], sample)
+    whole = protocols.score_prediction(bench_of("photos"), [dict(depth=depth, normal=normal)], sample)
     depth[:, 20:] = -5
-    part = protocols.score(bench_of("photos"), [dict(depth=depth, normal=normal)], sample)
+    part = protocols.score_prediction(bench_of("photos"), [dict(depth=depth, normal=normal)], sample)
     assert whole["valid"] == 1 and part["valid"] == pytest.approx(18 / 58)
     assert abs(part["ssim"]) < 0.1 and abs(whole["ssim"]) < 0.1                 # was 0.7: equal constants on both sides
-    lines = protocols.problems(bench_of("photos"), [whole, part], ["a", "b"])
+    lines = protocols.find_problems(bench_of("photos"), [whole, part], ["a", "b"])
     assert len(lines) == 1 and "1 of 2" in lines[0] and "first: b, 31.0 %" in lines[0]
     depth[:, 5:] = -5
     with pytest.raises(ValueError, match="p: .*no window"):
-        protocols.score(bench_of("photos"), [dict(depth=depth, normal=normal)], sample)
+        protocols.score_prediction(bench_of("photos"), [dict(depth=depth, normal=normal)], sample)
 
 
 def test_the_error_picture_is_bright_at_zero_dark_at_the_top_and_gray_without_truth():
@@ -328,9 +332,9 @@ def test_the_error_picture_is_bright_at_zero_dark_at_the_top_and_gray_without_tr
 
 
 def test_the_papers_numbers_belong_to_metrics_that_exist():
-    tasks = {(b.dataset, b.task) for b in protocols.benchmarks.BENCHMARKS}
+    tasks = {(b.dataset, b.task) for b in benchmark_table.BENCHMARKS}
     for key, rows in protocols.PAPER.items():
-        assert key in tasks and set(rows) <= set(protocols.METRICS[key[1]])
+        assert key in tasks and set(rows) <= set(protocols.MEASURES[key[1]])
     assert protocols.PAPER["eth3d", "depth"]["abs_rel"] == [("PRISM", .142, .077)]
     assert protocols.PAPER["iiw", "whdr"]["whdr20_srgb"] == [("PRISM", 15.9, 11.9), ("Marigold", 14.8, 14.0)]
     assert protocols.PAPER["nyuv2", "normal"]["mean"] == [("PRISM", 16.1, 15.7)]

@@ -10,8 +10,9 @@ import eval as evaluation
 import questions
 import reliability
 from mini_judge import MiniJudge, build_mini
+from scores import HEURISTICS
 
-RULES = evaluation.HEURISTICS
+RULES = HEURISTICS
 
 
 @pytest.fixture(scope="module")

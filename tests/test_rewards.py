@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import data
-import metrics
 import rewards
+import surface
 from config import Config
-from relations import MODALITIES, agreement, relation, sample_pairs
+from relations import MODALITIES, agreement, assumed_camera, normals_from_depth, relation, sample_pairs
 
 NAMES = list(MODALITIES)
 CFG = Config()
@@ -131,18 +131,33 @@ def test_mining_keeps_the_pairs_that_split_the_group():
 
 # consistency ------------------------------------------------------------------------------------------------------
 
+def depth_normals(depth):
+    return normals_from_depth(*assumed_camera(depth[..., 0, :, :]))
+
+
+def one_normal(z, row, col):
+    """Normal of planar z (12, 16) at an inner pixel, for a focal length of 16 px and the centre (7.5, 5.5)."""
+    def point(r, c):
+        return z[r, c] * np.array([(c - 7.5) / 16, -(r - 5.5) / 16, -1.0])
+    n = np.cross(point(row, col + 1) - point(row, col - 1), point(row - 1, col) - point(row + 1, col))
+    return n / np.linalg.norm(n)
+
+
 def test_normals_of_depth_are_those_of_the_metric(scenes):
     depth = torch.rand(2, 3, 1, 12, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    got = rewards.depth_normals(depth)
+    got = depth_normals(depth)
     for b in range(2):
         for g in range(3):
-            want = metrics.normals_from_depth(1 + 2 * depth[b, g, 0].numpy(), 16, 16, 7.5, 5.5)
-            np.testing.assert_allclose(got[b, g].numpy(), want[:, 1:-1, 1:-1], atol=1e-12)
+            z = 1 + 2 * depth[b, g, 0].numpy()
+            want = surface.valid_normals(z, 16, 16, 7.5, 5.5)[:, 1:-1, 1:-1]
+            np.testing.assert_allclose(got[b, g].numpy(), want, atol=1e-12)
+            loop = [[one_normal(z, row, col) for col in range(1, 15)] for row in range(1, 11)]
+            np.testing.assert_allclose(want, np.array(loop).transpose(2, 0, 1), atol=1e-12)
 
 
 def test_maps_that_fit_each_other_beat_maps_of_other_scenes(scenes):
     depth = torch.rand(3, 1, 1, 1, 1) + torch.linspace(0, 0.5, 16).view(1, 1, 1, 16, 1) * torch.rand(3, 1, 1, 1, 16)
-    normal = torch.nn.functional.pad(rewards.depth_normals(depth), (1, 1, 1, 1))
+    normal = torch.nn.functional.pad(depth_normals(depth), (1, 1, 1, 1))
     own, other = (rewards.depth_normal_agreement(depth, n)[..., 1:-1, 1:-1] for n in (normal, -normal))
     torch.testing.assert_close(own, torch.ones_like(own))
     torch.testing.assert_close(other, torch.zeros_like(other), atol=1e-6, rtol=0)

@@ -26,6 +26,7 @@ import data
 import formats
 import judge
 import lora
+import predictions
 import predictor
 import questions
 import runtime
@@ -99,7 +100,7 @@ def test_the_payload_of_these_tests_would_run(tmp_path):
 def test_a_pickle_in_an_npy_is_not_opened(tmp_path, marker):
     np.save(tmp_path / "a.npy", np.array([Payload(marker)], object), allow_pickle=True)
     refused(lambda: formats.decode_npy((tmp_path / "a.npy").read_bytes(), "a.npy"), "object")
-    refused(lambda: benchmarks.read_prediction(formats.Files(tmp_path), "a.npy", "depth"), "object")
+    refused(lambda: predictions.read_prediction(formats.Files(tmp_path), "a.npy", "depth"), "object")
 
 
 @pytest.mark.parametrize("name", ["original", "qwen"])
@@ -379,7 +380,7 @@ def test_a_table_or_index_cannot_name_a_file_outside_its_folder(tmp_path):
     meta = tmp_path / "labels" / "meta.csv"
     whole = meta.read_text()
     meta.write_text(whole.replace("scene_0/photo_colors.npy", "../../climbed.npy"))
-    refused(lambda: benchmarks.find(official.bench_of("maw"), tmp_path), "climbed.npy", "leaves the folder")
+    refused(lambda: benchmarks.find_data(official.bench_of("maw"), tmp_path), "climbed.npy", "leaves the folder")
 
 
 # names that only look hostile -------------------------------------------------------------------------------------
