@@ -130,7 +130,7 @@ def find_data(bench, path):
         files = formats.Files(path if Path(path).is_dir() else Path(path).parent)
         files.path = Path(path) if Path(path).is_file() else files.path
         return files, list_items(bench, files), []
-    best = None
+    best = None                                                                 # (complete images, files, items)
     top = formats.Files(path)
     places = [top] if top.index is None else [top, *(top.under(r) for r in bench.roots if not r.endswith(".tar"))]
     for root in bench.roots if top.index is None else ():
@@ -224,7 +224,8 @@ def _diode_depth(files, depth_name, mask_name):
     if not np.isfinite(mask).all():
         raise ValueError(f"{files.where(mask_name)}: got non-finite values, want 0 or 1; fetch it again")
     _same_size(files.where(mask_name), mask.shape, depth.shape)
-    depth, mask = depth.astype(np.float32), mask.astype(bool)
+    depth = depth.astype(np.float32)
+    mask = mask.astype(bool)
     if not (depth[mask] > 0).all() or not np.isfinite(depth[mask]).all():
         raise ValueError(f"{files.where(depth_name)}: got a depth in the mask that is not finite or not above 0, want "
                          "metres; fetch it again")
@@ -271,7 +272,7 @@ def _check_axes(files, item, sample):
 
 
 def _fits(where, measure, *args):
-    """Refuse by its file a truth that the measure itself would refuse."""
+    """Try a measure on the truth: what it refuses is reported with the name of the file."""
     try:
         measure(*args)
     except ValueError as error:

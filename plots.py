@@ -28,12 +28,22 @@ def _text(x, y, words, anchor="middle", size=11):
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}">{html.escape(words)}</text>'
 
 
+def _limits(values):
+    """Ends of an axis: smallest and largest value, apart by one where they are equal."""
+    low, high = min(values, default=0), max(values, default=1)
+    return low, (high if high > low else low + 1)
+
+
 def _panel(title, label, lines, colours):
-    xs, ys = [x for one in lines for x in one.x] or [0, 1], [y for one in lines for y in one.y] or [0, 1]
-    (x0, x1), (y0, y1) = (min(xs), max(xs)), (min(ys), max(ys))
-    x1, y1 = (x1 if x1 > x0 else x0 + 1), (y1 if y1 > y0 else y0 + 1)
-    at_x = lambda x: LEFT + (x - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT)  # noqa: E731
-    at_y = lambda y: TOP + (y1 - y) / (y1 - y0) * (HEIGHT - TOP - BOTTOM)  # noqa: E731
+    x0, x1 = _limits([x for one in lines for x in one.x])
+    y0, y1 = _limits([y for one in lines for y in one.y])
+
+    def at_x(x):
+        return LEFT + (x - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT)
+
+    def at_y(y):
+        return TOP + (y1 - y) / (y1 - y0) * (HEIGHT - TOP - BOTTOM)
+
     out = [_text(WIDTH / 2, 16, title, size=12), _text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, label)]
     for x in ticks(x0, x1):
         out += [f'<path d="M{at_x(x):.1f} {TOP}V{HEIGHT - BOTTOM}" stroke="#eeeeee"/>',
@@ -54,7 +64,8 @@ def figure(panels, columns):
     """
     labels = list(dict.fromkeys(one.label for _, _, lines in panels for one in lines))
     colours = {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(labels)}
-    rows, width = -(-len(panels) // columns), columns * WIDTH
+    rows = -(-len(panels) // columns)
+    width = columns * WIDTH
     per_row = max(1, width // 160)
     height = rows * HEIGHT + 20 * -(-len(labels) // per_row) + 10
     out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
@@ -63,7 +74,8 @@ def figure(panels, columns):
         out.append(f'<g transform="translate({i % columns * WIDTH} {i // columns * HEIGHT})">'
                    f'{_panel(*panel, colours)}</g>')
     for i, label in enumerate(labels):
-        x, y = i % per_row * 160 + 12, rows * HEIGHT + 20 * (i // per_row) + 14
+        x = i % per_row * 160 + 12
+        y = rows * HEIGHT + 20 * (i // per_row) + 14
         out.append(f'<path d="M{x} {y}h22" stroke="{colours[label]}" stroke-width="3"/>'
                    + _text(x + 28, y + 4, label, "start", 12))
     return "".join(out) + "</svg>\n"

@@ -55,7 +55,7 @@ def correct(prob, first):
 
 
 def heuristic(rule, rows, folder, size):
-    """Right answers of a one-line rule of eval.HEURISTICS: (N,) bool; a rule that is undecided says the second."""
+    """Right answers of a one-line rule of scores.HEURISTICS: (N,) bool; a rule that is undecided says the second."""
     said = [float(rule(questions.photo(r, folder, size)[None], torch.tensor(r["pts"])[None, None])) > 0 for r in rows]
     return np.array(said) == np.array([r["first"] for r in rows])
 
@@ -63,7 +63,7 @@ def heuristic(rule, rows, folder, size):
 def report(judge, rows, folder, rules, swap_average=False):
     """All figures per modality: dict of dicts, every number of the tables.
 
-    rules         eval.HEURISTICS;  swap_average  True: answers are the mean of both orders
+    rules         scores.HEURISTICS;  swap_average  True: answers are the mean of both orders
     raises        ValueError: no row; colours that cannot be exchanged
     """
     if not rows:

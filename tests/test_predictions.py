@@ -289,6 +289,13 @@ def test_an_interruption_keeps_what_was_scored(tmp_path, monkeypatch):
     assert len(results(tmp_path)[0].read_text().splitlines()) == 7
 
 
+def test_the_digest_covers_all_code_that_makes_a_number_and_no_command():
+    used = dict(predictions.CODE)
+    assert {"predictions", "protocols", "benchmarks", "benchmark_table", "metrics", "surface", "colour", "formats",
+            "predictor", "marigold", "relations"} <= {name.split(".")[-1] for name in used}
+    assert not {"eval", "train", "report"} & used.keys() and all(used.values())
+
+
 @pytest.mark.parametrize("what", ["prediction", "truth", "npy truth", "space"])
 def test_other_predictions_data_or_settings_do_not_resume(tmp_path, what):
     bench = bench_of("interiorverse")
