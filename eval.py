@@ -25,9 +25,9 @@ import reliability
 from config import Parser
 from files import write_json
 from judge import load_judge
-from predictor import NAMES, load_predictor, sample_ode
+from predictor import load_predictor, sample_ode
 from questions import true_relations
-from relations import at_points, margin, sample_pairs
+from relations import NAMES, at_points, margin, sample_pairs
 from runtime import generator, pick_device, run_command
 from scenes import srgb_decode
 

@@ -9,10 +9,10 @@ from PIL import Image
 
 import data
 import eval as evaluation
+from command import run_command
 from eval import HEURISTICS, METRICS, compare, eval_pairs, judge_scores, score
 from predictor import NAMES, times
 from questions import true_relations
-from runtime import run_command
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "hypersim_scenes"
 QUICK = ["--images", "4", "--size", "16", "--denoise-steps", "1"]
