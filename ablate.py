@@ -17,23 +17,24 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
+import baselines
 import data
 import files
+import ranks
 import report
-import runtime
 import scores
 import train
 import watch
 from arithmetic import counted
-from config import PRESETS, Config, Parser
+from command import run_command
+from config import ESTIMATORS, PRESETS, Config, Parser, UserError
 from plots import Line, figure
 from predictor import load_predictor
+from run import about
 from untrusted import read_json
 
-PAPER = dict(credit="global", rollout="full", tail=0, noise_blocks="1", reward="hard", tau="0.1", norm="group",
-             modalities="one", balance=0, window=0, jitter=1, mine=0, clip=1e-4, credit_growth=0.0)
 STEPS = [  # (row, flags that it adds to the row above)
-    ("paper", PAPER),
+    ("paper", ESTIMATORS["paper"] | dict(tau="0.1", clip=1e-4)),
     ("+branch", dict(rollout="branch")),
     ("+pair", dict(credit="pair", norm="global", clip=0.1)),
     ("+soft", dict(reward="soft")),
@@ -45,8 +46,8 @@ STEPS = [  # (row, flags that it adds to the row above)
 BESIDE = {  # rows that start from the preset
     "all": {},
     "all, oracle judge": dict(judge="oracle", jitter=1),                        # its answers hold at the point alone
-    "ranking loss": dict(method="ranking"),
-    "supervised": dict(method="supervised"),
+    "ranking loss": {},                                                         # other gradients: see `learn`
+    "supervised": {},
 }
 SHOWN = ("depth/abs_rel", "albedo/whdr10", "irradiance/si_mse", "normal/angle")
 T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
@@ -71,11 +72,22 @@ def row_config(args, row, seed):
     return replace(Config(), **{**PRESETS[args.preset], **args.flags, **run, **rows_of()[row], **lr})
 
 
-def flops_per_step(cfg, device, steps=8):
+def learn(cfg, device, row):
+    """Train a row: GRPO, or one of the baselines on the same batches."""
+    ways = {}
+    if row == "ranking loss":
+        ways = dict(sample=baselines.sample_nothing, gradient=baselines.ranking_gradient)
+    if row == "supervised":
+        truth = data.scene_pool("wild", "train", cfg.photos, cfg.size, device=device)
+        ways = dict(sample=baselines.sample_nothing, gradient=baselines.supervised_gradient(truth))
+    train.train_grpo(cfg, device, **ways)
+
+
+def flops_per_step(cfg, device, row, steps=8):
     """Floating-point operations of a training step, the mean of the first few; products inside attention included."""
     with TemporaryDirectory() as folder:
         own = replace(cfg, out=folder, eval_every=0, stop_at=steps)
-        return counted(lambda: train.tune(own, device)) / steps
+        return counted(lambda: learn(own, device, row)) / steps
 
 
 def prepare(args, seed):
@@ -83,18 +95,18 @@ def prepare(args, seed):
     cfg = row_config(args, "all", seed)
     out = Path(cfg.policy).parent
     shared = replace(cfg, out=str(out), policy="", judge="", bank="")
-    device = runtime.setup(shared)
+    device = ranks.setup(shared)
     for stage, sign in (("base", "predictor.json"), ("judge", "judge.json")):
         if not (out / stage / sign).is_file():
-            dict(base=train.base, judge=train.judge)[stage](replace(shared, stage=stage), device)
-    train.judged_photos(cfg, device)
+            train.STAGES[stage](replace(shared, stage=stage), device)
+    train.judgements(cfg, device)
     path = out / "flops.json"
     known = read_json(path) if path.is_file() else {}
     for row in {"all", *args.rows}:
         own = row_config(args, row, seed)
         key = json.dumps({k: v for k, v in asdict(own).items() if k not in ("out", "steps", "threads", "val_images")})
         if known.get(row, {}).get("settings") != key:
-            known[row] = dict(settings=key, flops=flops_per_step(own, device))
+            known[row] = dict(settings=key, flops=flops_per_step(own, device, row))
             files.write_json(path, known)
     return {row: one["flops"] for row, one in known.items()}
 
@@ -108,13 +120,13 @@ def run_row(job):
     if path.is_file():
         figures = read_json(path)
         if figures["key"] != key:
-            raise runtime.UserError(f"{path} holds figures of other settings; use another --out, or delete its folder")
+            raise UserError(f"{path} holds figures of other settings; use another --out, or delete its folder")
         return figures
-    device = runtime.setup(cfg)
-    train.tune(cfg, device)
+    device = ranks.setup(cfg)
+    learn(cfg, device, row)
     before, after = load_predictor(cfg.policy).to(device), load_predictor(Path(cfg.out) / "grpo").to(device)
     figures = dict(row=row, seed=seed, steps=steps, photos=steps * cfg.batch, key=key,
-                   about=runtime.about(), start=watch.diagnose(before, cfg.size, cfg.eval_steps, cfg.val_images))
+                   about=about(), start=watch.diagnose(before, cfg.size, cfg.eval_steps, cfg.val_images))
     for domain in ("wild", "synthetic"):
         maps = data.scene_pool(domain, args.split, cfg.eval_images, cfg.size).all()
         pairs = scores.eval_pairs(maps, scores.PAIRS, 1, 0)
@@ -243,7 +255,7 @@ def main(argv=None):
             done = pool.map(run_row, jobs, chunksize=1)
     runs = {row: [f for f in done if f["row"] == row] for row in args.rows}
     means = summary(runs)
-    result = dict(about=runtime.about(), seeds=args.seeds, split=args.split, means=means, runs=runs)
+    result = dict(about=about(), seeds=args.seeds, split=args.split, means=means, runs=runs)
     text = table(runs, means)
     print(f"\nchange in % on {args.split} scenes, mean over seeds {args.seeds} +- 95 % (Student's t); equal compute\n"
           + text)
@@ -259,4 +271,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    runtime.run_command(main, "ablate.py")
+    run_command(main, "ablate.py")

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lora
 import marigold
-import runtime
+from copies import multiplying_layers
 
 CARDS = (8, 12, 16, 24, 32, 40, 48, 80)                                         # GB of common GPUs
 GB = 1e9
@@ -117,7 +117,7 @@ def table(rank=16):
                 if how != "full":
                     lora.inject(unet, marigold.LORA_TARGETS, rank, rank)
                 trained = parameters(unet, trained=True)
-                halved = sum(p.numel() for m in runtime.multiplying(unet) for p in m.parameters())
+                halved = sum(p.numel() for m in multiplying_layers(unet) for p in m.parameters())
                 frozen = 12 * parameters(unet) - 2 * halved if how == "full" else 4 * parameters(unet)
                 state = frozen + 4 * (parameters(vae) + trained * (3 if how == "full" else 5))
                 decoding = px * px * 256 * 12                                   # bytes, the VAE decoder's widest layer

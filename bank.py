@@ -16,13 +16,16 @@ import hashlib
 import json
 import os
 import uuid
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 import relations
+from config import UserError
 from files import read_tensors, write_tensors
+from ranks import barrier, combine_numbers, rank, world
 from relations import MODALITIES, sample_pairs
 from untrusted import Refusing
 
@@ -39,6 +42,16 @@ def marker_digest():
     """Digest of everything that decides how a marker looks."""
     return _digest([relations.REFERENCE, relations.RADIUS, relations.LINE, relations.DOT, relations.SMALLEST_MARKER,
                     relations.RED, relations.GREEN])
+
+
+@dataclass(frozen=True)
+class Judgements:
+    """Photos and what a judge says of them."""
+
+    rgb: torch.Tensor        # (n, 3, S, S) uint8, sRGB
+    pts: torch.Tensor        # (n, P, 2, 2) int64
+    prob: torch.Tensor       # (n, P, M) of the first answer, modalities in the order of MODALITIES
+    names: list              # n photo paths or scene ids
 
 
 class Bank:
@@ -121,6 +134,17 @@ class Bank:
             again = self._load(path)
             if again is not None and len(again["prob"]) == n and torch.equal(again["prob"], entry["prob"]):
                 path.unlink(missing_ok=True)                                    # not if another writer has extended it
+
+    def fill_together(self, photos, n, device="cpu"):
+        """As `fill`, called by all ranks: each asks about its share of the photos. raises UserError: other photos."""
+        seen = combine_numbers(dict(photos_min=len(photos), photos_max=len(photos)))
+        if seen["photos_min"] != seen["photos_max"]:
+            raise UserError("train.py: processes can read different numbers of the photos; want a folder that all of "
+                            "them see alike")
+        if world() > 1:
+            self.fill(photos[rank()::world()], n, device)
+            barrier()
+        return self.fill(photos, n, device)
 
     def fill(self, photos, n, device="cpu"):
         """Judgements of n pairs per photo; only unanswered ones are asked.

@@ -1,51 +1,73 @@
-"""What is not reinforcement learning, for honest comparison: two losses on the same rows, predictor and trainer.
+"""What is not reinforcement learning, for honest comparison: two gradients on the same batches, predictor and trainer.
 
 ranking     minus the reward itself (--reward soft, brier) through a differentiable one-step prediction x_0 = x_t - t v
             from a state of the policy's own ODE, with an anchor |v - v_ref|^2 weighted by kl_weight. No sampling
             noise, no group: what a judge's answers are worth by plain backpropagation
 supervised  flow matching on the photos' true maps, which procedural photos have: the upper reference
+Each takes the place of grpo.policy_gradient in train.train_grpo, and `sample_nothing` that of grpo.sample_groups.
 """
+import itertools
+
 import torch
 
-import rewards
-from predictor import NAMES
+from grpo import Conditioned, agreement
+from relations import NAMES
 
 
-def ranking(policy, ref, rows, cfg, rng):
+def sample_nothing(actor, batch):
+    """No maps and no transitions: a loss of its own needs none."""
+    return {}, []
+
+
+def ranking_loss(policy, reference, batch):
     """Ranking loss of the judge's answers through a one-step prediction.
 
-    rows     grpo_step.Rows;  returns a scalar with gradient, dict of what the log shows
+    policy, reference  grpo.Conditioned;  batch  grpo.Batch
+    returns            a scalar with gradient, dict of what the log shows
     """
-    n, B = len(rows.index), len(rows.rgb)
-    cond, grid = rows.encode(policy), policy.times(cfg.sample_steps)
-    at = int(torch.randint(cfg.sample_steps, (1,), generator=rng))
+    cfg = batch.cfg
+    net = policy.net
+    M = len(batch.modalities)
+    B = len(batch.rgb)
+    grid = net.times(cfg.sample_steps)
+    at = batch.draw.integer(cfg.sample_steps)
     with torch.no_grad():
-        cond_ref = rows.encode(ref)
-        noise = rows.normal((1, n, *policy.shape(rows.rgb)), rng)[0]
-        x = policy.start(noise, cfg.sample_steps)
-        for t, s in zip(grid[:at], grid[1:at + 1], strict=True):
-            x = x + (s - t) * rows.all_velocities(policy, cond, x, t)
-        v_ref = rows.all_velocities(ref, cond_ref, x, grid[at])
-    v = rows.all_velocities(policy, cond, x, grid[at])
-    anchor, loss, stats = (v - v_ref).square().mean(), 0.0, {}
-    for m, part in zip(rows.names, (x - grid[at] * v).split(B), strict=True):
-        with rows.amp:
-            pred = policy.decode(part, m).float()[:, None]                      # (B, 1, C, H, W)
-        reward = rewards.judged(pred, rows.pts, rows.prob[..., NAMES.index(m)], m, cfg)[2].mean()
-        loss, stats[f"reward/{m}"] = loss - 2 * reward, reward.detach()
-    return loss / len(rows.names) + cfg.kl_weight * anchor, {"policy/anchor": anchor.detach(), **stats}
+        shape = M, batch.draw.batch, *net.shape(batch.rgb)
+        noise = batch.draw.normal(shape, batch.rgb.device, axis=1).flatten(0, 1)
+        x = net.start(noise, cfg.sample_steps)
+        for t, s in itertools.pairwise(grid[:at + 1]):
+            x = x + (s - t) * policy.velocities(x, t)
+        v_ref = reference.velocities(x, grid[at])
+    v = policy.velocities(x, grid[at])
+    anchor = (v - v_ref).square().mean()
+    loss = 0.0
+    stats = {}
+    for m, part in zip(batch.modalities, (x - grid[at] * v).split(B), strict=True):
+        with batch.autocast():
+            pred = net.decode(part, m).float()[:, None]                         # (B, 1, C, H, W)
+        reward = agreement(pred, batch.pts, batch.prob[..., NAMES.index(m)], m, cfg)[2].mean()
+        loss = loss - 2 * reward
+        stats[f"reward/{m}"] = reward.detach()
+    return loss / M + cfg.kl_weight * anchor, {"policy/anchor": anchor.detach(), **stats}
 
 
-def supervised(policy, truth, rows, rng):
-    """Flow-matching loss on the true maps of the photos: truth is their data.ScenePool; returns as `ranking`."""
-    with rows.amp:
-        loss = policy.loss(truth.pick(rows.picked, rows.rgb.device), rows.names, rng)
-    return loss, {"loss/flow": loss.detach()}
+def ranking_gradient(nets, batch, transitions, advantage, run, update=0):
+    """Gradient of `ranking_loss`; arguments and returns as grpo.policy_gradient."""
+    policy = Conditioned(nets.policy, batch)
+    with torch.no_grad():
+        reference = Conditioned(nets.reference, batch)
+    loss, stats = ranking_loss(policy, reference, batch)
+    run.backward(loss)
+    policy.end_backward()
+    return stats | {"loss": loss.detach()}
 
 
-def loss(policy, ref, truth, rows, cfg, rng, backward):
-    """One step of --method ranking or supervised: gathers the gradient; returns the loss, what the log shows of it."""
-    value, stats = ranking(policy, ref, rows, cfg, rng) if cfg.method == "ranking" else supervised(
-        policy, truth, rows, rng)
-    backward(value)
-    return value.detach(), stats
+def supervised_gradient(truth):
+    """A gradient as grpo.policy_gradient, of flow matching on the true maps of the photos: truth a pools.ScenePool."""
+    def gradient(nets, batch, transitions, advantage, run, update=0):
+        with batch.autocast():
+            maps = truth.pick(batch.places, batch.rgb.device)
+            loss = nets.policy.loss(maps, batch.modalities, batch.draw)
+        run.backward(loss)
+        return {"loss/flow": loss.detach(), "loss": loss.detach()}
+    return gradient

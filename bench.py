@@ -14,7 +14,7 @@ import math
 import statistics
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -23,17 +23,19 @@ import arithmetic
 import checkpoints
 import config
 import files
-import grpo
 import kernels.bench
 import marigold
-import runtime
-import train
+import ranks
 from arithmetic import GB, JUDGE, SD2, counted
-from grpo_step import Rows, explore, surrogate
+from bank import Judgements
+from command import run_command
+from copies import Networks
+from grpo import advantage, draw_batch, policy_gradient, sample_groups, score
 from judge import Judge
 from kernels.bench import FAILURES, NOT_RUN, table
 from mini_judge import IMG, mini_tokenizer
 from peer import Peer, diffusers
+from run import about, optimizers
 
 PARTS = ("kernels", "judge", "policy", "step", "memory")
 MINUTES = 8.5                     # of a run: rows that are not begun by then read "not run"
@@ -248,30 +250,33 @@ def build_policy(sizes, device):
 
 
 class Step:
-    """One photo's GRPO step as train.tune takes it: the paper's settings, random photo and answers."""
+    """One photo's GRPO step as train.train_grpo takes it: the paper's settings, random photo and answers.
+
+    It stands in for a run: `backward` gathers the gradient, `fail` is an error
+    """
 
     def __init__(self, bench, px, *flags):
         sizes, device = bench.sizes, bench.device
         self.cfg = config.parse([
             "--preset", "paper", "--stage", "grpo", "--policy", "P", "--judge", "J", "--images", "I", "--batch", "1",
             "--size", str(px), "--group", str(sizes.group), "--sample-steps", str(sizes.steps), "--pairs",
-            str(sizes.pairs), "--bank-pairs", str(sizes.pairs), *(["--precision", "fp32"] if bench.dry else []),
-            *flags])[1]
-        self.policy = train.fitted(build_policy(sizes, device), self.cfg)
-        self.ref, self.average, self.actor = train.companions(self.policy, self.cfg, device)
-        self.learnt = list(runtime.trained(self.policy).parameters())
-        self.opts = runtime.optimizers([self.policy], self.cfg.lr, 0, weight_decay=0.0, betas=(0.9, 0.95))
-        self.sde = grpo.STEPS[self.policy.exploration]
-        self.photo = torch.randint(256, (1, 3, px, px), dtype=torch.uint8)
-        self.pts = torch.randint(px, (1, sizes.pairs, 2, 2))
-        self.prob = torch.rand(1, sizes.pairs, 4)
+            str(sizes.pairs), "--bank-pairs", str(sizes.pairs), "--exploration", "ddim",
+            *(["--precision", "fp32"] if bench.dry else []), *flags])[1]
+        self.device = device
+        self.nets = Networks(lambda: build_policy(sizes, device), self.cfg, device)
+        self.opts = optimizers([self.nets.policy], self.cfg.lr, 0, weight_decay=0.0, betas=(0.9, 0.95))
+        self.judged = Judgements(torch.randint(256, (1, 3, px, px), dtype=torch.uint8),
+                                 torch.randint(px, (1, sizes.pairs, 2, 2)), torch.rand(1, sizes.pairs, 4), ["photo"])
 
     def explore(self, prob=None):
-        """Rows, recorded steps and advantages of a rollout."""
-        rng = torch.Generator().manual_seed(0)
-        rows = Rows(self.cfg, self.policy.modalities, self.photo, self.pts, self.prob if prob is None else prob, 1,
-                    rng, self.policy.text.device)
-        return rows, *explore(self.actor, rows, self.cfg, self.sde, rng, self.check)[:2]
+        """Batch, transitions and advantage of a rollout."""
+        judged = self.judged if prob is None else replace(self.judged, prob=prob)
+        draw = ranks.Draw(torch.Generator().manual_seed(0), 1)
+        batch = draw_batch(judged, self.nets.policy.modalities, self.cfg, draw, self.device)
+        maps, transitions = sample_groups(self.nets.actor, batch)
+        scored = {m: score(maps, batch, m) for m in maps}
+        self.check(maps | {f"{m} reward": one.reward for m, one in scored.items()})
+        return batch, transitions, advantage(scored, batch, transitions)
 
     @staticmethod
     def check(values):
@@ -283,36 +288,39 @@ class Step:
         self.check(dict(loss=share.detach()))
         share.backward()
 
+    @staticmethod
+    def fail(text):
+        """As Run.fail of a run that is alone."""
+        raise ValueError(f"bench.py: {text}")
+
     def gradient(self, prob=None):
         """Rollout and update: the gradient of one step."""
-        for p in self.learnt:
+        for p in self.nets.params:
             p.grad = None
-        rows, taken, advantage = self.explore(prob)
-        surrogate(self.policy, self.ref, rows, taken, advantage, self.cfg, self.sde, self.backward, anchor=True)
+        policy_gradient(self.nets, *self.explore(prob), self)
 
     def whole(self, prob=None):
         """The gradient, its norm clipped, AdamW, the average, the acting copy."""
         self.gradient(prob)
-        torch.nn.utils.clip_grad_norm_(self.learnt, 1.0).item()
+        torch.nn.utils.clip_grad_norm_(self.nets.params, 1.0).item()
         for opt in self.opts:
             opt.step()
-        runtime.ema_update(runtime.trained(self.average, like=self.policy), runtime.trained(self.policy), 0.99)
-        if self.cfg.compile:
-            runtime.follow(runtime.trained(self.actor, like=self.policy).parameters(), self.learnt)
+        self.nets.follow(1000)
 
 
 def peer_call(step, bench):
     """The other loop's call, on the draws of one of our rollouts. raises ValueError: tiny, its gradient is another."""
-    peer = Peer(step.policy, step.ref, bench.sizes.sd2, step.cfg, step.photo)
-    rows, taken, advantage = step.explore()
-    start = (taken[0].x / math.hypot(1 - taken[0].t, taken[0].t)).expand(step.cfg.group, -1, -1, -1)
-    noise = [((one.x_next - one.mean[:, None]) / one.std).flatten(0, 1) for one in taken]
-    call = lambda: peer.gradient(start, noise, advantage[0].flatten())          # noqa: E731
+    peer = Peer(step.nets.policy, step.nets.reference, bench.sizes.sd2, step.cfg, step.judged.rgb)
+    batch, transitions, credit = step.explore()
+    first = transitions[0]
+    start = (first.x / math.hypot(1 - first.t, first.t)).expand(step.cfg.group, -1, -1, -1)
+    noise = [((one.x_next - one.mean[:, None]) / one.std).flatten(0, 1) for one in transitions]
+    call = functools.partial(peer.gradient, start, noise, credit.flatten())
     if bench.dry:
         call()
-        surrogate(step.policy, step.ref, rows, taken, advantage, step.cfg, step.sde, lambda share: share.backward())
+        policy_gradient(step.nets, batch, transitions, credit, step, update=1)
         theirs = dict(peer.unet.named_parameters())
-        for name, p in step.policy.unet.named_parameters():
+        for name, p in step.nets.policy.unet.named_parameters():
             gap, size = (p.grad - theirs[name].grad).abs().max(), theirs[name].grad.abs().max()
             if not gap <= 1e-3 * size + 1e-7:
                 raise ValueError(f"bench.py: gradient of {name}: ours and the loop with diffusers differ by {gap:.2e} "
@@ -554,7 +562,7 @@ def main(argv=None):
     p.add_argument("--kernels", choices=("auto", "torch"), default="auto", help="of the policy's rows [auto]")
     p.add_argument("--minutes", type=float, default=MINUTES, help=f"rows not begun by then are left out [{MINUTES}]")
     args = p.parse_args(argv)
-    bench = Bench(runtime.pick_device(args.device, "bench.py"), args.minutes)
+    bench = Bench(ranks.pick_device(args.device, "bench.py"), args.minutes)
     began = time.monotonic()
     torch.compiler.set_stance("force_eager" if bench.dry else "default")        # tiny: compiling is what tests do
     rates(bench)
@@ -570,7 +578,7 @@ def main(argv=None):
                 raise
             bench.failed.append(f"{name}: {error}")
         bench.clear()
-        found = dict(about=runtime.about(), dry=bench.dry, minutes=(time.monotonic() - began) / 60,
+        found = dict(about=about(), dry=bench.dry, minutes=(time.monotonic() - began) / 60,
                      tflops=bench.tflops, copy=bench.copy, rows=[asdict(r) for r in bench.rows], memory=bench.memory,
                      kernels=bench.kernels, failed=bench.failed)
         if args.json:                                                           # what there is, should time run out
@@ -578,8 +586,8 @@ def main(argv=None):
     torch.compiler.set_stance("default")
     print(render(found))
     if bench.failed:
-        raise runtime.UserError(f"{len(bench.failed)} failed: {'; '.join(bench.failed)}")
+        raise config.UserError(f"{len(bench.failed)} failed: {'; '.join(bench.failed)}")
 
 
 if __name__ == "__main__":
-    runtime.run_command(main, "bench.py")
+    run_command(main, "bench.py")

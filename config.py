@@ -1,16 +1,21 @@
 """Settings of train.py: one dataclass whose comments are the --help text, three presets, one parser.
 
-Order: default (the paper's value where the paper has one) < preset < flag.
+Order: default (the paper's value where the paper has one) < preset < --estimator < flag.
 """
 import argparse
 import dataclasses
 import inspect
+import json
 import os
 import re
 import sys
 from dataclasses import dataclass
 
 import untrusted
+
+
+class UserError(Exception):
+    """A mistake the user can mend; commands print it as one line and exit with 2."""
 
 
 @dataclass
@@ -73,7 +78,6 @@ class Config:
     judge_dropout: float = 0.05      # tuning: LoRA dropout (judge release: 0.05)
     judge_warmup: float = 0.03       # tuning: share of the steps with a rising learning rate (judge release: 0.03)
 
-    method: str = "grpo"             # grpo; or a baseline that is not RL: ranking loss, supervised on true wild maps
     photos: int = 10000              # photos used by GRPO (paper: 10000 of COCO train)
     pairs: int = 40                  # N, point pairs drawn per photo and step (paper: 40)
     bank_pairs: int = 40             # pairs judged per photo in all, from which `pairs` are drawn
@@ -82,20 +86,17 @@ class Config:
     eval_steps: int = 50             # denoising steps in evaluation (paper: 50)
     noise: float = 0.7               # a of the exploration noise, or eta for ddim (paper: 0.7)
     noise_blocks: str = "1"          # px, squares that share noise, a size drawn per row (albedo: 1); 1: white (paper)
-    exploration: str = "auto"        # flow (Flow-GRPO, paper), ddim (eta form), or the predictor's own: Marigold ddim
+    exploration: str = "flow"        # flow (Flow-GRPO, paper), ddim (eta form), or the predictor's own: Marigold ddim
     init_noise: str = "shared"       # a group starts from shared or independent noise (the paper does not say which)
     rollout: str = "full"            # full: every step but the last stochastic (paper); branch: one; window: a few
     stochastic: int = 2              # K, stochastic steps in a row when the rollout is a window
     tail: int = 0                    # steps from the last stochastic state to the map; 0: all left of sample_steps
-    credit: str = "global"           # global: one advantage per sample (paper); pair: around a pair's points; mix
-    credit_mix: float = 0.5          # share of the global credit in mix
+    credit: str = "global"           # global: one advantage per sample (paper); pair: around a pair's points
     credit_width: float = 1.0        # px of the state, width of the splat around a point
-    credit_growth: float = 0.0       # px by which the splat is wider at noise level 1
     reward: str = "hard"             # hard (paper), confidence: relation; soft, brier: tanh(margin/tau) against 2p-1
     tau: str = "0.1"                 # softness of soft and brier, in units of the margin: one, or one per modality
     jitter: int = 1                  # px, side of the square around a judged point in which the map is read (paper: 1)
     window: int = 0                  # px, radius of the mean read at a point (paper: 0, one pixel)
-    mine: int = 0                    # 1: of all judged pairs those that split the group most are scored (paper: 0)
     modalities: str = "one"          # one drawn per step (paper), or joint: all four at every step
     balance: int = 0                 # 1: both answers to the albedo question carry half of the reward (paper: 0)
     depth_normal: float = 0.0        # weight of the depth-normal consistency reward, no judge; wants joint (paper: 0)
@@ -118,6 +119,14 @@ class Config:
     forget: float = 0.5              # at evaluations: stop if a synthetic error has grown by this share; 0: never
 
 
+# --estimator: how rewards become a gradient. Sizes in px, KL, clip, replay, EMA, lr, T, N and G stay the preset's
+ESTIMATORS = {
+    "paper": dict(credit="global", rollout="full", tail=0, noise_blocks="1", reward="hard", norm="group",
+                  modalities="one", balance=0, jitter=1, window=0, depth_normal=0.0, shading=0.0, exploration="flow"),
+    "pair": dict(credit="pair", rollout="branch", tail=1, noise_blocks="1,2,4,8", reward="brier",
+                 tau="0.4,0.5,0.05,0.25", norm="global", modalities="joint", balance=1, window=0, depth_normal=0.0,
+                 shading=0.0, exploration="auto"),
+}
 PRESETS = {
     # 2 CPU cores, procedural scenes, everything trained from scratch
     "mini": dict(
@@ -125,35 +134,38 @@ PRESETS = {
         base_scenes=8000, base_steps=750, base_batch=32, base_lr=1e-3, base_muon=2e-3, base_ema=0.995,
         judge_scenes=30000, judge_steps=2200, judge_warm=0.25, judge_batch=64, judge_lr=1e-3, judge_muon=4e-3,
         judge_decay=0.02, judge_width=128, judge_vision_layers=5, judge_text_layers=2, judge_heads=4, judge_patch=4,
-        photos=384, pairs=48, bank_pairs=64, sample_steps=8, noise_blocks="1,2,4,8", rollout="branch", tail=1,
-        credit="pair", reward="brier", tau="0.4,0.5,0.05,0.25", jitter=4, modalities="joint", balance=1,
-        norm="global", steps=200, batch=8, clip=0.1, kl_weight=0.1, replay=0.2, lr=3e-4, ema=0.98),
+        photos=384, pairs=48, bank_pairs=64, sample_steps=8, jitter=4, steps=200, batch=8, clip=0.1, kl_weight=0.1,
+        replay=0.2, lr=3e-4, ema=0.98, **ESTIMATORS["pair"]),
     # one GPU, procedural scenes at 128 px: about a quarter of an hour of an H100 by arithmetic (bench/RESULTS.md)
     "small": dict(
         size=128, width=384, encoder_layers=6, layers=4, heads=6, patch=8, eval_steps=10, save_every=1000,
         base_scenes=20000, base_steps=6000, base_batch=64, base_lr=6e-4, base_muon=1e-3,
         judge_scenes=60000, judge_steps=10000, judge_batch=128, judge_lr=5e-4, judge_muon=1e-3, judge_decay=0.02,
         judge_width=384, judge_vision_layers=8, judge_text_layers=4, judge_heads=6, judge_patch=8,
-        photos=4000, pairs=64, bank_pairs=128, sample_steps=10, noise_blocks="1,2,4,8", rollout="branch", tail=1,
-        credit="pair", credit_width=4.0, reward="brier", tau="0.4,0.5,0.05,0.25", jitter=8, modalities="joint",
-        balance=1, norm="global", steps=2000, batch=16, clip=0.1, kl_weight=0.1, replay=0.2, lr=1e-4, ema=0.99),
+        photos=4000, pairs=64, bank_pairs=128, sample_steps=10, credit_width=4.0, jitter=8, steps=2000, batch=16,
+        clip=0.1, kl_weight=0.1, replay=0.2, lr=1e-4, ema=0.99, **ESTIMATORS["pair"]),
     # the paper's numbers; needs weights and photos: `problem` names them
     "paper": {},
 }
 CHOICES = {
     "stage": ("all", "base", "judge", "grpo"), "device": ("auto", "cpu", "cuda"), "kernels": ("auto", "torch"),
     "precision": ("auto", "bf16", "fp32"),
-    "exploration": ("auto", "flow", "ddim"), "credit": ("global", "pair", "mix"),
+    "exploration": ("auto", "flow", "ddim"), "credit": ("global", "pair"),
     "rollout": ("full", "branch", "window"),
-    "init_noise": ("shared", "independent"), "method": ("grpo", "ranking", "supervised"),
+    "init_noise": ("shared", "independent"),
     "reward": ("hard", "soft", "confidence", "brier"), "modalities": ("one", "joint"),
     "norm": ("group", "global", "none"),
 }
 
 
+# what may change when a run resumes: places, what is saved and watched, what costs memory or time but no number
+FREE = ("stage", "out", "device", "threads", "kernels", "save_every", "keep", "deterministic", "detect_anomaly", "fsdp",
+        "stop_at", "bank", "max_pixels", "eval_images", "checkpointing", "micro", "eval_every", "val_images", "band",
+        "forget")
+NETWORK = ("width", "encoder_layers", "layers", "heads", "patch")                         # of the DiT
 SWITCHES = ("compile", "deterministic", "detect_anomaly", "fsdp")                         # --NAME alone is --NAME 1
 MAY_BE_ZERO = ("seed", "threads", "stop_at", "base_muon", "judge_muon", "judge_warm", "judge_decay", "judge_dropout",
-               "judge_warmup", "tail", "credit_mix", "credit_growth", "window", "mine", "depth_normal", "shading",
+               "judge_warmup", "tail", "window", "depth_normal", "shading",
                "balance", "lora", "checkpointing", "micro", "kl_weight", "replay", "ema", "base_ema", "eval_every",
                "band", "forget", *SWITCHES)
 
@@ -195,6 +207,9 @@ def parse(argv=None):
                formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=28, width=110))
     p.add_argument("--preset", choices=list(PRESETS), default="mini",
                    help="mini: 2 CPU cores; small: one GPU, 128 px; paper: the paper's numbers [mini]")
+    p.add_argument("--estimator", choices=list(ESTIMATORS), default=None,
+                   help="paper: one advantage per sample, every step noisy, hard reward, one modality a step, flow "
+                        "exploration; pair: credit at the pairs' points, one noisy step, Brier reward [the preset's]")
     p.add_argument("--dry-run", action="store_true", help="print the settings and the batch arithmetic, then stop")
     for f in dataclasses.fields(Config):
         p.add_argument("--" + f.name.replace("_", "-"), type=f.type, choices=CHOICES.get(f.name),
@@ -202,14 +217,45 @@ def parse(argv=None):
                        metavar=f.type.__name__.upper() if f.name not in CHOICES else None, default=argparse.SUPPRESS,
                        help=f"{text[f.name]} [{f.default}]".replace("%", "%%"))
     flags = vars(p.parse_args(argv))
-    preset, dry_run = flags.pop("preset"), flags.pop("dry_run")
-    cfg = dataclasses.replace(Config(), **{**PRESETS[preset], **flags})
+    preset = flags.pop("preset")
+    dry_run = flags.pop("dry_run")
+    estimator = ESTIMATORS.get(flags.pop("estimator"), {})
+    cfg = dataclasses.replace(Config(), **{**PRESETS[preset], **estimator, **flags})
     cfg.out = cfg.out or f"out/{preset}"
     wrong = problem(cfg, preset)
     if wrong:
         p.error(wrong)
     untrusted.allow(cfg.max_pixels)
     return preset, cfg, dry_run
+
+
+def stage_settings(cfg, stage, *names):
+    """The settings that a run of stage "base" or "judge" may not change when it resumes: dict name -> value."""
+    return {k: v for k, v in dataclasses.asdict(cfg).items()
+            if k in ("precision", *names) or k.startswith(f"{stage}_")}
+
+
+def grpo_settings(cfg):
+    """The same for a run of stage grpo: all settings but FREE, those of the networks, and those of other stages."""
+    others = ("base_", "judge_")
+    return {k: v for k, v in dataclasses.asdict(cfg).items()
+            if k == "base_scenes" or k not in (*FREE, *NETWORK, "scenes") and not k.startswith(others)}
+
+
+def plan(preset, cfg):
+    """The settings and the batch arithmetic, as text (--dry-run)."""
+    rows = cfg.batch * (4 if cfg.modalities == "joint" else 1)
+    judge = f"{cfg.judge_steps} steps x {cfg.judge_batch} marked photos x 4 questions"
+    if cfg.scenes:
+        judge = (f"LoRA on {cfg.judge}, {cfg.judge_passes:g} passes over {cfg.judge_pairs} x 4 questions a scene, "
+                 f"{cfg.judge_batch} a step, {cfg.judge_micro} in memory")
+    return "\n".join((
+        json.dumps(dict(preset=preset, **dataclasses.asdict(cfg)), indent=1),
+        f"base: {cfg.base_steps} steps x {cfg.base_batch} photos x 4 modalities",
+        f"judge: {judge}",
+        f"bank: {cfg.photos} photos x {cfg.bank_pairs} pairs x 4 questions, asked once",
+        f"grpo: {cfg.steps} steps x {rows} rows x {cfg.group} samples = {cfg.steps * rows * cfg.group} samples, "
+        f"{cfg.pairs} pairs each; {cfg.steps * cfg.batch / cfg.photos:.1f} epochs"))
 
 
 def problem(cfg, preset="mini"):
@@ -249,13 +295,10 @@ def problem(cfg, preset="mini"):
         return f"--noise-blocks {cfg.noise_blocks!r}: want sizes in px between commas, such as 1,2,4"
     if cfg.rollout == "window" and cfg.stochastic >= cfg.sample_steps:
         return f"--stochastic {cfg.stochastic} of --sample-steps {cfg.sample_steps}: the last step is deterministic"
-    if cfg.credit_mix > 1:
-        return f"--credit-mix {cfg.credit_mix}: want a share in [0, 1]"
     if (cfg.depth_normal or cfg.shading) and cfg.modalities != "joint":
         return "--depth-normal and --shading hold two maps of a photo against each other: want --modalities joint"
-    if cfg.images and (cfg.method == "supervised" or cfg.judge == "oracle"):
-        return (f"--images {cfg.images} has no true maps for --method supervised or --judge oracle; "
-                "use procedural photos")
+    if cfg.images and cfg.judge == "oracle":
+        return f"--images {cfg.images} has no true maps for --judge oracle; use procedural photos"
     if 0 < cfg.band <= 1:
         return f"--band {cfg.band}: want a factor above 1, or 0"
     for name, given in (("patch", cfg.policy), ("judge_patch", cfg.judge)):     # of networks that are built here

@@ -14,12 +14,14 @@ from pathlib import Path
 import benchmark_report
 import data
 from benchmark_table import DATASETS, MissingData
+from command import run_command
 from config import Parser
 from files import write_json
 from judge import load_judge
-from predictor import NAMES, load_predictor
+from predictor import load_predictor
+from ranks import pick_device
+from relations import NAMES
 from report import report_judge, report_scenes
-from runtime import pick_device, run_command
 from scores import PAIRS, eval_pairs, judge_scores, predict_maps, score_maps
 
 PROCEDURAL = ("synthetic", "broad", "wild")

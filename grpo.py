@@ -1,123 +1,235 @@
-"""Group-relative policy optimisation of a diffusion sampler (GRPO with Flow-GRPO's exploration). No models inside.
+"""What a group of sampled maps teaches: reward, credit, advantage, clipped loss and KL, one step. No models inside.
 
-time        x_t = (1 - t) x_0 + t x_1, v = x_1 - x_0; one step goes from t to s < t, dt = s - t < 0
-Flow-GRPO   sigma_t = a sqrt(t / (1 - t));  std = sigma_t sqrt(|dt|)
-            mean = x + [v + sigma_t^2 / (2t) (x + (1 - t) v)] dt
-DDIM / eta  std = eta sqrt((1-abar_s)/(1-abar_t) (1 - abar_t/abar_s))
-            mean = sqrt(abar_s) x0 + sqrt(1-abar_s-std^2) eps
-t = 1       is singular in the first form: the next grid value stands in for t in the denominator
-s = 0       is deterministic (x_0-hat) and is not trained: its noise would stay in the map
+Algorithm 1 is four calls, in this order: sample_groups, score, advantage, policy_gradient.
+
+agreement   of a map with the judge at a pair, p the judge's probability of the first answer (ReasonX reward):
+                reward      map says                 agreement                        dead zone (relations.py)
+                hard        relation, paper          1/2 + relation sign(2p - 1) / 2  one half, or not counted
+                confidence  relation                 as hard, weighted by |2p - 1|    as hard
+                soft        tanh(margin / tau)       1/2 + vote (2p - 1) / 2          none: the margin counts
+                brier       tanh(margin / tau)       1 - (vote - (2p - 1))^2 / 4      none: the margin counts
+            brier is a proper score: best when the map is as sure as the judge
+credit      the reward is a sum of known per-pair terms, so it can be given back whole or in place:
+                global  A[g] = centred reward of sample g, one number (paper)
+                pair    A[g, y, x]: each pair's centred agreement, splatted around its two points (kernels/pair_credit)
+consistency needs no judge (ReasonX names both as future work): normals of the depth map against the normals;
+            albedo x irradiance, linear, against the photo, up to scale
 log p       = -(x_next - mean)^2 / (2 std^2) - log std - log(2 pi) / 2, MEAN over elements, fp32 (or fp64) always
 log-ratio   = d (2 (x_next - mean_old) - d) / (2 std^2), d = mean - mean_old: exactly 0 while the policy is the old one
 KL          = (mean - mean_ref)^2 / (2 std^2), mean over elements: contains |dt| (Flow-GRPO's published code omits it)
-blocks      with noise that is one number per square of k x k pixels, density and ratio are those of the squares' means:
+squares     with noise that is one number per square of k x k pixels, density and ratio are those of the squares' means:
             a coarse change of the map has k times the signal. The KL stays that of white noise and holds all of v
-reward      of sample g: mean over pairs of the agreement of relation(map_g) with the judge
-credit      one advantage per sample (paper), or one per pixel that weighs the log-ratio there (rewards.py)
-rollout     `full` (paper): every step but the last is stochastic. `branch`: the group shares noise and an ODE prefix,
-            one step is stochastic, an ODE tail finishes; only that step is trained, and its state is shared, so its
-            update costs 1/G. `window`: K such steps in a row.
 Source: ReasonX (arXiv 2512.04222) sec. 3.2, Flow-GRPO (arXiv 2505.05470), DDPO for the likelihood-ratio form.
 """
-import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from kernels.log_ratio import log_ratio_kl
-from kernels.sde_step import sde_step
-from kernels.step_logprob import step_logprob
+from kernels.pair_credit import pair_credit
+from kernels.pair_reward import pair_reward
+from maps import depth_normal_agreement, photo_agreement
+from predictor import plan_walk, rollout, square_means
+from ranks import autocast, mean_over_ranks
+from relations import NAMES, check_points
+
+FORM = dict(hard="hard", confidence="hard", soft="soft", brier="brier")         # of kernels/pair_reward.py
+GAP = 0.1                         # most that two computations of a velocity in bf16 differ, relative (eager, CPU: 0)
 
 
-def _fp32(x):
-    return x if x.dtype == torch.float64 else x.float()
+@dataclass
+class Batch:
+    """M modalities of this rank's B photos, and what the judge says of their pairs. Rows are modality-major: (M*B)."""
+
+    rgb: torch.Tensor        # (B, 3, H, W) sRGB [0, 1]
+    places: torch.Tensor     # (B,) of the photos among all
+    photos: list             # B names
+    modalities: tuple        # M names
+    index: torch.Tensor      # (M*B,) number of each row's modality in relations.MODALITIES
+    pts: torch.Tensor        # (B, P, 2, 2)
+    prob: torch.Tensor       # (B, P, 4) of the first answer
+    cfg: object              # config.Config
+    draw: object             # ranks.Draw: the random numbers of the step
+
+    def autocast(self):
+        """A fresh context for forward passes of the networks."""
+        return autocast(self.cfg.precision, self.rgb.device, not self.cfg.checkpointing)
+
+    def portions(self, n):
+        """Indices of n states in portions of cfg.micro: the same in rollout and update, hence a ratio of 1."""
+        return torch.arange(n, device=self.index.device).split(self.cfg.micro or n)
 
 
-def flow_sde_step(x, v, t, s, a, eps, t_next=None):
-    """One Euler-Maruyama step with Flow-GRPO's noise (Flow-GRPO eq. 9).
+def draw_batch(judged, modalities, cfg, draw, device):
+    """Draw this rank's photos of a step, their pairs, and the modalities.
 
-    x, v, eps  (B, ...)  state at t, velocity, standard normal noise;  t, s floats, 0 <= s < t <= 1;  a >= 0 noise scale
-    t_next     stand-in for t in the denominator when t == 1 (default: s)
-    returns    x_next (B, ...), mean (B, ...), std 0-dim, times sqrt(|dt|); a = 0 or s = 0 is the ODE step, std 0
-    raises     ValueError when not 0 <= s < t <= 1
+    judged   data.bank.Judgements;  modalities  of the predictor;  draw  ranks.Draw
+    returns  Batch
+    raises   ValueError  a point outside its photo
     """
-    if not 0 <= s < t <= 1:
-        raise ValueError(f"grpo.flow_sde_step: got t = {t}, s = {s}; want 0 <= s < t <= 1 "
-                         "(sampling walks t from 1 to 0)")
-    x, v = _fp32(x), _fp32(v)
-    dt = s - t
-    if a == 0 or s == 0:
-        mean = x + dt * v
-        return mean, mean, torch.zeros((), dtype=x.dtype, device=x.device)
-    room = 1 - (t if t < 1 else (s if t_next is None else t_next))              # 1 - t of sigma_t's denominator
-    mean = x + dt * (v + a * a / (2 * room) * (x + (1 - t) * v))
-    std = torch.tensor(a * math.sqrt(t / room * -dt), dtype=x.dtype, device=x.device)
-    return mean + std * eps, mean, std
+    places = draw.integers(len(judged.rgb), (draw.batch,))
+    chosen = draw.choices(cfg.bank_pairs, cfg.pairs)
+    one = draw.integer(len(modalities))
+    names = modalities if cfg.modalities == "joint" else modalities[one:one + 1]
+    rgb = judged.rgb[places].to(device).float() / 255
+    pts = judged.pts[places[:, None], chosen].to(device)
+    if cfg.jitter > 1:                                                          # the answer holds around the point too
+        near = draw.integers(cfg.jitter, (draw.batch, *pts.shape[1:])).to(device)
+        last = torch.tensor(rgb.shape[-2:], device=device) - 1
+        pts = (pts + near - cfg.jitter // 2).clamp_min(0).minimum(last)
+    check_points("grpo.draw_batch", pts, rgb.shape[-2:])
+    index = torch.tensor([NAMES.index(m) for m in names], device=device).repeat_interleave(len(places))
+    return Batch(rgb, places, [judged.names[i] for i in places], names, index, pts,
+                 judged.prob[places[:, None], chosen].to(device), cfg, draw)
 
 
-def _eta_step(x0, noise, signal, level, signal_s, level_s, eta, eps):
-    """DDIM step between (signal, level) pairs x = signal x0 + level noise; coefficients are Python floats (fp64)."""
-    gap = max(0.0, level**2 - (signal / signal_s * level_s) ** 2) if signal_s > 0 else 0.0
-    var = min(eta**2 * level_s**2 / level**2 * gap, level_s**2)
-    mean = signal_s * x0 + math.sqrt(max(0.0, level_s**2 - var)) * noise
-    std = torch.tensor(math.sqrt(var), dtype=x0.dtype, device=x0.device)
-    return mean + std * eps, mean, std
+class Conditioned:
+    """A network that has seen the photos of a batch, encoded once: velocities of any states of its rows.
 
-
-def ddim_sde_step(x, v, abar_t, abar_s, eta, eps):
-    """One DDIM step with noise eta, for v-prediction: v = sqrt(abar) noise - sqrt(1 - abar) x0 (DDIM eq. 12, 16).
-
-    x, v, eps       (B, ...);  abar_t < abar_s floats or 0-dim tensors in [0, 1]; abar_t = 0 (zero-terminal SNR) is fine
-    returns         x_next, mean (B, ...), std 0-dim; abar_s = 1 is deterministic (std 0)
-    raises          ValueError when not 0 <= abar_t < abar_s <= 1
-    Coefficients are computed in fp64 and radicands clamped: in fp32 eta = 1 with abar_t = 0 rounds below zero.
+    `end_backward` sends what the velocities' gradients have gathered through the photo encoder, once
     """
-    abar_t, abar_s = float(abar_t), float(abar_s)
-    if not 0 <= abar_t < abar_s <= 1:
-        raise ValueError(f"grpo.ddim_sde_step: got abar_t = {abar_t}, abar_s = {abar_s}; "
-                         "want 0 <= abar_t < abar_s <= 1")
-    x, v = _fp32(x), _fp32(v)
-    signal, level = math.sqrt(abar_t), math.sqrt(1 - abar_t)
-    return _eta_step(signal * x - level * v, level * x + signal * v, signal, level,
-                     math.sqrt(abar_s), math.sqrt(1 - abar_s), eta, eps)
+
+    def __init__(self, net, batch):
+        self.net = net
+        self.batch = batch
+        with batch.autocast():
+            cond = net.encode(batch.rgb)
+        self._encoded = torch.cat([cond] * len(batch.modalities))               # (M*B, ...)
+        self._cond = self._encoded.detach().requires_grad_(self._encoded.requires_grad)
+
+    def velocity(self, x, t, part, n):
+        """v of states x (N, c, h, w) at time t (float), fp32. part (N,): places among n, a row's together."""
+        row = part // (n // len(self.batch.index))
+        with self.batch.autocast():
+            times = torch.full((len(x),), t, device=x.device)
+            return self.net.velocity(x, times, self._cond[row], self.batch.index[row]).float()
+
+    def velocities(self, x, t):
+        """v of all states, portion by portion."""
+        return torch.cat([self.velocity(x[part], t, part, len(x)) for part in self.batch.portions(len(x))])
+
+    def end_backward(self):
+        """Walk back through the photo encoder."""
+        if self._encoded.requires_grad:
+            self._encoded.backward(self._cond.grad)
 
 
-def flow_eta_step(x, v, t, s, eta, eps, t_next=None):
-    """The DDIM/eta step on a rectified flow (signal 1 - t, noise level t): same arguments as flow_sde_step."""
-    if not 0 <= s < t <= 1:
-        raise ValueError(f"grpo.flow_eta_step: got t = {t}, s = {s}; want 0 <= s < t <= 1")
-    x, v = _fp32(x), _fp32(v)
-    return _eta_step(x - t * v, x + (1 - t) * v, 1 - t, t, 1 - s, s, eta, eps)
+def stochastic_steps(cfg):
+    """K, number of noisy steps of a rollout."""
+    return dict(full=cfg.sample_steps - 1, branch=1, window=cfg.stochastic)[cfg.rollout]
 
 
-STEPS = {"flow": flow_sde_step, "ddim": flow_eta_step}
+def draw_squares(batch):
+    """Side of the squares that share exploration noise, drawn for each row: (M*B,) int64.
 
-
-def coefficients(step, t, s, noise):
-    """Floats A, B, std of a step: all are linear, mean = A x + B v, so A and B are the means of (1, 0) and (0, 1)."""
-    one_x, one_v = torch.eye(2, dtype=torch.float64)
-    _, mean, std = step(one_x, one_v, t, s, noise, torch.zeros(2, dtype=torch.float64))
-    return *mean.tolist(), float(std)
-
-
-def _row_std(std, like):
-    """A standard deviation given as a number, 0-dim, (B,) or (B, 1, ...) -> 0-dim or (B,), in the dtype of `like`."""
-    std = torch.as_tensor(std, dtype=like.dtype, device=like.device)
-    return std.flatten() if std.ndim else std
-
-
-def log_prob(x_next, mean, std):
-    """Log-density of a step: (B, ...) x2, std > 0 one number or one a row -> (B,), mean over elements.
-
-    The gradient goes into mean only: x_next and std are data.
+    White for albedo: whether two colours are the same is a matter of fine differences, which coarse noise drowns.
     """
-    return step_logprob(x_next, mean, _row_std(std, mean))
+    sizes = torch.tensor([int(k) for k in batch.cfg.noise_blocks.split(",")])
+    sides = sizes[batch.draw.integers(len(sizes), (len(batch.modalities), batch.draw.batch), axis=1)]
+    sides[[m == "albedo" for m in batch.modalities]] = 1
+    return sides.flatten()
 
 
-def gaussian_kl(mean, mean_ref, std):
-    """KL(N(mean, std) || N(mean_ref, std)): (B, ...) x2, std > 0 a number or one a row -> (B,), mean over elements."""
-    return (mean - mean_ref).square().flatten(1).mean(1) / (2 * _row_std(std, mean).square())
+@torch.no_grad()
+def sample_groups(actor, batch):
+    """Sample a group of G maps per photo and modality with the noisy sampler.
+
+    returns  dict modality -> maps (B, G, C, H, W) in its encoding; list of predictor.Transition, (M*B) rows
+    """
+    cfg = batch.cfg
+    draw = batch.draw
+    M = len(batch.modalities)
+    B = len(batch.rgb)
+    net = Conditioned(actor, batch)
+    exploration = actor.exploration if cfg.exploration == "auto" else cfg.exploration
+
+    def normal(shape):                                                          # (K, N, ...): N states of M*B rows
+        K, N, *rest = shape
+        whole = K, M, draw.batch, N // (M * B), *rest
+        return draw.normal(whole, batch.rgb.device, axis=2).reshape(shape)
+
+    starts = 1 if cfg.init_noise == "shared" else cfg.group
+    noise = normal((starts, M * B, *actor.shape(batch.rgb)))
+    noise = noise[0] if starts == 1 else noise.transpose(0, 1)                  # (M*B, c, h, w) or (M*B, G, c, h, w)
+    squares = draw_squares(batch)
+    plan = plan_walk(actor.times(cfg.sample_steps), stochastic_steps(cfg), exploration, cfg.noise, draw, cfg.tail)
+    with batch.autocast():                                                      # what trains is cast once, not T times
+        x0, transitions = rollout(net.velocities, actor.start(noise, cfg.sample_steps), plan, cfg.group, normal,
+                                  squares)
+    maps = {}
+    for m, part in zip(batch.modalities, x0.split(B), strict=True):
+        with batch.autocast():                                                  # only the drawn modality is decoded
+            maps[m] = actor.decode(part.flatten(0, 1), m).float().unflatten(0, (B, cfg.group))
+    return maps, transitions
+
+
+@dataclass
+class Score:
+    """What the judge's answers make of a group's maps of one modality."""
+
+    agree: torch.Tensor      # (B, G, P) agreement of each pair in [0, 1]
+    weight: torch.Tensor     # (B, P) share of each pair in the reward, rows sum to 1 (or are all 0)
+    reward: torch.Tensor     # (B, G) their weighted sum
+    consistency: list        # (name, weight, agreement (B, G, H, W)) with another map of the same photo
+
+
+def softness(cfg, modality):
+    """tau of a modality: --tau is one number for all, or one each in the order of MODALITIES."""
+    values = [float(t) for t in cfg.tau.split(",")]
+    return values[NAMES.index(modality) % len(values)]
+
+
+def normalize_rows(weight):
+    """Weights (B, P) >= 0 scaled to rows that sum to 1; a row of zeros stays."""
+    return weight / weight.sum(1, keepdim=True).clamp_min(1e-6)
+
+
+def pair_weights(prob, modality, cfg):
+    """Share of each pair in the reward: prob (B, P) of the first answer -> (B, P), rows sum to 1 (or are all 0)."""
+    weight = torch.full_like(prob, 1 / prob.shape[1])
+    if cfg.balance and modality == "albedo":                                    # both answers carry half of the reward
+        weight = 0.5 * (normalize_rows(prob) + normalize_rows(1 - prob))
+    if cfg.reward == "confidence":
+        weight = normalize_rows(weight * (2 * prob - 1).abs())
+    return weight
+
+
+def agreement(pred, pts, prob, modality, cfg):
+    """Agreement of each sample's map with the judge (ReasonX reward; table in the module docstring).
+
+    pred     (B, G, C, H, W) in the modality's encoding;  pts (B, P, 2, 2) its pixels;  prob (B, P) of the first answer
+    returns  agree (B, G, P) in [0, 1], weight (B, P) of each pair, reward (B, G) = their weighted sum
+    differs: the paper does not say what a pair in the dead zone counts; here one half, like an unsure answer
+    """
+    weight = pair_weights(prob, modality, cfg)
+    _, agree, reward = pair_reward(pred, pts, prob, weight, modality, FORM[cfg.reward], softness(cfg, modality),
+                                   cfg.window, check=False)
+    return agree, weight, reward
+
+
+def score(maps, batch, modality):
+    """g_m answers the judge's question from each map; the reward is where the two agree.
+
+    maps     dict modality -> (B, G, C, H, W), of which `modality` is scored;  returns  Score
+    """
+    cfg = batch.cfg
+    prob = batch.prob[..., NAMES.index(modality)]
+    return Score(*agreement(maps[modality], batch.pts, prob, modality, cfg),
+                 consistency(maps, batch.rgb, modality, cfg))
+
+
+def consistency(maps, rgb, modality, cfg):
+    """Rewards of maps that fit each other: list of (name, weight, agreement (B, G, H, W)); [] unless asked for.
+
+    Sample g of one modality is held against sample g of the other
+    """
+    found = []
+    if cfg.depth_normal and modality in ("depth", "normal"):
+        found.append(("depth_normal", cfg.depth_normal, depth_normal_agreement(maps["depth"], maps["normal"])))
+    if cfg.shading and modality in ("albedo", "irradiance"):
+        found.append(("shading", cfg.shading, photo_agreement(maps["albedo"], maps["irradiance"], rgb[:, None])))
+    return found
 
 
 def is_unanimous(reward):
@@ -135,14 +247,45 @@ def group_advantage(reward, norm="group"):
     """
     if reward.ndim != 2 or reward.shape[1] < 2:
         raise ValueError(f"grpo.group_advantage: got rewards {tuple(reward.shape)}; want (B, G) with G >= 2")
+    centred = (reward - reward.mean(1, keepdim=True)).masked_fill(is_unanimous(reward)[:, None], 0.0)
+    return scale_credit(centred, norm)
+
+
+def scale_credit(credit, norm):
+    """Centred credit (B, G, ...) as an advantage: divided by its rms in each group, or over all rows of all ranks.
+
+    norm  "group" (paper), "global" or "none"; zeros stay exactly 0.  raises  ValueError  another norm
+    """
     if norm not in ("group", "global", "none"):
         raise ValueError(f"grpo.group_advantage: got norm {norm!r}; want group, global or none")
-    unanimous = is_unanimous(reward)[:, None]
-    adv = (reward - reward.mean(1, keepdim=True)).masked_fill(unanimous, 0.0)
     if norm == "none":
-        return adv
-    scale = adv.square().mean(1, keepdim=True).sqrt() if norm == "group" else adv.square().mean().sqrt()
-    return torch.where(scale > 0, adv / scale.clamp_min(1e-12), 0.0)
+        return credit
+    square = credit.square().mean(tuple(range(0 if norm == "global" else 1, credit.ndim)), keepdim=True)
+    rms = (mean_over_ranks(square) if norm == "global" else square).sqrt()
+    return torch.where(rms > 0, credit / rms.clamp_min(1e-12), 0.0)
+
+
+def advantage(scored, batch, transitions):
+    """Advantage relative to the group: one number per sample (paper), or one per pixel of the state.
+
+    scored   dict modality -> Score
+    returns  (M*B, G) for --credit global, else (M*B, G, h, w), for all transitions; None when nothing is scored
+    """
+    cfg = batch.cfg
+    rows = []
+    for one in scored.values():
+        if cfg.credit == "global":
+            credit = group_advantage(one.reward, cfg.norm)
+            extra = [weight * group_advantage(agree.mean((2, 3)), cfg.norm) for _, weight, agree in one.consistency]
+        else:
+            size = transitions[0].x.shape[-2:]
+            pts = batch.pts * size[1] // batch.rgb.shape[-1]                    # photo pixels -> pixels of the state
+            local = pair_credit(one.agree, one.weight, pts, size, cfg.credit_width, check=False)
+            credit = scale_credit(local, cfg.norm)
+            extra = [weight * scale_credit(F.adaptive_avg_pool2d(agree - agree.mean(1, keepdim=True), size), cfg.norm)
+                     for _, weight, agree in one.consistency]
+        rows.append(sum(extra, credit))
+    return torch.cat(rows) if rows else None
 
 
 def clipped_loss(logp, logp_old, advantage, clip):
@@ -155,126 +298,91 @@ def clipped_loss(logp, logp_old, advantage, clip):
     return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage).mean()
 
 
-@dataclass
-class Step:
-    """One stochastic step that will be trained. R rows share a state; K samples leave each row (branch: K = G)."""
+def square_log_ratio(v, step, side, per_pixel):
+    """Log-ratio of a transition whose noise is one number per square of `side` pixels: that of the squares' means.
 
-    t: float
-    s: float
-    x: torch.Tensor          # (R, c, h, w) state at t
-    x_next: torch.Tensor     # (R, K, c, h, w)
-    mean: torch.Tensor       # (R, c, h, w) of the policy that acted
-    std: float
-    v: torch.Tensor          # (R, c, h, w) of the policy that acted
-    block: torch.Tensor      # (R,) px, side of the squares that shared their noise
-
-    def rows(self, part):
-        """The step of some rows only (index)."""
-        cut = {k: getattr(self, k)[part] for k in ("x", "x_next", "mean", "v")}
-        return replace(self, block=self.block[part.to(self.block.device)], **cut)
-
-
-def acted(taken, v, step, noise):
-    """The recorded step with v as the velocity, and its mean as the mean, of the policy that acted.
-
-    For a rollout by a network that rounds otherwise than the one in training: the draws stay, the ratio is exactly 1.
+    returns (R, K), or per square (R, K, ceil(h / k), ceil(w / k)) if per_pixel; exactly 0 while v is step.v
     """
-    A, B, std = coefficients(step, taken.t, taken.s, noise)
-    return replace(taken, v=v, mean=sde_step(taken.x, v, taken.x[:, None], A, B, std)[1])
+    noise = square_means(step.x_next - step.mean[:, None], side)
+    change = square_means(v - step.v, side)
+    zero = torch.zeros_like(change)                                             # the same around a mean of zero
+    return log_ratio_kl(noise, zero, change, zero, zero, 0.0, step.B, step.std, per_pixel)[0]
 
 
-def block_means(z, block):
-    """Means over squares of `block` pixels, smaller at the border: (..., h, w) -> (..., ceil(h / k), ceil(w / k))."""
-    flat = F.avg_pool2d(z.flatten(0, -3)[:, None], block, ceil_mode=True)[:, 0]
-    return flat.view(*z.shape[:-2], *flat.shape[-2:])
-
-
-def in_squares(eps, block):
-    """White noise gathered in squares of block[r] pixels in row r: their means, scaled to unit variance.
-
-    eps (R, K, c, h, w) standard normal, block (R,) int64 on the CPU -> the same shape; block 1 stays as it is
-    """
-    *_, h, w = eps.shape
-    for k in block.unique().tolist():
-        if k > 1:
-            rows = (block == k).nonzero()[:, 0].to(eps.device)
-            high, wide = (torch.tensor([min(k, n - i) for i in range(0, n, k)], device=eps.device) for n in (h, w))
-            draw = block_means(eps[rows], k) * (high[:, None] * wide).sqrt()
-            eps = eps.index_copy(0, rows, draw.repeat_interleave(k, -1).repeat_interleave(k, -2)[..., :h, :w])
-    return eps
-
-
-@torch.no_grad()
-def rollout(velocity, x, grid, group, stochastic, step, noise, rng, tail=0, block=None, normal=None):
-    """Sample a group of maps per row: an ODE prefix, `stochastic` consecutive SDE steps, an ODE tail.
-
-    velocity    (x (N, c, h, w), t float) -> v; the N / R samples of a row lie side by side
-    x           (R, c, h, w) initial state shared by a group, or (R, G, c, h, w) one of each sample
-    grid        T + 1 descending times, the predictor's own
-    stochastic  K in 1 .. T - 1, in a place drawn from rng. T - 1: every step but the last (`full`, paper); 1: `branch`
-    step        one of STEPS.values();  noise: its scale (a or eta)
-    tail        steps from the last stochastic state to the map, at most those of the grid; 0: those of the grid
-    block       (R,) px of the state, side of the squares in which a row's noise is one number; None: 1, white (paper)
-    normal      shape (K, N, c, h, w) of the noise of N states -> standard normal numbers; default: drawn from rng
-    returns     x_0 (R, G, c, h, w), list of K Steps
-    raises      ValueError  K or T out of range
-    """
-    T, R, shared = len(grid) - 1, len(x), x.ndim == 4
-    if T < 2 or not 0 < stochastic < T:
-        raise ValueError(f"grpo.rollout: got {stochastic} stochastic of {T} steps; want 1 to T - 1 "
-                         "(the last step is deterministic) and T >= 2")
-    first = int(torch.randint(T - stochastic, (1,), generator=rng))
-    last = first + stochastic
-    left = min(tail or T, T - last)
-    walk = [*grid[:last], *(grid[last + (T - last) * k // left] for k in range(left + 1))]
-    steps, x, normal = [], x if shared else x.flatten(0, 1), normal or (lambda shape: torch.randn(shape, generator=rng))
-    block = torch.ones(R, dtype=torch.int64) if block is None else block
-    for i, (t, s) in enumerate(zip(walk, walk[1:], strict=False)):
-        v = velocity(x, t)
-        if not first <= i < last:
-            x = x + (s - t) * v
-            continue
-        many = group if shared and i == first else 1                            # a shared state branches here
-        size = block.repeat_interleave(len(x) // R)                             # of the squares, per state
-        eps = in_squares(normal((many, *x.shape)).to(x.device).transpose(0, 1), size)
-        A, B, std = coefficients(step, t, s, noise)
-        x_next, mean, _ = sde_step(x, v, eps, A, B, std)                        # (R, K, c, h, w)
-        steps.append(Step(t, s, x, x_next, mean, std, v, size))
-        x = x_next.flatten(0, 1)
-    return x.unflatten(0, (R, group)), steps
-
-
-def block_ratio(v, taken, k, B, local):
-    """Log-ratio of a step whose noise is one number per square of k pixels: that of the squares' means.
-
-    returns (R, K), or per square (R, K, ceil(h / k), ceil(w / k)) if local; exactly 0 while v is taken.v
-    """
-    drawn, moved = (block_means(z, k) for z in (taken.x_next - taken.mean[:, None], _fp32(v) - _fp32(taken.v)))
-    zero = torch.zeros_like(moved)                                              # the same around a mean of zero
-    return log_ratio_kl(drawn, zero, moved, zero, zero, 0.0, B, float(taken.std), local)[0]
-
-
-def step_loss(v, v_ref, taken, step, noise, advantage, clip, kl_weight):
+def step_loss(v, v_ref, step, advantage, clip, kl_weight):
     """Loss of one trained step: clipped objective plus kl_weight times the KL to the reference.
 
-    v, v_ref   (R, c, h, w) velocity of the policy (with gradient) and of the reference at taken.x
-    advantage  (R, K) scalar credit, or (R, K, h, w) per-pixel credit
+    v, v_ref   (R, c, h, w) velocity of the policy (with gradient) and of the reference at step.x
+    step       predictor.Transition
+    advantage  (R, K), or (R, K, h, w) for credit per pixel
     returns    scalar loss, dict of 0-dim diagnostics (ratio_min, ratio_max, clip_frac, kl)
     """
-    A, B, _ = coefficients(step, taken.t, taken.s, noise)
-    local, policy, ratios, outside = advantage.ndim > 2, 0.0, [], 0.0
-    log_ratio, kl = log_ratio_kl(taken.x_next, taken.x, v, taken.mean, v_ref, A, B, float(taken.std), local)
-    for k in taken.block.unique().tolist():
-        rows = (taken.block == k).nonzero()[:, 0].to(v.device)
-        if k == 1:
-            part, credit = log_ratio[rows], advantage[rows]
-        else:
-            part = block_ratio(v[rows], taken.rows(rows), k, B, local)
-            credit = block_means(advantage[rows], k) if local else advantage[rows]
-        share, ratio = len(rows) / len(v), part.detach().exp()
+    per_pixel = advantage.ndim > 2
+    log_ratio, kl = log_ratio_kl(step.x_next, step.x, v, step.mean, v_ref, step.A, step.B, step.std, per_pixel)
+    policy = 0.0
+    outside = 0.0
+    ratios = []
+    for k in step.squares.unique().tolist():
+        rows = (step.squares == k).nonzero()[:, 0].to(v.device)
+        part = log_ratio[rows]
+        credit = advantage[rows]
+        if k > 1:
+            part = square_log_ratio(v[rows], step.rows(rows), k, per_pixel)
+            credit = square_means(credit, k) if per_pixel else credit
+        share = len(rows) / len(v)
+        ratio = part.detach().exp()
         policy = policy + share * clipped_loss(part, 0.0, credit, clip)
-        ratios += ratio.min(), ratio.max()
         outside = outside + share * ((ratio - 1).abs() > clip).float().mean()
-    kl, ratios = kl.mean(), torch.stack(ratios)
+        ratios += ratio.min(), ratio.max()
+    kl = kl.mean()
+    ratios = torch.stack(ratios)
     return policy + kl_weight * kl, dict(ratio_min=ratios.min(), ratio_max=ratios.max(), kl=kl.detach(),
                                          clip_frac=outside)
+
+
+def policy_gradient(nets, batch, transitions, advantage, run, update=0):
+    """Gradient of the clipped objective plus beta times KL to the reference: the mean over the trained steps.
+
+    nets     .policy, .reference;  advantage  of `advantage`
+    run      its `backward` gathers the gradient portion by portion, so one portion is in memory; its `fail` stops all
+    update   number of this update since the rollout. At the first one the policy as it is now counts as the one that
+             acted. It may round otherwise there (--compile, a GPU): the run stops when the two are further apart than
+             that. `policy/gap` is the distance of their velocities, relative to their length.
+    returns  dict of what the log shows
+    """
+    cfg = batch.cfg
+    policy = Conditioned(nets.policy, batch)
+    with torch.no_grad():
+        reference = Conditioned(nets.reference, batch)
+    loss = 0.0
+    found = []
+    for step in transitions:
+        n = len(step.x)
+        credit = advantage if n == len(batch.index) else advantage.flatten(0, 1)[:, None]
+        for part in batch.portions(n):
+            v = policy.velocity(step.x[part], step.t, part, n)
+            with torch.no_grad():
+                v_ref = reference.velocity(step.x[part], step.t, part, n)
+            rows = step.rows(part)
+            gap = {}
+            if update == 0:
+                gap = dict(gap=(v.detach() - rows.v).norm() / rows.v.norm().clamp_min(1e-12))
+                rows = rows.drawn_by(v.detach())
+                step.v[part] = rows.v
+                step.mean[part] = rows.mean
+            term, stats = step_loss(v, v_ref, rows, credit[part], cfg.clip, cfg.kl_weight)
+            share = term * (len(part) / n / len(transitions))
+            run.backward(share)
+            loss = loss + share.detach()
+            found.append(stats | gap)
+    policy.end_backward()
+    ends = dict(ratio_min=torch.amin, ratio_max=torch.amax, gap=torch.amax)
+    stats = {}
+    for k in found[0]:
+        values = [one[k] for one in found]
+        stats[f"policy/{k}"] = ends[k](torch.stack(values)) if k in ends else sum(values) / len(values)
+    most = GAP if cfg.compile or batch.rgb.device.type == "cuda" else 0
+    if update == 0 and not stats["policy/gap"] <= most:
+        run.fail("the ratio is not 1 before the first update: rollout and update computed velocities "
+                 f"{float(stats['policy/gap']):.2g} apart, want {most:g}")
+    return dict(loss=loss, **stats)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from runtime import average, on_device, share, world
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import (
     InternVLConfig,
@@ -22,7 +23,6 @@ from transformers import (
 from judge import END, NAMES, TURN, Judge
 from questions import true_relations
 from relations import LUMA, MODALITIES, draw_markers, relative_depth, sample_pairs
-from runtime import average, on_device, share, world
 
 IMG, IMG_START, IMG_END = "<IMG_CONTEXT>", "<img>", "</img>"
 EMPHASIS = (1.2, 2.0, 0.4, 0.4)      # of the probe's pair loss, in order of NAMES: shape is learnt slower than colour
@@ -159,7 +159,7 @@ def marker_loss(logits, index, shown):
         mine / average(mine))
 
 
-def judge_loss(judge, probe, maps, answers, rng, pairs=128):
+def judge_loss(judge, probe, maps, answers, draw, pairs=128):
     """Loss of one step of training a judge from scratch.
 
     maps     dict of scenes with rgb, depth, normal, albedo, irradiance, mask
@@ -172,7 +172,8 @@ def judge_loss(judge, probe, maps, answers, rng, pairs=128):
     """
     rgb = maps["rgb"]
     B, _, H, W = rgb.shape
-    every, rng = B * world(), on_device(rng, rgb.device)                        # of all ranks; each takes its share
+    every = draw.batch                                                          # of all ranks; each takes its share
+    rng = on_device(draw.rng, rgb.device)
     pts = share(sample_pairs(every, (H, W), pairs, rng, grid=judge.grid))       # (B, P, 2, 2)
     rel = true_relations(maps, pts)                                             # (B, P, M)
     # one pair per photo is marked; "same" albedo is rare, so every other photo marks such a pair if it has one

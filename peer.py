@@ -1,4 +1,4 @@
-"""The step of grpo_step.py as one writes it with diffusers' U-Net, VAE and scheduler: bench.py compares with it."""
+"""The step of grpo.py as one writes it with diffusers' U-Net, VAE and scheduler: bench.py compares with it."""
 import torch
 
 import marigold

@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import torch
 import torch.nn.functional as F
+from runtime import pick_device
 from tqdm import tqdm
 
 import benchmarks
@@ -27,7 +28,6 @@ import relations
 from benchmark_table import MIT_LIGHTS
 from files import write_text
 from predictor import load_predictor, predict_photo
-from runtime import pick_device
 from scenes import srgb_decode
 
 

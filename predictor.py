@@ -1,227 +1,244 @@
-"""A rectified-flow diffusion transformer that turns a photo into one intrinsic map per call.
+"""A predictor turns a photo into intrinsic maps; here are its samplers, its noisy rollout, and maps of your own photos.
 
-    x_t = (1 - t) x_0 + t x_1,   v = dx/dt = x_1 - x_0,   x_0 a map, x_1 noise; sampling walks t from 1 to 0
-    v(x, t) = c_skip x + c_out F(c_in x, t, photo, modality)         F: the network, unit-variance target
-    var = (1-t)^2 s^2 + t^2,  c_skip = (t - (1-t) s^2) / var,  c_out = s / sqrt(var),  c_in = 1 / sqrt(var)
+time        x_t = (1 - t) x_0 + t x_1, v = x_1 - x_0; one step goes from t to s < t, dt = s - t < 0
+step        x_next = A x + B v + std eps: every step below is linear, so three numbers describe it
+ODE         A = 1, B = dt, std = 0
+Flow-GRPO   sigma_t = a sqrt(t / (1 - t));  std = sigma_t sqrt(|dt|)
+            mean = x + [v + sigma_t^2 / (2t) (x + (1 - t) v)] dt
+DDIM / eta  std = eta sqrt((1-abar_s)/(1-abar_t) (1 - abar_t/abar_s))
+            mean = sqrt(abar_s) x0 + sqrt(1-abar_s-std^2) eps
+t = 1       is singular in the first form: the next grid value stands in for t in the denominator
+s = 0       is deterministic (x_0-hat) and is not trained: its noise would stay in the map
+squares     noise may be one number per square of k x k pixels of the state: coarse exploration (ours)
+rollout     `full` (paper): every step but the last is stochastic. `branch`: the group shares noise and an ODE prefix,
+            one step is stochastic, an ODE tail finishes. `window`: K such steps in a row
 
-A photo encoder runs once per photo and is shared by the samples of a group; a smaller denoiser runs at every step.
-Maps live in pixel space as 3 channels in [-1, 1]: depth repeated, normals as they are, albedo and irradiance 2 m - 1.
-Depth is affine-invariant: 0 near .. 1 far after the 2 % and 98 % quantiles of the valid pixels.
-
-The interface that grpo.py, train.py and eval.py use, and that any other predictor offers (marigold.py does):
+What grpo.py, train.py and eval.py ask of a predictor (models/dit.py and models/marigold.py offer it):
     encode(rgb) -> cond    velocity(x, t, cond, modality) -> v    decode(x, modality) -> map    shape(rgb) -> (c, h, w)
-    times(T) -> T + 1 times    start(noise, T) -> state at times(T)[0]    loss(maps, modalities, rng) -> scalar
-    photo_maps(rgb, ...) -> native maps    tabled(maps) -> maps in the encodings of relations.MODALITIES
+    times(T) -> T + 1 times    start(noise, T) -> state at times(T)[0]    loss(maps, modalities, draw) -> scalar
+    tabled(maps) -> maps in the encodings of relations.MODALITIES; photo_maps(rgb, ...) where a family has its own
     modalities, size, multiple (px, of photo sides), exploration, replays, network, lora_targets,
     checkpointing(on), save(folder)
-Source: ours. PRISM, the paper's rectified-flow base model, has no public code or weights (differs). The c_* are the
-variance-preserving coefficients of EDM (Karras et al. 2022) for this path.
+Source: ReasonX (arXiv 2512.04222) sec. 3.2, Flow-GRPO (arXiv 2505.05470) eq. 9, DDIM (arXiv 2010.02502) eq. 12, 16.
 """
 import hashlib
 import itertools
+import math
 import os
 import sys
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data
-import lora
+from command import run_command
 from config import Parser
-from files import load_strict, write_json, write_tensors
+from dit import DiT
+from kernels.sde_step import sde_step
 from marigold import Marigold
-from relations import MODALITIES, relative_depth
-from runtime import average, normal, pick_device, run_command, share, world
-from untrusted import LAYERS, read_json, read_tensors, refuse, whole
+from ranks import pick_device
 
-DATA_STD = 0.5                     # s, standard deviation of maps in [-1, 1]
-ARCHITECTURE = "reasonx-dit"
-LARGEST = 1 << 12                  # of each size in predictor.json
-NAMES = tuple(MODALITIES)
+
+def flow_coefficients(t, s, a, t_next=None):
+    """A, B, std of one Euler-Maruyama step with Flow-GRPO's noise (Flow-GRPO eq. 9): Python floats.
+
+    t, s     0 <= s < t <= 1;  a >= 0 noise scale
+    t_next   stand-in for t in the denominator when t == 1 (default: s)
+    returns  std is already times sqrt(|dt|); a = 0 or s = 0 is the ODE step, std 0
+    raises   ValueError when not 0 <= s < t <= 1
+    """
+    _check_times("flow_coefficients", t, s)
+    dt = s - t
+    if a == 0 or s == 0:
+        return 1.0, dt, 0.0
+    room = 1 - (t if t < 1 else (s if t_next is None else t_next))              # 1 - t of sigma_t's denominator
+    drift = a * a / (2 * room)                                                  # sigma_t^2 / (2t)
+    return 1 + dt * drift, dt * (1 + drift * (1 - t)), a * math.sqrt(t / room * -dt)
+
+
+def eta_coefficients(t, s, eta):
+    """A, B, std of the DDIM step with noise eta on a rectified flow (signal 1 - t, noise level t); as above."""
+    _check_times("eta_coefficients", t, s)
+    signal, keep, std = _eta_factors(1 - t, t, 1 - s, s, eta)
+    return signal + keep, keep * (1 - t) - signal * t, std                      # x0 = x - t v, noise = x + (1 - t) v
+
+
+COEFFICIENTS = {"flow": flow_coefficients, "ddim": eta_coefficients}
+
+
+def _check_times(name, t, s):
+    if not 0 <= s < t <= 1:
+        raise ValueError(f"predictor.{name}: got t = {t}, s = {s}; want 0 <= s < t <= 1 "
+                         "(sampling walks t from 1 to 0)")
+
+
+def _eta_factors(signal, level, signal_s, level_s, eta):
+    """Factors of x0 and of the noise in the mean, and std, for x = signal x0 + level noise and the same at s.
+
+    Python floats (fp64) and clamped radicands: in fp32 eta = 1 with signal = 0 would round below zero.
+    """
+    gap = max(0.0, level**2 - (signal / signal_s * level_s) ** 2) if signal_s > 0 else 0.0
+    var = min(eta**2 * level_s**2 / level**2 * gap, level_s**2)
+    return signal_s, math.sqrt(max(0.0, level_s**2 - var)), math.sqrt(var)
+
+
+def _take_step(x, v, eps, A, B, std):
+    """Next state, mean and 0-dim std in fp32, fp64 for fp64 states: (B, ...) each."""
+    x = x if x.dtype == torch.float64 else x.float()
+    v = v if v.dtype == torch.float64 else v.float()
+    mean = A * x + B * v
+    std = torch.tensor(std, dtype=mean.dtype, device=mean.device)
+    return mean + std * eps, mean, std
+
+
+def flow_sde_step(x, v, t, s, a, eps, t_next=None):
+    """One Flow-GRPO step from t to s < t; see flow_coefficients.
+
+    x, v, eps  (B, ...)  state at t, velocity, standard normal noise
+    returns    x_next (B, ...), mean (B, ...), std 0-dim
+    """
+    return _take_step(x, v, eps, *flow_coefficients(t, s, a, t_next))
+
+
+def ddim_sde_step(x, v, abar_t, abar_s, eta, eps):
+    """One DDIM step with noise eta, for v-prediction: v = sqrt(abar) noise - sqrt(1 - abar) x0 (DDIM eq. 12, 16).
+
+    x, v, eps       (B, ...);  abar_t < abar_s floats or 0-dim tensors in [0, 1]; abar_t = 0 (zero-terminal SNR) is fine
+    returns         x_next, mean (B, ...), std 0-dim; abar_s = 1 is deterministic (std 0)
+    raises          ValueError when not 0 <= abar_t < abar_s <= 1
+    """
+    abar_t, abar_s = float(abar_t), float(abar_s)
+    if not 0 <= abar_t < abar_s <= 1:
+        raise ValueError(f"predictor.ddim_sde_step: got abar_t = {abar_t}, abar_s = {abar_s}; "
+                         "want 0 <= abar_t < abar_s <= 1")
+    signal = math.sqrt(abar_t)
+    level = math.sqrt(1 - abar_t)
+    signal_s, keep, std = _eta_factors(signal, level, math.sqrt(abar_s), math.sqrt(1 - abar_s), eta)
+    A = signal_s * signal + keep * level                                        # x0 = signal x - level v
+    B = keep * signal - signal_s * level                                        # noise = level x + signal v
+    return _take_step(x, v, eps, A, B, std)
+
+
+@dataclass(frozen=True)
+class Leg:
+    """One step of a planned walk: mean A x + B v, standard deviation std (0: deterministic)."""
+
+    t: float
+    s: float
+    A: float
+    B: float
+    std: float
 
 
 @dataclass
-class DiTConfig:
-    """Sizes of the network."""
+class Transition:
+    """One stochastic step that will be trained. R rows share a state; K samples leave each row (branch: K = G)."""
 
-    size: int = 32           # px, side of the square photos it is trained on
-    patch: int = 4           # px, side of a token
-    width: int = 128
-    encoder_layers: int = 4  # photo encoder, once per photo
-    layers: int = 3          # denoiser, once per step and sample
-    heads: int = 4
+    t: float
+    s: float
+    A: float
+    B: float
+    std: float
+    x: torch.Tensor          # (R, c, h, w) state at t
+    x_next: torch.Tensor     # (R, K, c, h, w)
+    mean: torch.Tensor       # (R, c, h, w) of the policy that acted
+    v: torch.Tensor          # (R, c, h, w) of the policy that acted
+    squares: torch.Tensor    # (R,) px, side of the squares that shared their noise
 
+    def rows(self, part):
+        """The transition of some rows only (index)."""
+        cut = {k: getattr(self, k)[part] for k in ("x", "x_next", "mean", "v")}
+        return replace(self, squares=self.squares[part.to(self.squares.device)], **cut)
 
-def grid_positions(h, w, width, device):
-    """2-D sine-cosine positions of an h x w token grid: (h*w, width). Any h, w."""
-    freq = torch.exp(-torch.arange(width // 4, device=device) / (width // 4) * 4.0)
-    axis = lambda n: torch.cat([f(torch.arange(n, device=device)[:, None] * freq) for f in (torch.sin, torch.cos)], 1)  # noqa: E731
-    row, col = axis(h)[:, None].expand(h, w, -1), axis(w)[None].expand(h, w, -1)
-    return torch.cat((row, col), -1).flatten(0, 1)
+    def drawn_by(self, v):
+        """The transition with v as the velocity, and its mean as the mean, of the policy that acted; the draws stay.
 
-
-class Block(nn.Module):
-    """Pre-norm transformer block; `cond` (B, D) modulates it (adaLN-Zero of DiT) when the block was built for it."""
-
-    def __init__(self, width, heads, conditional):
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = (nn.LayerNorm(width, elementwise_affine=not conditional) for _ in range(2))
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-        self.modulate = nn.Linear(width, 6 * width) if conditional else None
-        if conditional:
-            nn.init.zeros_(self.modulate.weight)
-            nn.init.zeros_(self.modulate.bias)
-
-    def attend(self, x):
-        B, L, D = x.shape
-        q, k, v = self.qkv(x).view(B, L, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
-        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, L, D))
-
-    def forward(self, x, cond=None):                                            # x (B, L, D)
-        if self.modulate is None:
-            x = x + self.attend(self.norm1(x))
-            return x + self.mlp(self.norm2(x))
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulate(cond)[:, None].chunk(6, -1)
-        x = x + gate1 * self.attend(self.norm1(x) * (1 + scale1) + shift1)
-        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
-
-
-class DiT(nn.Module):
-    """Rectified-flow DiT, RGB-conditioned, one modality per call (see the module docstring)."""
-
-    modalities, exploration, lora_targets, replays = NAMES, "flow", ("qkv", "out"), True
-
-    def __init__(self, cfg=None, seed=0):
-        super().__init__()
-        self.cfg = cfg = cfg or DiTConfig()
-        self.size, self.multiple, self.recompute = cfg.size, cfg.patch, False
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self._build(cfg)
-
-    def _build(self, cfg):
-        token = 3 * cfg.patch**2
-        self.rgb_in, self.x_in = nn.Linear(token, cfg.width), nn.Linear(token, cfg.width)
-        self.encoder = nn.ModuleList(Block(cfg.width, cfg.heads, False) for _ in range(cfg.encoder_layers))
-        self.blocks = nn.ModuleList(Block(cfg.width, cfg.heads, True) for _ in range(cfg.layers))
-        self.time = nn.Sequential(nn.Linear(64, cfg.width), nn.SiLU(), nn.Linear(cfg.width, cfg.width))
-        self.modality = nn.Embedding(len(NAMES), cfg.width)
-        self.norm = nn.LayerNorm(cfg.width)
-        self.head = nn.Linear(cfg.width, token)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
-
-    def _tokens(self, image):
-        """(B, 3, H, W) -> (B, L, 3 * patch^2)."""
-        p = self.cfg.patch
-        B, C, H, W = image.shape
-        if H % p or W % p:
-            raise ValueError(f"predictor: got a {H} x {W} px image; want both sides a multiple of {p}")
-        return image.view(B, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5).reshape(B, H // p * (W // p), -1)
-
-    def _image(self, tokens, size):
-        p, (H, W) = self.cfg.patch, size
-        return tokens.view(-1, H // p, W // p, 3, p, p).permute(0, 3, 1, 4, 2, 5).reshape(-1, 3, H, W)
-
-    @property
-    def network(self):
-        """The module that is fine-tuned."""
-        return self
-
-    def checkpointing(self, on):
-        """Recompute activations in the backward pass: less memory, about a third more time."""
-        self.recompute = on
-
-    def _run(self, block, *args):
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(block, *args, use_reentrant=False)
-        return block(*args)
-
-    def shape(self, rgb):
-        """Shape (c, h, w) of the state x for photos rgb (B, 3, H, W)."""
-        return 3, *rgb.shape[-2:]
-
-    def times(self, T):
-        """Uniform grid of T + 1 times from 1 to 0."""
-        return times(T)
-
-    def start(self, noise, T):
-        """State at the first time from standard normal noise: the noise itself."""
-        return noise
-
-    def loss(self, maps, modalities, rng):
-        """Supervised loss on scenes with ground truth; see flow_loss."""
-        return flow_loss(self, maps, modalities, rng)
-
-    def encode(self, rgb):
-        """Condition of a photo: (B, 3, H, W) sRGB [0, 1] -> (B, L, D). Sides must be multiples of the patch."""
-        H, W = rgb.shape[-2:]
-        x = self.rgb_in(self._tokens(2 * rgb - 1))
-        x = x + grid_positions(H // self.cfg.patch, W // self.cfg.patch, self.cfg.width, x.device)
-        for block in self.encoder:
-            x = self._run(block, x)
-        return x
-
-    def velocity(self, x, t, cond, modality):
-        """v = dx/dt.
-
-        x (B, 3, H, W) state; t (B,) in [0, 1]; cond (B, L, D) from encode; modality: name, or (B,) index in NAMES
+        For a rollout by a network that rounds otherwise than the one in training: the ratio is exactly 1.
         """
-        if isinstance(modality, str):
-            modality = torch.full((len(x),), NAMES.index(modality), device=x.device)
-        t = t.to(x.dtype)
-        freq = torch.exp(torch.arange(32, device=x.device) / 32 * 6.9)          # 1 .. 1000 rad per unit time
-        wave = t[:, None] * freq
-        c = F.silu(self.time(torch.cat((wave.sin(), wave.cos()), 1)) + self.modality(modality))
-        s2, tt = DATA_STD**2, t.view(-1, 1, 1, 1)
-        var = (1 - tt).square() * s2 + tt.square()
-        h = self.x_in(self._tokens(x * var.rsqrt())) + cond
-        for block in self.blocks:
-            h = self._run(block, h, c)
-        out = self._image(self.head(self.norm(h)), x.shape[-2:])
-        return (tt - (1 - tt) * s2) / var * x + DATA_STD * var.rsqrt() * out
+        mean = sde_step(self.x, v, self.x[:, None], self.A, self.B, self.std)[1]
+        return replace(self, v=v, mean=mean)
 
-    def decode(self, x, modality):
-        """Map of the modality table from a clean state: (B, 3, H, W) -> (B, C, H, W)."""
-        if modality == "depth":
-            return ((x.mean(1, keepdim=True) + 1) / 2).clamp(0, 1)
-        if modality == "normal":
-            return F.normalize(x, dim=1, eps=1e-6)
-        return ((x + 1) / 2).clamp(0, 1)
 
-    def photo_maps(self, rgb, processing_res=0, steps=0, seed=0, ensemble=1):
-        """Maps of one photo (3, H, W) of any size, at its size, the mean over `ensemble` noise draws.
+def plan_walk(grid, stochastic, exploration, noise, draw, tail=0):
+    """Plan a walk from noise to a map: an ODE prefix, `stochastic` consecutive noisy steps, an ODE tail.
 
-        processing_res  px, the long edge the network sees (0: what it was trained at);  steps (0: 10)
-        returns         dict modality -> (C, H, W)
-        """
-        weight, out = next(self.parameters()), {}
-        small = data.resize_long(rgb, processing_res or self.size, self.multiple)[None].to(weight)
-        for m in self.modalities:
-            rng = torch.Generator().manual_seed(seed)
-            maps = sample_ode(self, small.expand(ensemble, -1, -1, -1), m, steps or 10, rng)
-            maps = maps.float().mean(0, keepdim=True).cpu()
-            maps = F.interpolate(maps, rgb.shape[-2:], mode="bilinear", align_corners=False)
-            out[m] = (F.normalize(maps, dim=1, eps=1e-6) if m == "normal" else maps)[0]
-        return out
+    grid         T + 1 descending times, the predictor's own
+    stochastic   K in 1 .. T - 1, in a place drawn from draw. T - 1: every step but the last (`full`, paper)
+    exploration  one of COEFFICIENTS;  noise: its scale (a or eta);  draw  ranks.Draw
+    tail         steps from the last noisy state to the map, at most those of the grid; 0: those of the grid
+    returns      list of Leg
+    raises       ValueError  K or T out of range
+    """
+    T = len(grid) - 1
+    if not 0 < stochastic < T:
+        raise ValueError(f"predictor.plan_walk: got {stochastic} stochastic of {T} steps; want 1 to T - 1 "
+                         "(the last step is deterministic)")
+    first = draw.integer(T - stochastic)
+    last = first + stochastic
+    left = min(tail or T, T - last)
+    times = [*grid[:last], *(grid[last + (T - last) * k // left] for k in range(left + 1))]
+    legs = []
+    for i, (t, s) in enumerate(itertools.pairwise(times)):
+        is_noisy = first <= i < last
+        legs.append(Leg(t, s, *(COEFFICIENTS[exploration](t, s, noise) if is_noisy else (1.0, s - t, 0.0))))
+    return legs
 
-    def tabled(self, maps):
-        """Maps in the encodings of relations.MODALITIES: they already are."""
-        return maps
 
-    def save(self, folder, **about):
-        """Write predictor.safetensors (adapters merged), then predictor.json (architecture, sizes, `about`)."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_tensors(folder / "predictor.safetensors", {k: v.cpu() for k, v in lora.merged_state(self).items()})
-        write_json(folder / "predictor.json", dict(architecture=ARCHITECTURE, config=asdict(self.cfg), **about))
+@torch.no_grad()
+def rollout(velocity, x, plan, group, normal, squares=None):
+    """Walk a plan: sample a group of maps per row and record the noisy steps.
+
+    velocity  (x (N, c, h, w), t float) -> v; the N / R samples of a row lie side by side
+    x         (R, c, h, w) initial state shared by a group, or (R, G, c, h, w) one of each sample
+    plan      list of Leg, at least one of them noisy: of `plan_walk`, or one step from a photo to its map
+    normal    shape (K, N, c, h, w) of the noise of N states -> standard normal numbers
+    squares   (R,) px of the state, side of the squares in which a row's noise is one number; None: 1, white (paper)
+    returns   x_0 (R, G, c, h, w), list of Transition
+    raises    ValueError  a plan without a noisy step
+    """
+    R = len(x)
+    is_shared = x.ndim == 4
+    if not any(leg.std > 0 for leg in plan):
+        raise ValueError(f"predictor.rollout: got a plan of {len(plan)} deterministic steps; want at least one noisy")
+    x = x if is_shared else x.flatten(0, 1)
+    squares = torch.ones(R, dtype=torch.int64) if squares is None else squares
+    transitions = []
+    for leg in plan:
+        v = velocity(x, leg.t)
+        if leg.std == 0:
+            x = x + leg.B * v
+            continue
+        K = group if is_shared and not transitions else 1                       # a shared state branches here
+        side = squares.repeat_interleave(len(x) // R)                           # per state
+        eps = fill_squares(normal((K, *x.shape)).to(x.device).transpose(0, 1), side)
+        x_next, mean = sde_step(x, v, eps, leg.A, leg.B, leg.std)               # (R, K, c, h, w)
+        transitions.append(Transition(leg.t, leg.s, leg.A, leg.B, leg.std, x, x_next, mean, v, side))
+        x = x_next.flatten(0, 1)
+    return x.unflatten(0, (R, group)), transitions
+
+
+def square_means(z, side):
+    """Means over squares of `side` pixels, smaller at the border: (..., h, w) -> (..., ceil(h / k), ceil(w / k))."""
+    flat = F.avg_pool2d(z.flatten(0, -3)[:, None], side, ceil_mode=True)[:, 0]
+    return flat.view(*z.shape[:-2], *flat.shape[-2:])
+
+
+def fill_squares(eps, squares):
+    """White noise gathered in squares of squares[r] pixels in row r: their means, scaled to unit variance.
+
+    eps (R, K, c, h, w) standard normal, squares (R,) int64 on the CPU -> the same shape; side 1 stays as it is
+    """
+    *_, h, w = eps.shape
+    for k in squares.unique().tolist():
+        if k > 1:
+            rows = (squares == k).nonzero()[:, 0].to(eps.device)
+            high, wide = (torch.tensor([min(k, n - i) for i in range(0, n, k)], device=eps.device) for n in (h, w))
+            noise = square_means(eps[rows], k) * (high[:, None] * wide).sqrt()
+            eps = eps.index_copy(0, rows, noise.repeat_interleave(k, -1).repeat_interleave(k, -2)[..., :h, :w])
+    return eps
 
 
 def load_predictor(path):
@@ -233,75 +250,7 @@ def load_predictor(path):
     if (Path(path) / "model_index.json").is_file() or (
             str(path).count("/") == 1 and not Path(path).exists() and not Path(path).parent.is_dir()):
         return Marigold.load(path)
-    path = Path(path)
-    for name in ("predictor.json", "predictor.safetensors"):
-        if not (path / name).is_file():
-            raise FileNotFoundError(f"predictor.load_predictor: got no {name} in {path}; want a folder written by "
-                                    "`python train.py` (out/mini/base or out/mini/grpo), or a Marigold folder")
-    about, state = read_json(path / "predictor.json"), read_tensors(path / "predictor.safetensors")
-    if about.get("architecture") != ARCHITECTURE:
-        raise ValueError(f"predictor.load_predictor: got architecture {about.get('architecture')!r} in {path}; "
-                         f"want {ARCHITECTURE!r}")
-    sizes = about.get("config")
-    known = {f.name for f in fields(DiTConfig)}
-    if not isinstance(sizes, dict) or set(sizes) - known:
-        raise ValueError(f"predictor.load_predictor: got config {sizes} in {path}; "
-                         f"want the sizes {', '.join(sorted(known))}")
-    cfg, where = DiTConfig(**sizes), f"predictor.load_predictor: {path}"
-    for name, value in asdict(cfg).items():
-        whole(value, 1, LAYERS if "layers" in name else LARGEST, name, where)
-    if cfg.width % (4 * cfg.heads) or cfg.size % cfg.patch:
-        refuse(where, f"width {cfg.width}, heads {cfg.heads}, size {cfg.size}, patch {cfg.patch}",
-               "a width in multiples of 4 heads, a size in multiples of the patch", "use another checkpoint")
-    with torch.device("meta"):                                                  # before any memory is asked for
-        model = DiT(cfg)
-    load_strict(model, {k: v.float() for k, v in state.items()}, path, assign=True)
-    return model.eval()
-
-
-def compile_velocity(policy):
-    """torch.compile a predictor's velocity, in place; on a GPU its convolutions' weights lie channels last."""
-    torch._dynamo.config.recompile_limit = 64                                   # of this code by all networks and sizes
-    if next(policy.network.parameters()).is_cuda:
-        policy.network.to(memory_format=torch.channels_last)
-    policy.velocity = torch.compile(policy.velocity, dynamic=False)
-
-
-def to_state(maps, mask, modality):
-    """Training target of a modality: maps in physical units -> state in [-1, 1].
-
-    maps     dict of (B, C, H, W) (depth in metres, may be inf where invalid); mask (B, 1, H, W) bool
-    returns  (B, 3, H, W) and the mask of pixels that count; invalid pixels hold 0
-    """
-    x = maps[modality]
-    if modality == "depth":
-        x = (2 * relative_depth(x, mask) - 1).expand(-1, 3, -1, -1)
-    elif modality != "normal":
-        x = 2 * x - 1
-    return torch.where(mask, x, 0.0)
-
-
-def flow_loss(policy, maps, modalities, rng):
-    """Flow-matching loss of several modalities of the same photos: mean |v - (x_1 - x_0)|^2 over valid pixels.
-
-    maps  dict with rgb (B, 3, H, W), mask (B, 1, H, W) and the modalities' maps;  returns a scalar
-    """
-    rgb, mask = maps["rgb"], maps["mask"]
-    cond = policy.encode(rgb).repeat(len(modalities), 1, 1)                     # (M*B, L, D)
-    x0 = torch.cat([to_state(maps, mask, m) for m in modalities])               # (M*B, 3, H, W)
-    index = torch.tensor([NAMES.index(m) for m in modalities]).repeat_interleave(len(rgb)).to(rgb.device)
-    batch = len(modalities), world() * len(rgb)                                 # every rank draws for all (runtime.py)
-    t = torch.sigmoid(share(normal(batch, rng, rgb.device), 1).flatten())       # logit-normal
-    x1 = share(normal((*batch, *x0.shape[1:]), rng, rgb.device), 1).flatten(0, 1)
-    tt = t.view(-1, 1, 1, 1)
-    v = policy.velocity((1 - tt) * x0 + tt * x1, t, cond, index)
-    ok = mask.repeat(len(modalities), 1, 1, 1)
-    return ((v - (x1 - x0)).square() * ok).sum() / average(3.0 * ok.sum()).clamp_min(1)
-
-
-def times(T):
-    """Uniform grid of T + 1 times from 1 to 0."""
-    return [1 - i / T for i in range(T)] + [0.0]
+    return DiT.load(path)
 
 
 @torch.no_grad()
@@ -312,15 +261,36 @@ def sample_ode(policy, rgb, modality, steps, rng=None, noise=None, cond=None):
     """
     cond = policy.encode(rgb) if cond is None else cond
     noise = torch.randn(len(rgb), *policy.shape(rgb), generator=rng).to(rgb) if noise is None else noise
-    grid, x = policy.times(steps), policy.start(noise, steps)
-    for t, s in zip(grid, grid[1:], strict=False):
+    x = policy.start(noise, steps)
+    for t, s in itertools.pairwise(policy.times(steps)):
         x = x + (s - t) * policy.velocity(x, torch.full((len(x),), t, device=x.device), cond, modality)
     return policy.decode(x, modality)
 
 
+def photo_maps(policy, rgb, processing_res=0, steps=0, seed=0, ensemble=1):
+    """Maps of one photo (3, H, W) of any size, at its size, in the predictor's own space, combined over noise draws.
+
+    processing_res  px, the long edge the network sees (0: what it was trained at);  steps (0: the model's own, or 10)
+    ensemble        noise draws: the mean, or what a family with its own pipeline (Marigold) takes
+    returns         dict target -> (C, H, W)
+    """
+    if hasattr(policy, "photo_maps"):
+        return policy.photo_maps(rgb, processing_res, steps, seed, ensemble)
+    weight = next(policy.parameters())
+    small = data.resize_long(rgb, processing_res or policy.size, policy.multiple)[None].to(weight)
+    out = {}
+    for m in policy.modalities:
+        rng = torch.Generator().manual_seed(seed)
+        maps = sample_ode(policy, small.expand(ensemble, -1, -1, -1), m, steps or 10, rng)
+        maps = maps.float().mean(0, keepdim=True).cpu()
+        maps = F.interpolate(maps, rgb.shape[-2:], mode="bilinear", align_corners=False)
+        out[m] = (F.normalize(maps, dim=1, eps=1e-6) if m == "normal" else maps)[0]
+    return out
+
+
 def predict_photo(policy, rgb, processing_res=0, steps=0, seed=0, ensemble=1):
-    """Maps of one photo (3, H, W) of any size in the encodings of relations.MODALITIES: dict modality -> (C, H, W)."""
-    maps = policy.tabled(policy.photo_maps(rgb, processing_res, steps, seed, ensemble))
+    """As photo_maps, in the encodings of relations.MODALITIES: dict modality -> (C, H, W)."""
+    maps = policy.tabled(photo_maps(policy, rgb, processing_res, steps, seed, ensemble))
     return {m: maps[m] for m in policy.modalities}
 
 
@@ -333,8 +303,8 @@ def output_name(path, done):
     return next(choice for choice in choices if choice not in done)
 
 
-def main(argv=None):
-    """Command line: maps of photos."""
+def arguments(argv):
+    """Parse and check the command line."""
     p = Parser(prog="predictor.py", allow_abbrev=False,
                description="Depth, normal, albedo and irradiance of your own photos.")
     p.add_argument("images", metavar="IMAGE_OR_DIR", help="a photo, or a folder of photos (searched recursively)")
@@ -355,13 +325,21 @@ def main(argv=None):
     args = p.parse_args(argv)
     p.at_least(args, 0, "denoise_steps", "processing_res", "vae_tile")
     p.at_least(args, 1, "ensemble_size")
+    return args
+
+
+def main(argv=None):
+    """Command line: maps of photos."""
+    args = arguments(argv)
     paths = data.find_images(args.images)
     device = pick_device(args.device, "predictor.py")
     policy = load_predictor(args.checkpoint).to(device)
     policy.vae_tile = args.vae_tile
     if args.half:
         policy.to(torch.float16 if device.type == "cuda" else torch.bfloat16)
-    bad, root, done = 0, Path(args.images), set()
+    root = Path(args.images)
+    bad = 0
+    done = set()
     for path in tqdm(paths, desc="photos", disable=len(paths) < 3):
         try:
             rgb = data.read_rgb(path)
@@ -371,7 +349,7 @@ def main(argv=None):
             print(f"skipped: {error}", file=sys.stderr)
             bad += 1
             continue
-        native = policy.photo_maps(rgb, args.processing_res, args.denoise_steps, args.seed, args.ensemble_size)
+        native = photo_maps(policy, rgb, args.processing_res, args.denoise_steps, args.seed, args.ensemble_size)
         maps = policy.tabled(native)
         name = output_name(path.relative_to(root) if root.is_dir() else Path(path.name), done)
         done.add(name)

@@ -17,7 +17,7 @@ import data
 import metrics
 import surface
 from colour import ADOBE_TO_SRGB
-from relations import assumed_camera
+from maps import assumed_camera
 from scenes import srgb_encode
 
 # task: {metric: (text, better, times)}; times: factor between the mean and the printed number

@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
+from config import UserError
 from files import write_json
+from ranks import barrier, generator, rank
 from relations import LUMA, MODALITIES, draw_markers, margin, relation, sample_pairs
-from runtime import generator
 from untrusted import Refusing, decode_json, inside, read_json, refuse
 
 BLACK = 0.1                       # encoded luma (1 % linear) of an albedo that shows no light
@@ -211,3 +212,21 @@ def batch_of(rows, step, batch, seed):
     places = range(step * batch, (step + 1) * batch)
     orders = {e: epoch_order(n, e, seed) for e in {p // n for p in places}}
     return [rows[orders[p // n][p % n]] for p in places]
+
+
+def training_questions(cfg, grid):
+    """Training questions of --scenes, drawn once by rank 0 and kept in OUT/judge; as they are in a .jsonl file.
+
+    raises  UserError: no question
+    """
+    if cfg.scenes.endswith(".jsonl"):
+        return read_jsonl(cfg.scenes)
+    path = Path(cfg.out) / "judge" / "questions.json"
+    rows = []
+    for is_turn in (rank() == 0, True):                                         # the others read what rank 0 has drawn
+        if is_turn:
+            rows = cached(path, cfg.scenes, cfg.judge_pairs, cfg.size, cfg.seed, "train", rank() == 0, grid)
+        barrier()
+    if not rows:
+        raise UserError(f"train.py: {cfg.scenes} gives no training question; want more scenes (a tenth is held out)")
+    return rows

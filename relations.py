@@ -1,8 +1,8 @@
 """Point-pair relations: the language in which a judge and a predictor can disagree (ReasonX sec. 3).
 
 A pair is two pixels of one photo, red and green. The judge answers a question about the pair from the photo;
-`relation` answers the same question from a predicted map. Labels for the judge, rewards for the policy and the
-judge's accuracy all call this one function.
+`relation` answers the same question from a predicted map. Its sign decides labels for the judge, accuracies and the
+hard rewards. The soft rewards (grpo.py) use the margin itself, through `soft_relation`.
 
     margin  m(p) > 0: red wins / same; m(p) < 0: green wins / different
     depth       (z_green - z_red) / range of the map        dead zone 0.02
@@ -76,6 +76,16 @@ MODALITIES = {
         "Which point is more illuminated?",
         _red_green("The {} point is more illuminated.")),
 }
+NAMES = tuple(MODALITIES)         # in the order of a judge's probabilities
+
+
+def check_points(name, pts, size):
+    """Refuse points (..., 2) outside an (H, W) image: ValueError. On a GPU this waits for it, once."""
+    if pts.numel():
+        low, high = torch.stack(pts.reshape(-1, 2).aminmax(dim=0)).tolist()
+        if min(low) < 0 or high[0] >= size[0] or high[1] >= size[1]:
+            raise ValueError(f"{name}: got points from {low} to {high}, want 0 <= row < {size[0]}, "
+                             f"0 <= col < {size[1]}")
 
 
 def at_points(maps, pts, window=0):
@@ -89,11 +99,9 @@ def at_points(maps, pts, window=0):
     C, H, W = maps.shape[-3:]
     P = pts.shape[-3]
     lead = torch.broadcast_shapes(maps.shape[:-3], pts.shape[:-3])
-    row, col = pts[..., 0].long(), pts[..., 1].long()                           # (..., P, 2)
-    low, high = torch.stack(pts.reshape(-1, 2).aminmax(dim=0)).tolist() if pts.numel() else ((0, 0), (0, 0))
-    if min(low) < 0 or high[0] >= H or high[1] >= W:
-        raise ValueError(f"relations.at_points: got points outside a {H} x {W} map; "
-                         f"want 0 <= row < {H}, 0 <= col < {W}")
+    check_points("relations.at_points", pts, (H, W))
+    row = pts[..., 0].long()                                                    # (..., P, 2)
+    col = pts[..., 1].long()
     if window:
         flat = maps.reshape(-1, C, H, W)
         maps = F.avg_pool2d(flat, 2 * window + 1, 1, window, count_include_pad=False).reshape(maps.shape)
@@ -119,26 +127,6 @@ def relative_depth(depth, mask):
     valid = depth.masked_fill(~mask, torch.nan).flatten(1)
     low, high = (torch.nanquantile(valid, q, 1).view(-1, 1, 1, 1) for q in (0.02, 0.98))
     return ((depth - low) / (high - low).clamp_min(1e-6)).clamp(0, 1)
-
-
-def assumed_camera(depth):
-    """z = 1 + 2 d of relative depth (..., H, W), focal length = longer side, centred (ours): (z, fx, fy, cx, cy)."""
-    H, W = depth.shape[-2:]
-    return 1 + 2 * depth, max(H, W), max(H, W), (W - 1) / 2, (H - 1) / 2
-
-
-def normals_from_depth(z, fx, fy, cx, cy):
-    """Unit normals of planar z (..., H, W) > 0 by central differences: (..., 3, H - 2, W - 2), camera frame (ours).
-
-    fx, fy, cx, cy  pinhole camera in px, integer pixel centres. Adding to z bends the surface, scaling it does not.
-    """
-    H, W = z.shape[-2:]
-    x = (torch.arange(W, dtype=z.dtype, device=z.device) - cx) / fx * z
-    y = (torch.arange(H, dtype=z.dtype, device=z.device)[:, None] - cy) / fy * z
-    point = torch.stack((x, -y, -z), -3)                                        # (..., 3, H, W)
-    right = point[..., 1:-1, 2:] - point[..., 1:-1, :-2]
-    up = point[..., :-2, 1:-1] - point[..., 2:, 1:-1]
-    return F.normalize(torch.linalg.cross(right, up, dim=-3), dim=-3, eps=1e-30)
 
 
 def margin(maps, pts, modality, window=0):
@@ -190,15 +178,6 @@ def soft_relation(maps, pts, modality, tau=0.1, window=0):
     """
     m = margin(maps, pts, modality, window)
     return torch.where(m.isfinite(), m / tau, 0.0).tanh()
-
-
-def agreement(rel, answer):
-    """Share of pairs on which two sets of answers agree (ReasonX reward; a 0 on either side counts one half).
-
-    rel, answer  (..., P) relations +1, 0, -1 (or soft values in [-1, 1]);  returns (...,) float in [0, 1]
-    differs: the paper does not say what a pair in the dead zone counts; here one half, like an unsure answer.
-    """
-    return (0.5 + 0.5 * rel.float() * answer.float()).mean(-1)
 
 
 def _round_points(pts, grid):

@@ -10,12 +10,14 @@ import numpy as np
 import data
 import questions
 import reliability
-import rewards
-import runtime
 from files import write_json
+from grpo import agreement
 from intervals import bootstrap_interval, verdict
 from judge import load_judge
-from predictor import NAMES, load_predictor
+from predictor import load_predictor
+from ranks import pick_device
+from relations import NAMES
+from run import about
 from scores import HEURISTICS, METRICS, PAIRS, eval_pairs, judge_scores, photo_scores, predict_maps, score_maps
 
 
@@ -90,7 +92,7 @@ def report_judge(args):
 
     args  of the command line: judge, out, scenes, split, pairs, seed, text, swap_average
     """
-    judge = load_judge(args.judge or Path(args.out) / "judge", runtime.pick_device("auto", "eval.py"), text=args.text)
+    judge = load_judge(args.judge or Path(args.out) / "judge", pick_device("auto", "eval.py"), text=args.text)
     if args.scenes.endswith(".jsonl"):
         rows = questions.read_jsonl(args.scenes)
     else:
@@ -118,13 +120,14 @@ def report_judge(args):
     return dict(dataset="judge", n=n, rooms=rooms, swap_average=args.swap_average, judge=result)
 
 
-def report_wild(cfg, device):
+def report_wild(cfg, device, start, folder):
     """Before/after table on held-out scenes, the judge beside it, a picture; writes OUT/report.json, OUT/panel.png.
 
-    cfg  of the run: out, policy, judge, size, eval_images, eval_steps, micro, seed
+    cfg            of the run: out, judge, size, eval_images, eval_steps, micro, seed
+    start, folder  the predictor that GRPO started from, and what it has made of it
     """
     out = Path(cfg.out)
-    before, after = (load_predictor(path).to(device) for path in (cfg.policy or out / "base", out / "grpo"))
+    before, after = (load_predictor(path).to(device) for path in (start, folder))
     oracle = cfg.judge == questions.ORACLE
     judge_model = None if oracle else load_judge(cfg.judge or out / "judge").to(device)
     results = []
@@ -138,31 +141,32 @@ def report_wild(cfg, device):
         results.append(report_scenes(name, values[1], values[0], answers))
         if name == "wild":
             save_panel(out / "panel.png", maps["rgb"], *pred, truth=maps)
-    write_json(out / "report.json", dict(about=runtime.about(), seed=cfg.seed, tables=results))
+    write_json(out / "report.json", dict(about=about(), seed=cfg.seed, tables=results))
     print(f"\nwritten: {out}/report.json, {out}/panel.png; "
           f"maps of your own photos: python predictor.py PHOTO --checkpoint {out}/grpo")
 
 
-def report_photos(cfg, device, photos, pts, prob, names):
+def report_photos(cfg, device, judged, start, folder):
     """Before/after figures without ground truth on the photos of --images; writes OUT/photos/report.json, panel.png.
 
-    cfg     of the run: out, policy, images, eval_steps, micro, seed, and what the rewards read
-    photos  (n, 3, S, S) uint8, with pts (n, P, 2, 2), prob (n, P, M) of the first answers, names (n)
+    cfg            of the run: images, eval_images, eval_steps, micro, seed, and what the rewards read
+    judged         data.bank.Judgements, of which the first cfg.eval_images are shown
+    start, folder  the predictor that GRPO started from, and what it has made of it
     """
-    out = Path(cfg.out)
-    rgb = photos.float() / 255
+    n = cfg.eval_images
+    rgb = judged.rgb[:n].float() / 255
     pred = []
     rows = {}
-    for path in (cfg.policy or out / "base", out / "photos"):                   # one in memory at a time
+    for path in (start, folder):                                                # one in memory at a time
         policy = load_predictor(path).to(device)
         pred.append(predict_maps(policy, rgb, cfg.eval_steps, 0, cfg.micro or 64))
         del policy
     for m in pred[0]:
-        rows[f"reward/{m}"] = [rewards.judged(p[m][:, None], pts, prob[..., NAMES.index(m)], m, cfg)[2][:, 0].numpy()
-                               for p in pred]
+        prob = judged.prob[:n, :, NAMES.index(m)]
+        rows[f"reward/{m}"] = [agreement(p[m][:, None], judged.pts[:n], prob, m, cfg)[2][:, 0].numpy() for p in pred]
     if {"depth", "normal"} <= pred[0].keys():
         rows["depth-normal RMSE"] = [photo_scores(p) for p in pred]
-    confidences = {m: float((2 * prob[..., k] - 1).abs().mean()) for k, m in enumerate(NAMES)}
+    confidences = {m: float((2 * judged.prob[:n, :, k] - 1).abs().mean()) for k, m in enumerate(NAMES)}
     result = {"n": len(rgb), "judge/confidence": confidences}
     lines = []
     for name, (a, b) in rows.items():
@@ -174,8 +178,8 @@ def report_photos(cfg, device, photos, pts, prob, names):
                       f"[{low:+.4f}, {high:+.4f}]"))
     print_table(f"{cfg.images}: {len(rgb)} of the photos trained on; no ground truth exists; paired bootstrap 95 %",
                 lines, ("figure", "judge", "base", "X", "change", "95 %"))
-    write_json(out / "photos" / "report.json", dict(about=runtime.about(), seed=cfg.seed, **result))
-    save_panel(out / "photos" / "panel.png", rgb, *pred, labels=names)
+    write_json(folder / "report.json", dict(about=about(), seed=cfg.seed, **result))
+    save_panel(folder / "panel.png", rgb, *pred, labels=judged.names)
 
 
 def save_panel(path, rgb, before, after, truth=None, labels=None, rows=4):

@@ -4,13 +4,14 @@ Every figure is a list of one number per image, so that two predictors can be co
 """
 import numpy as np
 import torch
+from runtime import generator
 
 import metrics
 import surface
-from predictor import NAMES, sample_ode
+from maps import assumed_camera
+from predictor import sample_ode
 from questions import true_relations
-from relations import assumed_camera, at_points, margin, sample_pairs
-from runtime import generator
+from relations import NAMES, at_points, margin, sample_pairs
 from scenes import srgb_decode
 
 PAIRS = 24                        # per image and modality

@@ -5,8 +5,8 @@ The paper names the measure and gives no focal length, alignment or mask: those 
 import numpy as np
 import torch
 
+from maps import normals_from_depth
 from metrics import check_finite, check_shapes, reject, unit_vectors
-from relations import normals_from_depth
 
 AXES = tuple((x, y, z) for x in (1, -1) for y in (1, -1) for z in (1, -1))   # sign choices of a normal frame
 AXIS_MARGIN = 0.5                 # degrees by which another sign choice must fit better to be called the right one

@@ -44,15 +44,6 @@ def on_float(tensor):
     return on(tensor) and (INTERPRET or tensor.dtype != torch.float64)
 
 
-def check_points(name, pts, size):
-    """Refuse points (..., 2) outside an (H, W) image: ValueError. On a GPU this waits for it, once."""
-    if pts.numel():
-        low, high = torch.stack(pts.reshape(-1, 2).aminmax(dim=0)).tolist()
-        if min(low) < 0 or high[0] >= size[0] or high[1] >= size[1]:
-            raise ValueError(f"{name}: got points from {low} to {high}, want 0 <= row < {size[0]}, "
-                             f"0 <= col < {size[1]}")
-
-
 @triton.jit
 def exact_div(x, y):
     """x / y rounded to nearest, as torch divides: `/` is 2 ulp off in fp32. In a threshold one ulp is an answer."""

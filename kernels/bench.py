@@ -12,19 +12,22 @@ import sys
 import time
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 
 import numpy
 import torch
 
 import grpo
 import kernels
+from bank import Judgements
+from command import run_command
 from config import Parser, parse
+from dit import DiT, DiTConfig
 from files import write_json
-from grpo_step import Rows, explore, surrogate
-from kernels import draw_markers, log_ratio, pair_credit, pair_reward, sde_step, step_logprob
-from predictor import DiT, DiTConfig
+from kernels import draw_markers, log_ratio, pair_credit, pair_reward, sde_step
+from ranks import Draw
 from relations import LUMA, MODALITIES, SAME_ALBEDO, relation, sample_pairs
-from runtime import about, run_command
+from run import about
 
 NOT_RUN = "not run"
 # of one row: memory, another result, a compiler (Triton calls gcc and passes on its CalledProcessError)
@@ -95,18 +98,6 @@ def normal(*shape, device, seed=0, dtype=torch.float32):
     return torch.randn(shape, generator=seeded(device, seed), device=device, dtype=dtype)
 
 
-def step_logprob_cases(device, cut=1):
-    """512 MB of fp32 states; and a latent, per pixel."""
-    scalar = step_logprob.step_logprob, step_logprob.step_logprob_ref
-    pixels = step_logprob.step_logprob_map, step_logprob.step_logprob_map_ref
-    for label, shape, (fn, ref) in (("512 MB", (8, 4, 2048, 1024), scalar),
-                                    ("64 x 4 x 64 x 64, map", (64, 4, 64, 64), pixels)):
-        shape = *shape[:2], *(less(n, cut) for n in shape[2:])
-        args = [normal(*shape, device=device, seed=i) for i in range(2)] + [torch.full(shape[:1], 0.5, device=device)]
-        yield Case(f"{label}, forward", ref, fn, tuple(args), 2 * args[0].nbytes)
-        yield Case(f"{label}, + backward", ref, fn, tuple(args), 5 * args[0].nbytes, into=1)
-
-
 def log_ratio_cases(device, cut=1):
     """512 MB of draws, 8 per state; and the latents of a group, per pixel."""
     for label, R, state, per_pixel in (("512 MB of draws", 4, (4, 1024, 1024), False),
@@ -126,7 +117,7 @@ def sde_step_cases(device, cut=1):
         state = state[0], *(less(n, cut) for n in state[1:])
         x, v = (normal(R, *state, device=device, seed=i) for i in range(2))
         eps = normal(R, K, *state, device=device, seed=2)
-        yield Case(label, sde_step.sde_step_ref, sde_step.sde_step, (x, v, eps, 0.9, -0.1, 0.4, True),
+        yield Case(label, sde_step.sde_step_ref, sde_step.sde_step, (x, v, eps, 0.9, -0.1, 0.4),
                    3 * x.nbytes + 2 * eps.nbytes)
 
 
@@ -143,7 +134,7 @@ def draw_markers_cases(device, cut=1):
 
 
 OPS = dict(pair_reward=pair_reward_cases, pair_credit=pair_credit_cases, sde_step=sde_step_cases,
-           log_ratio=log_ratio_cases, step_logprob=step_logprob_cases, draw_markers=draw_markers_cases)
+           log_ratio=log_ratio_cases, draw_markers=draw_markers_cases)
 
 
 def assert_equal(label, got, want):
@@ -226,15 +217,19 @@ def grpo_step(device, preset, repeats):
     photos = torch.randint(256, (cfg.batch, 3, cfg.size, cfg.size), generator=rng, dtype=torch.uint8)
     pts = sample_pairs(cfg.batch, (cfg.size, cfg.size), cfg.bank_pairs, rng)
     prob = torch.rand(cfg.batch, cfg.bank_pairs, 4, generator=rng)
-    step, seconds = grpo.STEPS[policy.exploration], []
+    judged = Judgements(photos, pts, prob, [""] * cfg.batch)
+    nets = SimpleNamespace(policy=policy, reference=policy)
+    run = SimpleNamespace(backward=lambda share: share.backward())
+    seconds = []
     for i in range(repeats + 1):
-        rng = torch.Generator().manual_seed(1)
-        rows = Rows(cfg, policy.modalities, photos, pts, prob, cfg.batch, rng, device)
+        draw = Draw(torch.Generator().manual_seed(1), cfg.batch)
+        batch = grpo.draw_batch(judged, policy.modalities, cfg, draw, device)
         policy.zero_grad()
         start = time.perf_counter()
-        taken, advantage, _ = explore(policy, rows, cfg, step, rng)
-        loss, _ = surrogate(policy, policy, rows, taken, advantage, cfg, step, lambda share: share.backward())
-        loss = loss.item()                                                      # waits for the GPU
+        maps, transitions = grpo.sample_groups(policy, batch)
+        scored = {m: grpo.score(maps, batch, m) for m in maps}
+        advantage = grpo.advantage(scored, batch, transitions)
+        loss = grpo.policy_gradient(nets, batch, transitions, advantage, run, update=1)["loss"].item()   # waits
         if i:
             seconds.append(time.perf_counter() - start)
     return dict(seconds=statistics.median(seconds), low=min(seconds), high=max(seconds), loss=loss)

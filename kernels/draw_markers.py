@@ -13,7 +13,7 @@ import torch
 
 import relations
 
-from . import check_points, exact_div, exact_sqrt, on, tl, triton
+from . import exact_div, exact_sqrt, on, tl, triton
 
 BLOCK = 1024
 
@@ -66,7 +66,7 @@ def mark_photos(rgb, pts, photo, mean, std, dtype):
     if rgb.ndim != 4 or rgb.shape[1] != 3 or pts.shape != (N, 2, 2) or photo.ndim != 1:
         raise ValueError(f"mark_photos: got rgb {tuple(rgb.shape)}, pts {tuple(pts.shape)}, "
                          f"photo {tuple(photo.shape)}; want (B, 3, H, W), (N, 2, 2), (N,)")
-    check_points("mark_photos", pts, rgb.shape[-2:])
+    relations.check_points("mark_photos", pts, rgb.shape[-2:])
     if not on(rgb) or torch.is_grad_enabled() and rgb.requires_grad or not N or not rgb.numel():
         return mark_photos_ref(rgb, pts, photo, mean, std, dtype)
     H, W = rgb.shape[-2:]

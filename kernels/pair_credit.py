@@ -12,7 +12,9 @@ import math
 
 import torch
 
-from . import check_points, on, tl, triton
+from relations import check_points
+
+from . import on, tl, triton
 
 TILE, BLOCK = 32, 32                                   # pixels of a side; points of a step: fixed, it orders the sum
 
@@ -24,10 +26,13 @@ def pair_credit_ref(agree, weight, pts, size, width):
     adv = (agree - agree.mean(1, keepdim=True)).masked_fill(unanimous, 0.0) * weight[:, None]  # (B, G, P)
     if math.isinf(width):
         return adv.sum(-1)[..., None, None].expand(*adv.shape[:2], h, w)
-    profile = lambda n, centre: torch.exp(-(torch.arange(n, device=pts.device) - centre[..., None]).square()  # noqa: E731
-                                          / (2 * width**2))
-    row, col = (profile(h, pts[..., 0].to(adv.dtype)),                                         # (B, P, 2, h)
-                profile(w, pts[..., 1].to(adv.dtype)))                                         # (B, P, 2, w)
+
+    def profile(n, centre):
+        apart = torch.arange(n, device=pts.device) - centre[..., None]
+        return torch.exp(-apart.square() / (2 * width**2))
+
+    row = profile(h, pts[..., 0].to(adv.dtype))                                                # (B, P, 2, h)
+    col = profile(w, pts[..., 1].to(adv.dtype))                                                # (B, P, 2, w)
     row = row / row.sum(-1, keepdim=True)
     col = col / col.sum(-1, keepdim=True)
     row = (h * w / 2) * row[:, None] * adv[..., None, None]                                    # (B, G, P, 2, h)
@@ -83,13 +88,14 @@ def _pair_credit_kernel(
     tl.store(out_ptr + (bg * h + y) * w + x, acc * scale, mask=(y < h) & (x < w))
 
 
-def pair_credit(agree, weight, pts, size, width):
+def pair_credit(agree, weight, pts, size, width, check=True):
     """Per-pixel advantage: every pair's group-centred agreement, splatted around its two points.
 
     agree    (B, G, P)    agreement of each pair in [0, 1]
     weight   (B, P)       share of each pair in the reward, rows sum to 1
     pts      (B, P, 2, 2) pixels of the state;  size (h, w) of the state
     width    px, standard deviation of the Gaussian; inf spreads each pair over the whole map
+    check    False: the points are known to lie inside (the check waits for the GPU)
     returns  (B, G, h, w). Its mean over pixels is the centred reward, whatever the width, and at width inf it is
              constant: the scalar estimator with norm "none". A pair the group agrees on gives exactly 0.
     raises   ValueError for points outside the state or a width that is not positive
@@ -100,7 +106,8 @@ def pair_credit(agree, weight, pts, size, width):
     if weight.shape != (B, P) or pts.shape != (B, P, 2, 2):
         raise ValueError(f"pair_credit: got weight {tuple(weight.shape)} and pts {tuple(pts.shape)}, "
                          f"want {(B, P)} and {(B, P, 2, 2)}")
-    check_points("pair_credit", pts, size)
+    if check:
+        check_points("pair_credit", pts, size)
     if not on(agree) or math.isinf(width) or not agree.numel():
         return pair_credit_ref(agree, weight, pts, size, width)
     out = agree.new_empty(B, G, h, w)

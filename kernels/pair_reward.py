@@ -14,9 +14,9 @@ each map. Accumulation is fp32, or fp64 when pred is.
 """
 import torch
 
-from relations import LUMA, MODALITIES, SAME_ALBEDO, relation, soft_relation
+from relations import LUMA, MODALITIES, SAME_ALBEDO, check_points, relation, soft_relation
 
-from . import check_points, exact_div, exact_sqrt, on, tl, triton
+from . import exact_div, exact_sqrt, on, tl, triton
 
 FORMS = ("hard", "soft", "brier")
 BLOCK = 256                                            # pairs of a program; fixed: it decides the summation order

@@ -1,22 +1,19 @@
-"""One exploration step: mean of the next state, the next states drawn around it, their log-density.
+"""One exploration step: mean of the next state, and the next states drawn around it.
 
-math       mean = A x + B v;  x_next = mean + std eps;  logp = -avg(eps^2) / 2 - log std - log(2 pi) / 2
+math       mean = A x + B v;  x_next = mean + std eps
 gradient   none: a rollout keeps no graph. A call that wants one takes the reference, which has it
 why fused  fp32 bytes per element for one sample: eager 48 (two products, a sum, a product, a sum), here 20;
            K samples that share a state read x and v once
-source     every step of grpo.py is linear in x and v: Flow-GRPO (arXiv 2505.05470) eq. 9, DDIM (arXiv 2010.02502)
+source     every step of predictor.py is linear in x and v: Flow-GRPO (arXiv 2505.05470) eq. 9, DDIM (arXiv 2010.02502)
 
 The mean is an explicit fma(A, x, B v), here and in log_ratio.py: the same bits in rollout and update, whatever the
 compiler contracts, hence a ratio of exactly 1 before the first update. States are fp32, or fp64 when x or v is.
 """
-import math
-
 import torch
 
 from . import on_float, tl, triton
 
 BLOCK = 1024                                           # fixed: it decides the summation order
-HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
 
 def acc_dtype(*states):
@@ -27,13 +24,11 @@ def acc_dtype(*states):
     return acc
 
 
-def sde_step_ref(x, v, eps, A, B, std, logp=False):
+def sde_step_ref(x, v, eps, A, B, std):
     """Plain torch. The definition; every other path must match it."""
     acc = acc_dtype(x, v)
     mean = A * x.to(acc) + B * v.to(acc)                                # (R, ...)
-    eps = eps.to(acc)                                                   # (R, K, ...)
-    density = -0.5 * eps.square().flatten(2).mean(2) - math.log(std) - HALF_LOG_2PI if logp else None
-    return mean[:, None] + std * eps, mean, density
+    return mean[:, None] + std * eps.to(acc), mean                      # (R, K, ...), (R, ...)
 
 
 @triton.jit
@@ -47,12 +42,12 @@ def linear_mean(x_ptr, v_ptr, offset, ok, A, B, BLOCK: tl.constexpr, ACC: tl.con
 @triton.jit
 def _sde_step_kernel(
     x_ptr, v_ptr, eps_ptr,                                # (R, n) x2, (R, K, n) by strides
-    x_next_ptr, mean_ptr, part_ptr,                       # (R, K, n), (R, n), (R, K, n_parts) if LOGP
-    K, n, n_parts, stride_r, stride_k, A, B, std,
-    LOGP: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
+    x_next_ptr, mean_ptr,                                 # (R, K, n), (R, n)
+    K, n, stride_r, stride_k, A, B, std,
+    BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):
-    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    col = part * BLOCK + tl.arange(0, BLOCK)                            # (BLOCK,)
+    row = tl.program_id(0).to(tl.int64)
+    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)                            # (BLOCK,)
     ok = col < n
     mean = linear_mean(x_ptr, v_ptr, row * n + col, ok, A, B, BLOCK, ACC)
     tl.store(mean_ptr + row * n + col, mean, mask=ok)
@@ -60,18 +55,15 @@ def _sde_step_kernel(
     for k in range(K):
         eps = tl.load(eps_ptr + col, mask=ok, other=0.0).to(ACC)
         tl.store(x_next_ptr + (row * K + k) * n + col, mean + eps * std, mask=ok)
-        if LOGP:
-            tl.store(part_ptr + (row * K + k) * n_parts + part, tl.sum(eps * eps, 0))   # added in torch
         eps_ptr += stride_k
 
 
-def sde_step(x, v, eps, A, B, std, logp=False):
+def sde_step(x, v, eps, A, B, std):
     """Draw K next states from each state.
 
     x, v     (R, ...)      state, velocity;  eps (R, K, ...) standard normal noise
     A, B     floats        coefficients of the mean;  std > 0 float, standard deviation
-    logp     True: also the log-density of each draw
-    returns  x_next (R, K, ...), mean (R, ...), log-density (R, K), mean over elements, or None; fp32, fp64 for fp64
+    returns  x_next (R, K, ...), mean (R, ...); fp32, fp64 for fp64
     raises   ValueError    when the shapes do not fit
     """
     if v.shape != x.shape or x.ndim < 2 or eps.ndim != x.ndim + 1 or (len(eps), *eps.shape[2:]) != tuple(x.shape):
@@ -80,24 +72,21 @@ def sde_step(x, v, eps, A, B, std, logp=False):
     wants_gradient = torch.is_grad_enabled() and (x.requires_grad or v.requires_grad)
     acc = acc_dtype(x, v)
     if not on_float(x) or not on_float(v) or wants_gradient or not eps.numel():
-        return sde_step_ref(x, v, eps, A, B, std, logp)
-    R, K, n = *eps.shape[:2], x[0].numel()
+        return sde_step_ref(x, v, eps, A, B, std)
+    R, K = eps.shape[:2]
+    n = x[0].numel()
     flat = eps.detach().flatten(2)                                      # a view where a draw is contiguous
     flat = flat if flat.stride(2) == 1 else flat.contiguous()
-    n_parts = triton.cdiv(n, BLOCK)
-    x_next, mean = x.new_empty(eps.shape, dtype=acc), x.new_empty(x.shape, dtype=acc)
-    part = x.new_empty(R, K, n_parts, dtype=acc) if logp else mean      # not written unless logp
-    _sde_step_kernel[(R, n_parts)](
-        x.detach().contiguous(), v.detach().contiguous(), flat, x_next, mean, part, K, n, n_parts,
-        flat.stride(0), flat.stride(1), float(A), float(B), float(std),
-        LOGP=logp, BLOCK=BLOCK, ACC=tl.float64 if acc == torch.float64 else tl.float32)
-    density = -0.5 / n * part.sum(-1) - math.log(std) - HALF_LOG_2PI if logp else None
-    return x_next, mean, density
+    x_next = x.new_empty(eps.shape, dtype=acc)
+    mean = x.new_empty(x.shape, dtype=acc)
+    _sde_step_kernel[(R, triton.cdiv(n, BLOCK))](
+        x.detach().contiguous(), v.detach().contiguous(), flat, x_next, mean, K, n, flat.stride(0), flat.stride(1),
+        float(A), float(B), float(std), BLOCK=BLOCK, ACC=tl.float64 if acc == torch.float64 else tl.float32)
+    return x_next, mean
 
 
 TYPES = {"x_ptr": "*fp32", "v_ptr": "*bf16", "eps_ptr": "*fp32", "x_next_ptr": "*fp32", "mean_ptr": "*fp32",
-         "part_ptr": "*fp32", "K": "i32", "n": "i32", "n_parts": "i32", "stride_r": "i32", "stride_k": "i32",
-         "A": "fp32", "B": "fp32", "std": "fp32"}
+         "K": "i32", "n": "i32", "stride_r": "i32", "stride_k": "i32", "A": "fp32", "B": "fp32", "std": "fp32"}
 AOT = [  # (kernel, argument types, constexprs); compiled for each target in tests/test_aot.py
-    (_sde_step_kernel, TYPES, dict(LOGP=logp, BLOCK=BLOCK, ACC=tl.float32)) for logp in (False, True)
+    (_sde_step_kernel, TYPES, dict(BLOCK=BLOCK, ACC=tl.float32)),
 ]

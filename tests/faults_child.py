@@ -10,8 +10,10 @@ from tqdm import tqdm
 
 import eval  # noqa: A004, F401  imported before the fork, for speed
 import judge  # noqa: F401
-import runtime
 import train  # noqa: F401
+from command import run_command
+from ranks import rank as rank_of
+from run import Run
 
 torch.set_num_threads(1)
 tqdm.set_lock(threading.RLock())                                                # its own would outlive a killed process
@@ -33,11 +35,11 @@ def die_at_write(n, after):
 
 def poison(step, rank):
     """At a step, on a rank, the loss that is handed to the run is not a number."""
-    real = runtime.Run.backward
+    real = Run.backward
 
     def backward(self, loss):
-        real(self, loss * float("nan") if (self.step, runtime.rank()) == (step, rank) else loss)
-    runtime.Run.backward = backward
+        real(self, loss * float("nan") if (self.step, rank_of()) == (step, rank) else loss)
+    Run.backward = backward
 
 
 def command(module, argv, log, env, die_at, after, nan_at):
@@ -51,4 +53,4 @@ def command(module, argv, log, env, die_at, after, nan_at):
         die_at_write(die_at, after)
     if nan_at:
         poison(*nan_at)
-    runtime.run_command(lambda: importlib.import_module(module).main(argv), f"{module}.py", resumes=module == "train")
+    run_command(lambda: importlib.import_module(module).main(argv), f"{module}.py", resumes=module == "train")

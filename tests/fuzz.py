@@ -4,7 +4,7 @@
     python tests/fuzz.py --reader judge --n 500        one of them
 Each input is a small whole file with one to four mutations: bytes anywhere, and by structure (values of a JSON or of a
 safetensors, npy or tar header, chunks of a PNG with their checksum mended, sizes of a JPEG). It passes when the reader
-returns, or raises what runtime.run_command prints as one line; not when it raises anything else, takes more than
+returns, or raises what command.run_command prints as one line; not when it raises anything else, takes more than
 SECONDS, or asks for more than MEMORY beyond what the process had. A failure prints reader, seed and traceback.
 """
 import argparse
@@ -51,9 +51,9 @@ import predictions
 import prepare
 import questions
 from bank import Bank
+from config import UserError
 from predictor import DiT, DiTConfig, load_predictor
 from relations import MODALITIES
-from runtime import UserError
 from sd2 import VAE, UNet
 
 SECONDS, MEMORY = 10, 2 << 30         # of one input: CPU time (six times as much by the clock), bytes of address space

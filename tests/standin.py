@@ -116,7 +116,7 @@ class StandIn(TorchFunctionMode):
 def install(monkeypatch):
     """Make torch and the project believe in the stand-in; returns the device. Use inside `with StandIn()`."""
     import mini_judge
-    import runtime
+    import ranks
     make = torch.Tensor._make_subclass
 
     def on_device(rng, device):
@@ -134,6 +134,6 @@ def install(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "_make_subclass", staticmethod(made))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: False)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (1 << 40, 1 << 40))
-    monkeypatch.setattr(runtime, "on_device", on_device)
+    monkeypatch.setattr(ranks, "on_device", on_device)
     monkeypatch.setattr(mini_judge, "on_device", on_device)
     return CUDA

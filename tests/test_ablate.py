@@ -3,6 +3,7 @@ import json
 import math
 import shutil
 import xml.etree.ElementTree as ElementTree
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,7 @@ import torch
 
 import ablate
 import plots
-import runtime
-from config import Config
+from config import Config, UserError
 from predictor import load_predictor
 
 QUICK = ["--seeds", "0", "--points", "2", "--val-images", "4", "--device", "cpu", "--set"]
@@ -55,7 +55,8 @@ def test_rows_share_base_judge_and_bank_and_have_their_own_folder():
     assert {(c.policy, c.bank, c.seed) for c in configs.values()} == {("o/seed3/base", "o/seed3/bank", 3)}
     assert len({c.out for c in configs.values()}) == len(configs)
     assert {row for row, c in configs.items() if c.judge == "oracle"} == {"all, oracle judge"}
-    assert configs["ranking loss"].method == "ranking" and configs["supervised"].method == "supervised"
+    ours = {k: v for k, v in asdict(configs["all"]).items() if k != "out"}
+    assert all(asdict(configs[row]).items() >= ours.items() for row in ("ranking loss", "supervised"))
 
 
 def test_an_unknown_flag_of_a_row_is_refused(capsys):
@@ -99,19 +100,19 @@ def test_every_method_moves_the_policy(folder, row):
 
 
 def test_running_again_reads_what_is_there(folder, monkeypatch):
-    monkeypatch.setattr(ablate.train, "tune", lambda *args: pytest.fail("trained again"))
+    monkeypatch.setattr(ablate.train, "train_grpo", lambda *args: pytest.fail("trained again"))
     before = (folder / "ablation.md").read_text()
     ablate.main(["--out", str(folder), "--steps", "4", "--rows", "paper", "all", *QUICK, *SMALL])
     after = (folder / "ablation.md").read_text()
     assert after.splitlines() == before.splitlines()[:4]
-    with pytest.raises(runtime.UserError, match="holds figures of other settings"):
+    with pytest.raises(UserError, match="holds figures of other settings"):
         ablate.main(["--out", str(folder), "--steps", "4", "--rows", "paper", "all", "--split", "val", *QUICK, *SMALL])
 
 
 def test_the_last_row_of_the_chain_is_all_but_for_its_learning_rate():
     args = ablate.arguments([])
     last, ours = (ablate.asdict(ablate.row_config(args, row, 0)) for row in (ablate.STEPS[-1][0], "all"))
-    assert {k for k in ours if ours[k] != last[k]} == {"lr", "out"}
+    assert {k for k in ours if ours[k] != last[k]} == {"lr", "out", "exploration"}   # auto is flow for our predictor
 
 
 # figures ----------------------------------------------------------------------------------------------------------

@@ -5,8 +5,7 @@ import json
 import pytest
 
 import train
-from config import CHOICES, PRESETS, Config, parse, problem
-from predictor import DiT
+from config import CHOICES, FREE, NETWORK, PRESETS, Config, grpo_settings, parse, problem, stage_settings
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 WEIGHTS = ["--policy", "P", "--judge", "J", "--images", "I"]
@@ -104,8 +103,37 @@ def test_the_paper_preset_is_the_paper():
                 credit="global", rollout="full", modalities="one", norm="group", window=0,
                 replay=0.0, lora=0)
     assert {k: getattr(cfg, k) for k in want} == want
-    assert cfg.exploration == "auto" and DiT.exploration == "flow"              # Euler-Maruyama for a rectified flow
+    assert cfg.exploration == "flow"                                            # Euler-Maruyama
     assert cfg.steps * cfg.batch == 3 * cfg.photos                              # three epochs
+
+
+PAPER = dict(credit="global", rollout="full", tail=0, noise_blocks="1", reward="hard", norm="group", modalities="one",
+             balance=0, jitter=1, window=0, depth_normal=0.0, shading=0.0, exploration="flow")
+
+
+@pytest.mark.parametrize("argv", [[], ["--preset", "small"], ["--preset", "paper", "--stage", "grpo", *WEIGHTS]])
+def test_the_papers_estimator_is_one_constant_that_leaves_the_rest_of_the_preset_alone(argv):
+    """Between preset and flags; KL, clip, replay, EMA, lr, T, N and G stay the preset's."""
+    preset, cfg = (dataclasses.asdict(parse([*argv, *more])[1]) for more in ([], ["--estimator", "paper"]))
+    assert {k: cfg[k] for k in PAPER} == PAPER == {k: FIELDS[k].default for k in PAPER}
+    assert {k: v for k, v in cfg.items() if k not in PAPER} == {k: v for k, v in preset.items() if k not in PAPER}
+    assert parse([*argv, "--estimator", "paper", "--reward", "soft"])[1].reward == "soft"
+
+
+def test_our_estimator_is_that_of_the_presets_that_train_from_scratch():
+    for preset in ("mini", "small"):
+        assert parse(["--preset", preset, "--estimator", "pair"])[1] == parse(["--preset", preset])[1]
+    cfg = parse(["--preset", "paper", "--stage", "grpo", *WEIGHTS, "--estimator", "pair"])[1]
+    assert (cfg.credit, cfg.rollout, cfg.reward, cfg.modalities) == ("pair", "branch", "brier", "joint")
+
+
+def test_a_run_may_not_resume_with_other_settings_that_change_its_numbers():
+    """All settings are either fixed, free, or of another stage."""
+    fixed = grpo_settings(Config())
+    assert {"base_scenes", "precision", "compile", "lr", "ema", "replay", "images", "seed"} <= fixed.keys()
+    other = {k for k in FIELDS if k.startswith(("base_", "judge_")) and k != "base_scenes"} | {*NETWORK, "scenes"}
+    assert fixed.keys() | set(FREE) | other == set(FIELDS) and not fixed.keys() & (set(FREE) | other)
+    assert {"precision", "size", "base_lr"} <= stage_settings(Config(), "base", "size").keys()
 
 
 @pytest.mark.parametrize("argv", [[], ["--stage", "grpo"], ["--stage", "grpo", *WEIGHTS[:4]],
@@ -116,8 +144,8 @@ def test_the_paper_preset_without_weights_names_what_it_needs(capsys, argv):
 
 
 def test_dry_run_prints_the_settings_and_builds_nothing(tmp_path, capsys, monkeypatch):
-    for stage in ("base", "judge", "tune"):
-        monkeypatch.setattr(train, stage, lambda *_: pytest.fail("built something"))
+    for stage in train.STAGES:
+        monkeypatch.setitem(train.STAGES, stage, lambda *_: pytest.fail("built something"))
     train.main(["--dry-run", "--out", str(tmp_path / "run"), "--group", "5"])
     out = capsys.readouterr().out
     shown = json.loads(out[:out.index("\n}") + 2])

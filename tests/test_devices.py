@@ -4,6 +4,7 @@ Without a GPU: on the stand-in of standin.py, where a tensor left on the CPU rai
 """
 import copy
 import dataclasses
+from types import SimpleNamespace
 
 import chat
 import pytest
@@ -11,6 +12,7 @@ import test_marigold
 import torch
 import torch._dynamo  # before torch's calls are watched
 from expect import seeded
+from one_step import Gather, batch_of, explore, learn
 from standin import CUDA, Generator, StandIn, install, marked
 from test_train import TINY
 
@@ -19,18 +21,19 @@ import bench
 import checkpoints
 import data
 import files
-import grpo
 import kernels
+import ranks
 import relations
 import report
-import rewards
-import runtime
 import scenes
 import train
 from config import parse
-from grpo_step import Rows, explore, surrogate
+from copies import frozen_copy
+from dit import DiT, DiTConfig
+from grpo import consistency
 from judge import add_lora, load_judge
-from predictor import NAMES, DiT, DiTConfig, load_predictor
+from predictor import load_predictor, photo_maps
+from relations import NAMES
 from scores import predict_maps
 from watch import diagnose
 
@@ -72,16 +75,16 @@ def test_the_stand_in_refuses_what_a_gpu_refuses(watch):
 
 
 def test_all_stages_and_the_tables_run_on_a_gpu_and_resume(watch, monkeypatch, tmp_path):
-    monkeypatch.setattr(runtime, "setup", lambda cfg: CUDA)
+    monkeypatch.setattr(ranks, "setup", lambda cfg: CUDA)
     monkeypatch.setattr(report, "bootstrap_interval", lambda *_, **__: (0.0, 0.0, 0.0))         # numpy, and slow
-    waits, stages = {}, train.take
+    waits, stages = {}, train.run_stage
 
-    def take(stage, cfg, device):
+    def run_stage(stage, cfg, device):
         watch.waits.clear()
         stages(stage, cfg, device)
         waits[stage.__name__] = {k: n for k, n in watch.waits.items() if k != "cpu"}      # checkpoints
 
-    monkeypatch.setattr(train, "take", take)
+    monkeypatch.setattr(train, "run_stage", run_stage)
     args = [*TINY, "--out", str(tmp_path), "--precision", "fp32", "--kernels", "torch", "--save-every", "100",
             "--base-steps", "3", "--base-scenes", "16", "--judge-scenes", "16",
             "--judge-steps", "3", "--steps", "3", "--group", "2", "--sample-steps", "3",
@@ -91,7 +94,7 @@ def test_all_stages_and_the_tables_run_on_a_gpu_and_resume(watch, monkeypatch, t
     assert {p.name for p in tmp_path.iterdir()} >= {"base", "judge", "grpo", "bank", "report.json", "panel.png"}
     assert [len(files.read_log(tmp_path / s / "metrics.jsonl")) for s in ("base", "judge", "grpo")] == [3, 3, 3]
     # one step each: the loss is finite, the norms, the log
-    assert waits["base"]["__bool__"] == 1 and waits["base"]["tolist"] == 2
+    assert waits["train_base"]["__bool__"] == 1 and waits["train_base"]["tolist"] == 2
 
 
 def tiny(flags=""):
@@ -104,29 +107,35 @@ def tiny(flags=""):
     photos = torch.randint(256, (5, 3, 16, 16), generator=seeded()).byte()
     pts = relations.sample_pairs(5, (16, 16), cfg.bank_pairs, seeded(1), grid=4)
     prob = torch.rand(5, cfg.bank_pairs, 4, generator=seeded(2))
-    return cfg, policy, runtime.frozen_copy(policy), (photos, pts, prob)
+    return cfg, policy, frozen_copy(policy), (photos, pts, prob)
 
 
 @pytest.mark.parametrize("flags", [
-    "", "--credit mix --reward confidence --rollout full --tail 0 --credit-growth 1 --norm group",
-    "--mine 1 --window 1 --rollout window --tail 0 --stochastic 2 --init-noise independent --reward soft",
-    "--depth-normal 0.1 --shading 0.1 --micro 3 --checkpointing 1", "--modalities one --credit global --reward hard",
-    "--method ranking --reward soft", "--method supervised"])
+    "", "--reward confidence --rollout full --tail 0 --norm group",
+    "--window 1 --rollout window --tail 0 --stochastic 2 --init-noise independent --reward soft",
+    "--depth-normal 0.1 --shading 0.1 --micro 3 --checkpointing 1", "--estimator paper"])
 def test_a_step_of_grpo_stays_on_its_device(watch, flags):
     cfg, policy, ref, bank = tiny(flags)
-    rng, step, gathered = seeded(3), grpo.STEPS["flow"], []
-    rows = Rows(cfg, policy.modalities, *bank, cfg.batch, rng, CUDA)
-    backward = lambda loss: (gathered.append(loss.detach()), loss.backward())   # noqa: E731
+    rng, run = seeded(3), Gather()
+    batch = batch_of(cfg, policy, *bank, rng, CUDA)
     watch.waits.clear()
-    if cfg.method == "grpo":
-        taken, advantage, stats = explore(policy, rows, cfg, step, rng)
-        loss, parts = surrogate(policy, ref, rows, taken, advantage, cfg, step, backward)
-        assert parts["policy/ratio_min"] == parts["policy/ratio_max"] == 1
-        assert all(map(marked, (taken[0].x_next, advantage[0], stats["reward"], parts["policy/kl"], rows.pts)))
-    else:
-        truth = data.scene_pool("wild", "train", 5, 16, device=CUDA)
-        loss, _ = baselines.loss(policy, ref, truth, rows, cfg, rng, backward)
-    assert marked(loss) and loss.isfinite() and all(map(marked, gathered))
+    taken, advantage, stats = explore(policy, batch, rng)
+    parts = learn(policy, ref, batch, taken, advantage, run=run)
+    assert parts["policy/ratio_min"] == parts["policy/ratio_max"] == 1
+    assert all(map(marked, (taken[0].x_next, advantage, stats["reward"], parts["policy/kl"], batch.pts)))
+    assert marked(parts["loss"]) and parts["loss"].isfinite() and all(map(marked, run.losses))
+    assert policy.head.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", ["ranking", "supervised"])
+def test_the_gradients_of_the_baselines_stay_on_their_device(watch, name):
+    cfg, policy, ref, bank = tiny("--reward soft")
+    batch, run = batch_of(cfg, policy, *bank, seeded(3), CUDA), Gather()
+    gradient = baselines.ranking_gradient
+    if name == "supervised":
+        gradient = baselines.supervised_gradient(data.scene_pool("wild", "train", 5, 16, device=CUDA))
+    stats = gradient(SimpleNamespace(policy=policy, reference=ref), batch, [], None, run)
+    assert marked(stats["loss"]) and stats["loss"].isfinite() and all(map(marked, run.losses))
     assert policy.head.weight.grad.abs().sum() > 0
 
 
@@ -134,11 +143,11 @@ def test_a_step_of_grpo_waits_as_often_whatever_the_number_of_photos(watch):
     counts = []
     for flags in ("--batch 2", "--batch 4 --group 6"):
         cfg, policy, ref, bank = tiny(f"{flags} --noise-blocks 2 --modalities joint")
-        rng, step = seeded(3), grpo.STEPS["flow"]
-        rows = Rows(cfg, policy.modalities, *bank, cfg.batch, rng, CUDA)
+        rng = seeded(3)
+        batch = batch_of(cfg, policy, *bank, rng, CUDA)
         watch.waits.clear()
-        taken, advantage, _ = explore(policy, rows, cfg, step, rng)
-        surrogate(policy, ref, rows, taken, advantage, cfg, step, lambda loss: loss.backward())
+        taken, advantage, _ = explore(policy, batch, rng)
+        learn(policy, ref, batch, taken, advantage)
         counts.append(sum(watch.waits.values()))
     assert counts[0] == counts[1] <= 40, watch.waits
 
@@ -152,13 +161,12 @@ def test_marigold_learns_and_predicts_on_its_device(watch, tmp_path, flags):
     policy = test_marigold.Marigold(*parts, test_marigold.Schedule(test_marigold.ZERO_SNR), torch.zeros(1, 2, 12),
                                     test_marigold.index_of("lighting")).to(CUDA)
     cfg = parse([*test_marigold.PAPER, "--policy", "P", "--judge", "J", "--images", "I", *flags.split()])[1]
-    rng, step = seeded(3), grpo.STEPS[policy.exploration]
-    rows = Rows(cfg, policy.modalities, torch.randint(256, (3, 3, 32, 32)).byte(),
-                torch.randint(32, (3, 8, 2, 2)), torch.rand(3, 8, 4), cfg.batch, rng, CUDA)
-    taken, advantage, _ = explore(policy, rows, cfg, step, rng)
-    loss, parts = surrogate(policy, runtime.frozen_copy(policy), rows, taken, advantage, cfg, step,
-                            lambda loss: loss.backward())
-    assert marked(loss) and parts["policy/ratio_min"] == parts["policy/ratio_max"] == 1
+    rng = seeded(3)
+    batch = batch_of(cfg, policy, torch.randint(256, (3, 3, 32, 32)).byte(), torch.randint(32, (3, 8, 2, 2)),
+                     torch.rand(3, 8, 4), rng, CUDA)
+    taken, advantage, _ = explore(policy, batch, rng)
+    parts = learn(policy, frozen_copy(policy), batch, taken, advantage)
+    assert marked(parts["loss"]) and parts["policy/ratio_min"] == parts["policy/ratio_max"] == 1
     if "branch" in flags:
         return
     assert not any(map(marked, policy.photo_maps(torch.rand(3, 40, 24), ensemble=2, steps=2).values()))
@@ -189,7 +197,7 @@ def test_judges_answer_on_their_device_and_learn(watch, monkeypatch, tmp_path, k
 def test_a_predictor_of_ours_and_the_figures_take_photos_from_the_cpu(watch, tmp_path):
     DiT(DiTConfig(16, 4, 32, 1, 1, 2)).save(tmp_path)
     policy = load_predictor(tmp_path).to(CUDA)
-    assert not any(map(marked, policy.photo_maps(torch.rand(3, 20, 33), ensemble=2).values()))
+    assert not any(map(marked, photo_maps(policy, torch.rand(3, 20, 33), ensemble=2).values()))
     assert diagnose(policy, 16, 2, n=2)["wild/depth/pairs"] >= 0
 
 
@@ -220,8 +228,8 @@ def test_a_pool_that_does_not_fit_stays_on_the_cpu(watch, monkeypatch):
 def test_consistency_rewards_read_maps_where_they_are(watch):
     cfg = parse(["--depth-normal", "1", "--shading", "1"])[1]
     pred = {m: torch.rand(2, 3, relations.MODALITIES[m].channels, 8, 8).to(CUDA) for m in NAMES}
-    found = list(rewards.consistency(pred, torch.rand(2, 3, 8, 8).to(CUDA), cfg))
-    assert [name for name, *_ in found] == ["depth_normal", "shading"] and all(marked(agree) for *_, agree in found)
+    found = [one for m in NAMES for one in consistency(pred, torch.rand(2, 3, 8, 8).to(CUDA), m, cfg)]
+    assert {name for name, *_ in found} == {"depth_normal", "shading"} and all(marked(agree) for *_, agree in found)
 
 
 def test_the_benchmark_keeps_to_the_gpu(watch, monkeypatch):

@@ -9,10 +9,10 @@ from PIL import Image
 
 import data
 import eval as evaluation
-from predictor import NAMES, times
+from command import run_command
 from questions import true_relations
+from relations import NAMES
 from report import compare_scores
-from runtime import run_command
 from scores import HEURISTICS, METRICS, PAIRS, eval_pairs, judge_scores, predict_maps, score_maps
 from watch import diagnose, drift
 
@@ -125,7 +125,10 @@ def test_evaluation_draws_the_same_noise_for_every_predictor(maps):
     class Echo(torch.nn.Linear):
         """A predictor whose maps are its noise."""
 
-        modalities, times = NAMES, staticmethod(times)
+        modalities = NAMES
+
+        def times(self, T):
+            return [1 - i / T for i in range(T)] + [0.0]
 
         def start(self, noise, T):
             return noise

@@ -12,19 +12,21 @@ import pytest
 import test_marigold
 import torch
 from expect import seeded
+from one_step import batch_of, explore, learn
 from safetensors.torch import load_file
 from test_train import TINY, log
 
 import data
-import grpo
 import relations
-import runtime
 import scenes
 from config import parse
-from grpo_step import Rows, explore, surrogate
+from copies import Networks, frozen_copy
+from dit import DiT, DiTConfig, flow_loss
 from mini_judge import MiniJudge, Probe, build_mini, judge_loss
-from predictor import NAMES, DiT, DiTConfig, flow_loss
-from train import companions
+from predictor import Transition
+from ranks import Draw, on_device
+from relations import NAMES
+from run import load_state_tensors, optimizers, state_tensors
 
 DEVICE = torch.device(os.environ.get("REASONX_TEST_DEVICE", "cuda"))
 ROOT = Path(__file__).resolve().parents[1]
@@ -131,7 +133,7 @@ def test_relations_and_pairs(m):
     pts = relations.sample_pairs(4, (32, 32), 200, seeded(3), mask=maps["mask"])
     here, there = relations.relation(maps[m], pts, m), relations.relation(maps[m].to(DEVICE), pts.to(DEVICE), m)
     assert (here == there.cpu()).float().mean() > 0.995 and len(here.unique()) > 1
-    drawn = relations.sample_pairs(4, (32, 32), 200, runtime.on_device(seeded(3), DEVICE), grid=4)
+    drawn = relations.sample_pairs(4, (32, 32), 200, on_device(seeded(3), DEVICE), grid=4)
     assert drawn.device.type == DEVICE.type and (drawn % 4 == 2).all() and drawn.min() >= 0 and drawn.max() < 32
     assert (drawn[..., 0, :] != drawn[..., 1, :]).any(-1).all()
 
@@ -143,36 +145,35 @@ def settings(flags=""):
 
 
 def rows_of(cfg, policy, device):
-    """The rows of a step: random photos and judgements."""
+    """The batch of a step: random photos and judgements."""
     pts = relations.sample_pairs(5, (32, 32), cfg.bank_pairs, seeded(4), grid=4)
-    return Rows(cfg, policy.modalities, torch.randint(256, (5, 3, 32, 32), generator=seeded(5)).byte(), pts,
-                torch.rand(5, cfg.bank_pairs, 4, generator=seeded(6)), cfg.batch, seeded(7), device)
+    return batch_of(cfg, policy, torch.randint(256, (5, 3, 32, 32), generator=seeded(5)).byte(), pts,
+                    torch.rand(5, cfg.bank_pairs, 4, generator=seeded(6)), seeded(7), device)
 
 
 def moved(x, device):
-    """A list of Steps or tensors on a device; the squares' sides stay on the CPU."""
+    """A list of transitions, or tensors, on a device; the squares' sides stay on the CPU."""
     if isinstance(x, list):
         return [moved(one, device) for one in x]
-    if isinstance(x, grpo.Step):
-        return grpo.Step(**{k: v.to(device) if torch.is_tensor(v) and k != "block" else v
-                            for k, v in vars(x).items()})
+    if isinstance(x, Transition):
+        return Transition(**{k: v.to(device) if torch.is_tensor(v) and k != "squares" else v
+                             for k, v in vars(x).items()})
     return x.to(device)
 
 
 @pytest.mark.parametrize("flags", ["", "--rollout full --tail 0 --credit global --modalities one", "--micro 3"])
 def test_the_surrogate_of_recorded_steps_and_its_gradients(flags):
     """The policy has moved since, so ratios are not 1 and the KL is not 0."""
-    cfg, policy, step = settings(flags), predictor_of_ours(), grpo.STEPS["flow"]
-    taken, advantage, _ = explore(policy, rows_of(cfg, policy, torch.device("cpu")), cfg, step, seeded(8))
-    ref = runtime.frozen_copy(policy)
+    cfg, policy = settings(flags), predictor_of_ours()
+    taken, advantage, _ = explore(policy, rows_of(cfg, policy, torch.device("cpu")), seeded(8))
+    ref = frozen_copy(policy)
     with torch.no_grad():
         for p in policy.parameters():
             p += 1e-3 * torch.randn(p.shape, generator=seeded(9))
 
     def run(policy, ref, device):
-        loss, stats = surrogate(policy, ref, rows_of(cfg, policy, device), moved(taken, device),
-                                moved(advantage, device), cfg, step, lambda loss: loss.backward())
-        return dict(loss=loss, **stats, **gradients(policy))
+        stats = learn(policy, ref, rows_of(cfg, policy, device), moved(taken, device), moved(advantage, device))
+        return dict(**stats, **gradients(policy))
     assert_alike(run, policy, ref, part=1e-3, floor=1e-6)                       # the loss: credits that cancel
 
 
@@ -182,13 +183,12 @@ def test_the_surrogate_of_recorded_steps_and_its_gradients(flags):
     "", "--rollout full --tail 0", "--checkpointing 1 --credit global", "--micro 3", "--modalities one",
     "--rollout window --stochastic 2 --tail 0 --micro 5 --checkpointing 1"])
 def test_the_ratio_is_exactly_one_in_bf16(flags):
-    cfg, policy, step = settings(f"{flags} --precision bf16"), predictor_of_ours().to(DEVICE), grpo.STEPS["flow"]
+    cfg, policy = settings(f"{flags} --precision bf16"), predictor_of_ours().to(DEVICE)
     policy.checkpointing(bool(cfg.checkpointing))
-    rows = rows_of(cfg, policy, DEVICE)
-    taken, advantage, _ = explore(policy, rows, cfg, step, seeded(8))
-    loss, stats = surrogate(policy, runtime.frozen_copy(policy), rows, taken, advantage, cfg, step,
-                            lambda loss: loss.backward())
-    assert stats["policy/ratio_min"] == stats["policy/ratio_max"] == 1 and loss.isfinite()
+    batch = rows_of(cfg, policy, DEVICE)
+    taken, advantage, _ = explore(policy, batch, seeded(8))
+    stats = learn(policy, frozen_copy(policy), batch, taken, advantage)
+    assert stats["policy/ratio_min"] == stats["policy/ratio_max"] == 1 and stats["loss"].isfinite()
     assert policy.head.weight.grad.abs().sum() > 0
 
 
@@ -203,11 +203,10 @@ def small_marigold():
 @pytest.mark.parametrize("make", [predictor_of_ours, small_marigold])
 def test_a_compiled_rollout_has_ratio_one_and_nearly_the_velocities_of_training(make):
     cfg, policy = settings("--precision bf16 --compile --replay 0"), make().to(DEVICE)
-    ref, _, actor = companions(policy, cfg, DEVICE)
-    step, rows = grpo.STEPS[policy.exploration], rows_of(cfg, policy, DEVICE)
-    taken, advantage, _ = explore(actor, rows, cfg, step, seeded(8))
-    loss, stats = surrogate(policy, ref, rows, taken, advantage, cfg, step, lambda loss: loss.backward(), anchor=True)
-    assert stats["policy/ratio_min"] == stats["policy/ratio_max"] == 1 and loss.isfinite()
+    nets, batch = Networks(lambda: policy, cfg, DEVICE), rows_of(cfg, policy, DEVICE)
+    taken, advantage, _ = explore(nets.actor, batch, seeded(8))
+    stats = learn(nets.policy, nets.reference, batch, taken, advantage, update=0)
+    assert stats["policy/ratio_min"] == stats["policy/ratio_max"] == 1 and stats["loss"].isfinite()
     assert stats["policy/gap"] < 0.05
 
 
@@ -219,38 +218,37 @@ def test_adamw_goes_on_from_a_checkpoint_of_weights_that_lie_channels_last():
             for p in conv.parameters():
                 p.copy_(torch.randn(p.shape, generator=seeded()))
         conv = conv.to(DEVICE, memory_format=torch.channels_last)
-        modules, opts = dict(policy=conv), runtime.optimizers([conv], 0.01, 0, 0.0)
+        modules, opts = dict(policy=conv), optimizers([conv], 0.01, 0, 0.0)
         for k in range(3):
             conv(torch.rand(2, 8, 5, 5, generator=seeded(k)).to(DEVICE)).square().sum().backward()
             opts[0].step()
             opts[0].zero_grad()
             if resumed:
-                runtime.unpack(runtime.pack(modules, opts), modules, opts)
+                load_state_tensors(state_tensors(modules, opts), modules, opts)
         ends.append(conv.weight)
     assert torch.equal(*ends)
 
 
 def test_the_ratio_of_marigold_is_exactly_one_in_bf16():
     policy = small_marigold().to(DEVICE)
-    cfg, step = settings("--precision bf16 --checkpointing 1 --replay 0"), grpo.STEPS[policy.exploration]
+    cfg = settings("--precision bf16 --checkpointing 1 --replay 0")
     policy.checkpointing(True)
-    rows = rows_of(cfg, policy, DEVICE)
-    taken, advantage, _ = explore(policy, rows, cfg, step, seeded(8))
-    _, stats = surrogate(policy, runtime.frozen_copy(policy), rows, taken, advantage, cfg, step,
-                         lambda loss: loss.backward())
+    batch = rows_of(cfg, policy, DEVICE)
+    taken, advantage, _ = explore(policy, batch, seeded(8))
+    stats = learn(policy, frozen_copy(policy), batch, taken, advantage)
     assert stats["policy/ratio_min"] == stats["policy/ratio_max"] == 1
 
 
 def test_portions_give_the_loss_and_gradients_of_the_whole():
-    cfg, policy, step = settings(), predictor_of_ours().to(DEVICE), grpo.STEPS["flow"]
-    rows = rows_of(cfg, policy, DEVICE)
-    taken, advantage, _ = explore(policy, rows, cfg, step, seeded(8))
-    ref, found = runtime.frozen_copy(policy), []
+    cfg, policy = settings(), predictor_of_ours().to(DEVICE)
+    batch = rows_of(cfg, policy, DEVICE)
+    taken, advantage, _ = explore(policy, batch, seeded(8))
+    ref, found = frozen_copy(policy), []
     for micro in (0, 3):
-        rows.micro = micro
+        cfg.micro = micro
         policy.zero_grad(set_to_none=True)
-        loss, _ = surrogate(policy, ref, rows, taken, advantage, cfg, step, lambda loss: loss.backward())
-        found.append(dict(loss=loss, **gradients(policy)))
+        stats = learn(policy, ref, batch, taken, advantage)
+        found.append(dict(loss=stats["loss"], **gradients(policy)))
     assert_close(*found, part=1e-3, floor=1e-6)
 
 
@@ -259,10 +257,10 @@ def test_losses_draw_their_numbers_on_the_gpu_and_alike_each_time():
     judge, probe = build_mini(sizes, seeded()).to(DEVICE), Probe(sizes, seeded(1)).to(DEVICE)
     maps = data.ScenePool("broad", "train", 4, 32, device=DEVICE).pick(torch.arange(4), DEVICE)
     policy = predictor_of_ours().to(DEVICE)
-    first, second = ([flow_loss(policy, maps, NAMES, seeded(k)), judge_loss(judge, probe, maps, True, seeded(k))[0]]
-                     for k in (1, 1))
+    first, second = ([flow_loss(policy, maps, NAMES, Draw(seeded(k), 4)),
+                      judge_loss(judge, probe, maps, True, Draw(seeded(k), 4))[0]] for k in (1, 1))
     assert all(torch.equal(a, b) and a.isfinite() for a, b in zip(first, second, strict=True))
-    assert flow_loss(policy, maps, NAMES, seeded(2)) != first[0]
+    assert flow_loss(policy, maps, NAMES, Draw(seeded(2), 4)) != first[0]
 
 
 # whole runs -------------------------------------------------------------------------------------------------------
@@ -293,7 +291,10 @@ def test_two_deterministic_runs_and_a_resumed_one_give_the_same_bits(tmp_path):
     a, b, c = (results(tmp_path / name) for name in "abc")
     assert a.keys() == b.keys() > c.keys() and any(k.startswith("grpo/") for k in c)
     assert [k for k in a if not torch.equal(a[k], b[k])] == [] == [k for k in c if not torch.equal(a[k], c[k])]
-    plain = lambda rows: [{k: v for k, v in r.items() if k not in ("seconds", "time/step")} for r in rows]  # noqa: E731
+
+    def plain(rows):
+        return [{k: v for k, v in r.items() if k not in ("seconds", "time/step")} for r in rows]
+
     assert plain(log(tmp_path / "a" / "grpo")) == plain(log(tmp_path / "b" / "grpo")) == plain(
         log(tmp_path / "c" / "grpo"))
     assert all(r["policy/ratio_min"] == r["policy/ratio_max"] == 1 for r in log(tmp_path / "a" / "grpo"))

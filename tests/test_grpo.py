@@ -6,11 +6,15 @@ import math
 
 import pytest
 import torch
+from formulas import STEPS, flow_eta_step, gaussian_kl, log_prob
 from torch import nn
 
 import grpo
-from grpo import STEPS, clipped_loss, ddim_sde_step, flow_eta_step, flow_sde_step, group_advantage
+import predictor
+from grpo import clipped_loss, group_advantage
 from kernels.pair_credit import pair_credit
+from predictor import COEFFICIENTS, Transition, ddim_sde_step, flow_sde_step, plan_walk, rollout
+from ranks import Draw
 
 DOUBLE = torch.float64
 TIGHT = dict(rtol=1e-12, atol=1e-13)         # fp64, ten to twenty operations on numbers of order one
@@ -301,12 +305,12 @@ def test_log_prob_is_torchs_normal_averaged_over_elements(per_image):
     x, mean, _ = states()
     std = torch.tensor([0.3, 1.7], dtype=DOUBLE) if per_image else torch.tensor(0.3, dtype=DOUBLE)
     law = torch.distributions.Normal(mean, std.reshape(-1, 1, 1, 1))
-    torch.testing.assert_close(grpo.log_prob(x, mean, std), law.log_prob(x).flatten(1).mean(1), **TIGHT)
+    torch.testing.assert_close(log_prob(x, mean, std), law.log_prob(x).flatten(1).mean(1), **TIGHT)
 
 
 def test_log_prob_of_half_precision_states_is_fp32():
     x, mean, _ = (z.bfloat16() for z in states(dtype=torch.float32))
-    assert grpo.log_prob(x, mean, torch.tensor(0.5)).dtype == torch.float32
+    assert log_prob(x, mean, torch.tensor(0.5)).dtype == torch.float32
 
 
 @every_step
@@ -317,7 +321,7 @@ def test_the_log_ratio_identity(name):
     t, s = 0.6, 0.5
     x_next, mean, std = STEPS[name](x, v, t, s, NOISE, eps)
     mean_new = STEPS[name](x, v + d, t, s, NOISE, eps)[1]
-    got = grpo.log_prob(x_next, mean_new, std) - grpo.log_prob(x_next, mean, std)
+    got = log_prob(x_next, mean_new, std) - log_prob(x_next, mean, std)
     one = torch.ones(1, 1, dtype=DOUBLE)
     slope = (STEPS[name](0 * one, one, t, s, NOISE, one)[1] - STEPS[name](0 * one, 0 * one, t, s, NOISE, one)[1]).item()
     if name == "flow":
@@ -332,7 +336,7 @@ def test_gaussian_kl_is_torchs_kl_averaged_over_elements(per_image):
     std = torch.tensor([0.3, 1.7], dtype=DOUBLE) if per_image else torch.tensor(0.3, dtype=DOUBLE)
     law, law_ref = (torch.distributions.Normal(m, std.reshape(-1, 1, 1, 1)) for m in (mean, ref))
     want = torch.distributions.kl_divergence(law, law_ref).flatten(1).mean(1)
-    torch.testing.assert_close(grpo.gaussian_kl(mean, ref, std), want, **TIGHT)
+    torch.testing.assert_close(gaussian_kl(mean, ref, std), want, **TIGHT)
 
 
 @pytest.mark.parametrize("t, s", [(1.0, 0.9), (0.6, 0.5), (0.2, 0.1)])
@@ -342,12 +346,12 @@ def test_the_kl_of_a_step_is_half_k_squared_times_the_squared_velocity_differenc
     (_, mean, std), (_, mean_ref, _) = (flow_sde_step(x, u, t, s, NOISE, eps) for u in (v, v_ref))
     k = (s - t) * (1 if t == 1 else 1 + NOISE**2 / 2) / std
     want = (k**2 / 2 * (v - v_ref).square()).flatten(1).mean(1)
-    torch.testing.assert_close(grpo.gaussian_kl(mean, mean_ref, std), want, rtol=1e-10, atol=1e-13)
+    torch.testing.assert_close(gaussian_kl(mean, mean_ref, std), want, rtol=1e-10, atol=1e-13)
 
 
 def test_the_kl_of_equal_means_is_zero():
     mean = normal(2, 3)
-    assert (grpo.gaussian_kl(mean, mean.clone(), torch.tensor(0.2)) == 0).all()
+    assert (gaussian_kl(mean, mean.clone(), torch.tensor(0.2)) == 0).all()
 
 
 # Advantage ------------------------------------------------------------------------------------------------------
@@ -463,7 +467,7 @@ def test_the_gradient_is_the_policy_gradient_of_the_expected_reward(baseline):
     share = 1.0
     if baseline == "group":
         reward, share = group_advantage(reward.view(-1, G), "none").flatten(), 1 - 1 / G
-    logp = grpo.log_prob(x, mean, std)
+    logp = log_prob(x, mean, std)
     clipped_loss(logp, logp.detach(), reward, 1e-4).backward()
     terms = -n * mean.grad[:, 0]                                                # one unbiased estimate each
     error = terms.view(-1, G).mean(1).std().item() / math.sqrt(n / G)           # groups are independent
@@ -489,13 +493,14 @@ def taken_step(name="flow", R=2, K=4, dtype=DOUBLE):
     """A step of R rows with K samples each, and its velocity with gradient."""
     x, v = normal(R, 3, H, W, seed=1, dtype=dtype), normal(R, 3, H, W, seed=2, dtype=dtype)
     eps = normal(K, R, 3, H, W, seed=3, dtype=dtype)
-    x_next, mean, std = STEPS[name](x, v, 0.6, 0.5, NOISE, eps)
+    x_next, mean, _ = STEPS[name](x, v, 0.6, 0.5, NOISE, eps)
     white = torch.ones(R, dtype=torch.int64)
-    return grpo.Step(0.6, 0.5, x, x_next.transpose(0, 1), mean, std, v.clone(), white), v.requires_grad_()
+    coefficients = COEFFICIENTS[name](0.6, 0.5, NOISE)
+    return Transition(0.6, 0.5, *coefficients, x, x_next.transpose(0, 1), mean, v.clone(), white), v.requires_grad_()
 
 
 def gradient(v, taken, advantage, name="flow", kl_weight=0.0):
-    loss, _ = grpo.step_loss(v, v.detach() + 0.1, taken, STEPS[name], NOISE, advantage, 1e-4, kl_weight)
+    loss, _ = grpo.step_loss(v, v.detach() + 0.1, taken, advantage, 1e-4, kl_weight)
     return torch.autograd.grad(loss, v)[0]
 
 
@@ -600,9 +605,14 @@ def roll(net, mode, name, R=2, noise=NOISE, seed=0, group=GROUP, tail=0, starts=
     cond = torch.arange(R).float()
     x = normal(R, 3, 6, 7, seed=11, dtype=torch.float32)
     x = x if starts == 1 else normal(R, starts, 3, 6, 7, seed=12, dtype=torch.float32)
-    rng = generator(seed)
-    return grpo.rollout(lambda x, t: net(x, t, cond), x, GRID, group, STOCHASTIC[mode], STEPS[name], noise, rng,
-                        tail, torch.full((R,), block)), x, cond
+    draw = Draw(generator(seed), R)
+    plan = plan_walk(GRID, STOCHASTIC[mode], name, noise, draw, tail)
+    return rollout(lambda x, t: net(x, t, cond), x, plan, group, normal_of(draw), torch.full((R,), block)), x, cond
+
+
+def normal_of(draw):
+    """Standard normal numbers of the states of a rollout."""
+    return lambda shape: torch.randn(shape, generator=draw.rng)
 
 
 def ode(net, x, cond):
@@ -625,7 +635,7 @@ def test_before_the_first_update_every_ratio_is_exactly_one(mode, name, R, credi
         v = net(taken.x, taken.t, cond)
         shape = taken.x_next.shape[:2]
         advantage = torch.ones(*shape, 6, 7) if credit == "pixel" else torch.ones(shape)
-        loss, stats = grpo.step_loss(v, v.detach(), taken, STEPS[name], NOISE, advantage, 1e-4, 0.0)
+        loss, stats = grpo.step_loss(v, v.detach(), taken, advantage, 1e-4, 0.0)
         assert v.requires_grad and loss.requires_grad
         assert (stats["ratio_min"], stats["ratio_max"], stats["clip_frac"], stats["kl"]) == (1.0, 1.0, 0.0, 0.0)
 
@@ -638,13 +648,12 @@ def test_a_policy_that_rounds_otherwise_can_be_taken_for_the_one_that_acted(name
     (_, steps), _, cond = roll(net, "branch", name, 2, block=block)
     taken = steps[0]
     v = net(taken.x, taken.t, cond) * 1.01
-    off = grpo.step_loss(v, v.detach(), taken, STEPS[name], NOISE, torch.ones(2, GROUP), 1e-4, 0.0)[1]
-    again = grpo.acted(taken, v.detach(), STEPS[name], NOISE)
-    stats = grpo.step_loss(v, v.detach(), again, STEPS[name], NOISE, torch.ones(2, GROUP), 1e-4, 0.0)[1]
+    off = grpo.step_loss(v, v.detach(), taken, torch.ones(2, GROUP), 1e-4, 0.0)[1]
+    again = taken.drawn_by(v.detach())
+    stats = grpo.step_loss(v, v.detach(), again, torch.ones(2, GROUP), 1e-4, 0.0)[1]
     assert off["ratio_min"] != 1 and stats["ratio_min"] == stats["ratio_max"] == 1
     assert torch.equal(again.x_next, taken.x_next) and torch.equal(again.x, taken.x)
-    A, B, _ = grpo.coefficients(STEPS[name], taken.t, taken.s, NOISE)
-    torch.testing.assert_close(again.mean, (A * taken.x + B * v).detach())
+    torch.testing.assert_close(again.mean, (taken.A * taken.x + taken.B * v).detach())
 
 
 @every_rollout
@@ -756,7 +765,7 @@ def test_block_noise_is_one_number_per_square_and_the_first_ratio_is_exactly_one
         v = net(taken.x, taken.t, cond)
         shape = taken.x_next.shape[:2]
         advantage = torch.ones(*shape, 6, 7) if credit == "pixel" else torch.ones(shape)
-        _, stats = grpo.step_loss(v, v.detach(), taken, STEPS[name], NOISE, advantage, 1e-4, 0.0)
+        _, stats = grpo.step_loss(v, v.detach(), taken, advantage, 1e-4, 0.0)
         assert (stats["ratio_min"], stats["ratio_max"], stats["clip_frac"], stats["kl"]) == (1.0, 1.0, 0.0, 0.0)
 
 
@@ -765,11 +774,11 @@ def test_the_ratio_of_block_noise_is_that_of_the_densities_of_the_squares_means(
     net = Net()
     (_, [taken]), _, cond = roll(net, "branch", name, block=3)
     v = (net(taken.x, taken.t, cond) + 0.05 * normal(2, 3, 6, 7, seed=5, dtype=torch.float32)).detach()
-    stats = grpo.step_loss(v, v, taken, STEPS[name], NOISE, torch.ones(2, GROUP), 1e-4, 0.0)[1]
+    stats = grpo.step_loss(v, v, taken, torch.ones(2, GROUP), 1e-4, 0.0)[1]
     moved = STEPS[name](taken.x, v, taken.t, taken.s, NOISE, torch.zeros_like(v))[1]
     means = [torch.stack([z[..., i:i + 3, j:j + 3].double().mean((-2, -1)) for i in (0, 3) for j in (0, 3, 6)], -1)
              for z in (taken.x_next, moved[:, None], taken.mean[:, None])]
-    density = [torch.distributions.Normal(m, float(taken.std)).log_prob(means[0]).flatten(2).mean(2) for m in means[1:]]
+    density = [torch.distributions.Normal(m, taken.std).log_prob(means[0]).flatten(2).mean(2) for m in means[1:]]
     ratio = (density[0] - density[1]).exp()
     assert stats["ratio_min"].item() == pytest.approx(ratio.min().item(), rel=1e-4)
     assert stats["ratio_max"].item() == pytest.approx(ratio.max().item(), rel=1e-4)
@@ -779,8 +788,9 @@ def test_the_ratio_of_block_noise_is_that_of_the_densities_of_the_squares_means(
 def test_each_row_has_the_squares_it_asked_for_and_their_share_of_the_loss(mode):
     net, cond = Net(), torch.arange(3.0)
     block, x = torch.tensor([1, 2, 3]), normal(3, 3, 6, 6, seed=11, dtype=torch.float32)
-    _, steps = grpo.rollout(lambda x, t: net(x, t, cond), x, GRID, GROUP, STOCHASTIC[mode], STEPS["flow"], NOISE,
-                            generator(), block=block)
+    draw = Draw(generator(), 3)
+    plan = plan_walk(GRID, STOCHASTIC[mode], "flow", NOISE, draw)
+    _, steps = rollout(lambda x, t: net(x, t, cond), x, plan, GROUP, normal_of(draw), block)
     for taken in steps:
         noise = (taken.x_next - taken.mean[:, None]).flatten(0, 1).unflatten(0, (3, GROUP))
         distinct = [len(noise[r, 0, 0].div(1e-4).round().unique()) for r in range(3)]
@@ -788,15 +798,15 @@ def test_each_row_has_the_squares_it_asked_for_and_their_share_of_the_loss(mode)
         v = net(taken.x, taken.t, cond).detach()
         moved = v + 0.01 * torch.randn(v.shape, generator=generator(5))
         advantage = torch.randn(taken.x_next.shape[:2], generator=generator(6))
-        whole = grpo.step_loss(moved, v, taken, STEPS["flow"], NOISE, advantage, 10.0, 0.0)[0]
-        parts = [grpo.step_loss(moved[r:r + 1], v[r:r + 1], taken.rows(torch.tensor([r])), STEPS["flow"], NOISE,
+        whole = grpo.step_loss(moved, v, taken, advantage, 10.0, 0.0)[0]
+        parts = [grpo.step_loss(moved[r:r + 1], v[r:r + 1], taken.rows(torch.tensor([r])),
                                 advantage[r:r + 1], 10.0, 0.0)[0] for r in range(len(v))]
         torch.testing.assert_close(whole, torch.stack(parts).mean(), rtol=1e-4, atol=1e-6)
 
 
 def test_block_noise_has_unit_variance_in_whole_and_in_cut_squares():
     white = torch.randn(3, 4000, 1, 5, 4, generator=generator())
-    eps = grpo.in_squares(white, torch.tensor([1, 2, 4]))
+    eps = predictor.fill_squares(white, torch.tensor([1, 2, 4]))
     torch.testing.assert_close(eps.square().mean((1, 2)), torch.ones(3, 5, 4), rtol=0, atol=0.15)
     assert torch.equal(eps[0], white[0]) and (eps[2, :, :, :4] == eps[2, :, :, :1, :1]).all()
     assert (eps[1, :, :, ::2, ::2] == eps[1, :, :, ::2, 1::2]).all()
@@ -808,20 +818,30 @@ def test_the_kl_of_block_noise_holds_the_fine_part_of_the_velocity_too():
     (_, [taken]), _, cond = roll(net, "branch", "flow", block=2)
     v = net(taken.x, taken.t, cond).detach()
     fine = v + torch.tensor([1.0, -1.0]).repeat(4)[:7] * torch.tensor([1.0, -1.0]).repeat(3)[:, None]
-    assert grpo.block_means(fine[..., :6, :6] - v[..., :6, :6], 2).abs().max() < 1e-6
+    assert predictor.square_means(fine[..., :6, :6] - v[..., :6, :6], 2).abs().max() < 1e-6
     white = roll(net, "branch", "flow")[0][1][0]
-    want = grpo.gaussian_kl(*(grpo.coefficients(STEPS["flow"], taken.t, taken.s, NOISE)[1] * z for z in (fine, v)),
-                            taken.std).mean()
+    want = gaussian_kl(taken.B * fine, taken.B * v, taken.std).mean()
     for one in (taken, white):
-        one.t, one.s, one.std = taken.t, taken.s, taken.std
-        stats = grpo.step_loss(fine, v, one, STEPS["flow"], NOISE, torch.zeros(2, GROUP), 1e-4, 0.0)[1]
+        one.A, one.B, one.std = taken.A, taken.B, taken.std
+        stats = grpo.step_loss(fine, v, one, torch.zeros(2, GROUP), 1e-4, 0.0)[1]
         torch.testing.assert_close(stats["kl"], want, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("count", [0, T, -1])
 def test_a_number_of_stochastic_steps_that_the_grid_has_not_is_refused(count):
     with pytest.raises(ValueError, match=f"got {count} stochastic of {T} steps; want 1 to T - 1"):
-        grpo.rollout(lambda x, t: x, torch.zeros(1, 3, 4, 4), GRID, 2, count, STEPS["flow"], NOISE, generator())
+        plan_walk(GRID, count, "flow", NOISE, Draw(generator(), 1))
+
+
+def test_a_plan_may_have_one_noisy_step_and_must_have_at_least_one():
+    """One step from a photo to its map: mean f, so A = 0, B = 1, and nothing after it."""
+    mean = normal(2, 3, 4, 4, dtype=torch.float32)
+    x0, [step] = rollout(lambda x, t: mean, torch.zeros_like(mean), [predictor.Leg(1.0, 0.0, 0.0, 1.0, 0.1)], GROUP,
+                         normal_of(Draw(generator(), 2)))
+    assert torch.equal(step.mean, mean) and torch.equal(x0, step.x_next) and x0.shape == (2, GROUP, 3, 4, 4)
+    assert (x0 - mean[:, None]).std().item() == pytest.approx(0.1, rel=0.1)
+    with pytest.raises(ValueError, match="got a plan of 1 deterministic steps; want at least one noisy"):
+        rollout(lambda x, t: x, mean, [predictor.Leg(1.0, 0.0, 1.0, -1.0, 0.0)], GROUP, None)
 
 
 @every_rollout
@@ -837,9 +857,12 @@ def test_samples_of_a_group_differ(mode, name):
 def test_every_sample_sees_the_condition_of_its_own_row(mode):
     """v = -cond: each ODE or SDE mean moves a row by its own condition, whatever the order of the group."""
     cond = torch.tensor([0.0, 100.0, 200.0])
-    velocity = lambda x, t: -cond.repeat_interleave(len(x) // 3)[:, None, None, None].expand_as(x)  # noqa: E731
-    x0, _ = grpo.rollout(velocity, torch.zeros(3, 1, 4, 4), GRID, 4, STOCHASTIC[mode], STEPS["flow"], 1e-12,
-                         generator())
+    def velocity(x, t):
+        return -cond.repeat_interleave(len(x) // 3)[:, None, None, None].expand_as(x)
+
+    draw = Draw(generator(), 3)
+    plan = plan_walk(GRID, STOCHASTIC[mode], "flow", 1e-12, draw)
+    x0, _ = rollout(velocity, torch.zeros(3, 1, 4, 4), plan, 4, normal_of(draw))
     torch.testing.assert_close(x0, cond[:, None, None, None, None].expand_as(x0), rtol=1e-5, atol=1e-5)
 
 
@@ -859,9 +882,9 @@ def test_a_rollout_keeps_no_graph(mode):
 def test_the_loss_of_a_step_adds_the_weighted_kl_to_the_reference():
     taken, v = taken_step()
     v_ref = v.detach() + 0.1
-    loss, stats = grpo.step_loss(v, v_ref, taken, STEPS["flow"], NOISE, torch.zeros(2, 4, dtype=DOUBLE), 1e-4, 3.0)
+    loss, stats = grpo.step_loss(v, v_ref, taken, torch.zeros(2, 4, dtype=DOUBLE), 1e-4, 3.0)
     mean_ref = flow_sde_step(taken.x, v_ref, taken.t, taken.s, NOISE, torch.zeros_like(taken.x))[1]
-    want = grpo.gaussian_kl(taken.mean, mean_ref, taken.std).mean()
+    want = gaussian_kl(taken.mean, mean_ref, taken.std).mean()
     torch.testing.assert_close(stats["kl"], want, **TIGHT)
     torch.testing.assert_close(loss.detach(), 3 * want, **TIGHT)
 
@@ -877,10 +900,10 @@ def test_clip_frac_is_the_share_of_ratios_outside_the_clip_range():
     taken, v = taken_step()
     moved = (v.detach() + 0.5 * normal(*v.shape, seed=7)).requires_grad_()
     mean = flow_sde_step(taken.x, moved, taken.t, taken.s, NOISE, torch.zeros_like(moved))[1].detach()
-    ratio = torch.stack([(grpo.log_prob(taken.x_next[:, k], mean, taken.std)
-                          - grpo.log_prob(taken.x_next[:, k], taken.mean, taken.std)).exp() for k in range(4)])
-    clip = (ratio - 1).abs().median().item()
-    stats = grpo.step_loss(moved, v.detach(), taken, STEPS["flow"], NOISE, torch.ones(2, 4, dtype=DOUBLE), clip, 0.0)[1]
+    ratio = torch.stack([(log_prob(taken.x_next[:, k], mean, taken.std)
+                          - log_prob(taken.x_next[:, k], taken.mean, taken.std)).exp() for k in range(4)])
+    clip = (ratio - 1).abs().median().item() * (1 + 1e-9)                       # between two ratios, not at one
+    stats = grpo.step_loss(moved, v.detach(), taken, torch.ones(2, 4, dtype=DOUBLE), clip, 0.0)[1]
     assert stats["clip_frac"].item() == pytest.approx(((ratio - 1).abs() > clip).double().mean().item())
     assert stats["ratio_min"].item() == pytest.approx(ratio.min().item())
     assert stats["ratio_max"].item() == pytest.approx(ratio.max().item())
@@ -897,7 +920,7 @@ def test_a_good_sample_pulls_the_mean_toward_itself():
 def test_no_gradient_flows_into_the_reference():
     taken, v = taken_step()
     v_ref = (v.detach() + 0.1).requires_grad_()
-    grpo.step_loss(v, v_ref, taken, STEPS["flow"], NOISE, torch.ones(2, 4, dtype=DOUBLE), 1e-4, 1.0)[0].backward()
+    grpo.step_loss(v, v_ref, taken, torch.ones(2, 4, dtype=DOUBLE), 1e-4, 1.0)[0].backward()
     assert v.grad.abs().max() > 0 and v_ref.grad is None
 
 
@@ -944,8 +967,9 @@ def train_toy(credit, mode, name, sign, updates=40, block=1):
     history = []
     for i in range(updates):
         x = torch.randn(1, 1, TOY, TOY, generator=rng)
-        x0, steps = grpo.rollout(lambda x, t: net(x), x, times(4), 8, {**STOCHASTIC, "full": 3}[mode], STEPS[name],
-                                 NOISE, rng, block=torch.tensor([1 + i % block]))
+        draw = Draw(rng, 1)
+        plan = plan_walk(times(4), {**STOCHASTIC, "full": 3}[mode], name, NOISE, draw)
+        x0, steps = rollout(lambda x, t: net(x), x, plan, 8, normal_of(draw), torch.tensor([1 + i % block]))
         if credit == "brightness":
             reward = x0.mean((-3, -2, -1))
             advantage = group_advantage(reward)
@@ -961,7 +985,7 @@ def train_toy(credit, mode, name, sign, updates=40, block=1):
         for taken in steps:
             each = advantage if len(taken.x) == 1 else advantage.flatten(0, 1)[:, None]
             v = net(taken.x)
-            loss = loss + grpo.step_loss(v, v.detach(), taken, STEPS[name], NOISE, each, 0.1, 0.0)[0] / len(steps)
+            loss = loss + grpo.step_loss(v, v.detach(), taken, each, 0.1, 0.0)[0] / len(steps)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -982,5 +1006,5 @@ def test_training_raises_the_reward_and_with_the_sign_flipped_lowers_it(credit, 
 def test_the_standard_deviation_may_be_a_number_or_one_a_row(std):
     x, mean, other = torch.randn(3, 2, 3, 4, 4, generator=generator())
     want = torch.distributions.Normal(mean, 0.3).log_prob(x).flatten(1).mean(1)
-    torch.testing.assert_close(grpo.log_prob(x, mean, std), want)
-    torch.testing.assert_close(grpo.gaussian_kl(mean, other, std), (mean - other).square().flatten(1).mean(1) / 0.18)
+    torch.testing.assert_close(log_prob(x, mean, std), want)
+    torch.testing.assert_close(gaussian_kl(mean, other, std), (mean - other).square().flatten(1).mean(1) / 0.18)

@@ -1,12 +1,14 @@
 """Fused exploration step, log-ratio and KL against their definitions, interpreted on a CPU."""
 import pytest
 import torch
+from formulas import STEPS, log_prob, log_prob_map
 
 import grpo
 import kernels
 from kernels import log_ratio as lr
 from kernels import sde_step as ss
-from kernels.step_logprob import step_logprob_map_ref, step_logprob_ref
+from predictor import COEFFICIENTS, plan_walk, rollout
+from ranks import Draw
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 A, B, STD = 0.83, -0.21, 0.37
@@ -61,7 +63,8 @@ def test_log_ratio_is_the_difference_of_two_log_densities_and_kl_is_torchs(trito
     kernels.use(mode)
     x_next, x, v, mean_old, v_ref = case(dtype=torch.float64)
     ratio, kl = lr.log_ratio_kl(x_next, x, v, mean_old, v_ref, A, B, STD, per_pixel)
-    std, density = torch.tensor(STD, dtype=torch.float64), step_logprob_map_ref if per_pixel else step_logprob_ref
+    std = torch.tensor(STD, dtype=torch.float64)
+    density = log_prob_map if per_pixel else log_prob
     for k in range(x_next.shape[1]):
         want = density(x_next[:, k], A * x + B * v, std) - density(x_next[:, k], mean_old, std)
         torch.testing.assert_close(ratio[:, k], want, rtol=1e-12, atol=1e-12)
@@ -140,20 +143,10 @@ def test_no_rows(triton_path, per_pixel):
 def test_step_equals_ref(triton_path, dtype, shape):
     eps, x, v, *_ = case(shape, dtype)
     eps = eps.transpose(0, 1).contiguous().transpose(0, 1)                       # as drawn: samples first
-    got, want = (fn(x, v, eps, A, B, STD, logp=True) for fn in (ss.sde_step, ss.sde_step_ref))
-    for name, g, w in zip(("x_next", "mean", "logp"), got, want, strict=True):
+    got, want = (fn(x, v, eps, A, B, STD) for fn in (ss.sde_step, ss.sde_step_ref))
+    for name, g, w in zip(("x_next", "mean"), got, want, strict=True):
         assert (g.dtype, g.shape) == (w.dtype, w.shape), name
         torch.testing.assert_close(g, w, rtol=0, atol=1e-14 if dtype == torch.float64 else 2e-6, msg=name)
-    assert ss.sde_step(x, v, eps, A, B, STD)[2] is None
-
-
-@pytest.mark.parametrize("mode", ["triton", "torch"])
-def test_the_density_of_a_draw_is_torchs(triton_path, mode):
-    kernels.use(mode)
-    eps, x, v, *_ = case(dtype=torch.float64)
-    x_next, mean, logp = ss.sde_step(x, v, eps, A, B, STD, logp=True)
-    want = torch.distributions.Normal(mean[:, None], STD).log_prob(x_next).flatten(2).mean(2)
-    torch.testing.assert_close(logp, want, rtol=1e-12, atol=0)
 
 
 def test_a_step_that_wants_a_gradient_has_one(triton_path):
@@ -165,7 +158,7 @@ def test_a_step_that_wants_a_gradient_has_one(triton_path):
 def test_step_same_bits_in_two_runs_and_inputs_unwritten(triton_path):
     eps, x, v, *_ = case(SHAPES[1])
     before = eps.clone(), x.clone(), v.clone()
-    first, second = (ss.sde_step(x, v, eps, A, B, STD, logp=True) for _ in range(2))
+    first, second = (ss.sde_step(x, v, eps, A, B, STD) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert all(torch.equal(a, b) for a, b in zip((eps, x, v), before, strict=True))
 
@@ -174,23 +167,23 @@ def test_step_same_bits_in_two_runs_and_inputs_unwritten(triton_path):
 
 @per_pixel
 @pytest.mark.parametrize("mode", ["triton", "torch"])
-@pytest.mark.parametrize("name", grpo.STEPS)
+@pytest.mark.parametrize("name", COEFFICIENTS)
 @pytest.mark.parametrize("t, s", [(1.0, 0.9), (0.6, 0.5), (0.3, 0.1)])
 def test_a_policy_that_did_not_change_has_a_log_ratio_of_exactly_zero(triton_path, per_pixel, mode, name, t, s):
     kernels.use(mode)
     eps, x, v, *_ = case(SHAPES[1])
-    a, b, std = grpo.coefficients(grpo.STEPS[name], t, s, 0.7)
-    x_next, mean, _ = ss.sde_step(x, v, eps, a, b, std)
+    a, b, std = COEFFICIENTS[name](t, s, 0.7)
+    x_next, mean = ss.sde_step(x, v, eps, a, b, std)
     ratio, kl = lr.log_ratio_kl(x_next, x, v, mean, v.clone(), a, b, std, per_pixel)
     assert (ratio == 0).all() and (kl == 0).all()
 
 
-@pytest.mark.parametrize("name", grpo.STEPS)
+@pytest.mark.parametrize("name", COEFFICIENTS)
 @pytest.mark.parametrize("t, s", [(1.0, 0.9), (0.6, 0.5), (0.3, 0.1)])
 def test_the_coefficients_reproduce_the_step(name, t, s):
     eps, x, v, *_ = case((1, 1, 2, 5, 7), torch.float64)
-    a, b, std = grpo.coefficients(grpo.STEPS[name], t, s, 0.7)
-    got, want = ss.sde_step(x, v, eps, a, b, std), grpo.STEPS[name](x, v, t, s, 0.7, eps[:, 0])
+    a, b, std = COEFFICIENTS[name](t, s, 0.7)
+    got, want = ss.sde_step(x, v, eps, a, b, std), STEPS[name](x, v, t, s, 0.7, eps[:, 0])
     torch.testing.assert_close(got[0][:, 0], want[0], rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(got[1], want[1], rtol=1e-12, atol=1e-14)
     assert std == want[2].item()
@@ -199,16 +192,19 @@ def test_the_coefficients_reproduce_the_step(name, t, s):
 @pytest.mark.parametrize("stochastic", [2, 1], ids=["full", "branch"])
 def test_rollout_and_loss_are_the_same_on_both_paths_and_the_first_ratio_is_one(triton_path, stochastic):
     """fp32 states through three steps: rounding of fma against product and sum."""
-    net = lambda x, t: torch.tanh(x.roll(1, -1)) * (0.5 + t)                     # noqa: E731
+    def net(x, t):
+        return torch.tanh(x.roll(1, -1)) * (0.5 + t)
+
     x, results = torch.randn(2, 2, 5, 7, generator=torch.Generator().manual_seed(0)).to(DEVICE), []
     for path in ("triton", "torch"):
         kernels.use(path)
-        x0, steps = grpo.rollout(net, x, [1.0, 0.75, 0.5, 0.0], 3, stochastic, grpo.STEPS["flow"], 0.7,
-                                 torch.Generator().manual_seed(1))
+        draw = Draw(torch.Generator().manual_seed(1), 2)
+        plan = plan_walk([1.0, 0.75, 0.5, 0.0], stochastic, "flow", 0.7, draw)
+        x0, steps = rollout(net, x, plan, 3, lambda shape, draw=draw: torch.randn(shape, generator=draw.rng))
         taken = steps[-1]
         v = net(taken.x, taken.t).requires_grad_()
         credit = torch.linspace(-1, 1, taken.x_next[:, :, 0].numel(), device=DEVICE).view_as(taken.x_next[:, :, 0])
-        loss, stats = grpo.step_loss(v, v.detach() + 0.1, taken, grpo.STEPS["flow"], 0.7, credit, 0.1, 0.5)
+        loss, stats = grpo.step_loss(v, v.detach() + 0.1, taken, credit, 0.1, 0.5)
         assert stats["ratio_min"] == stats["ratio_max"] == 1 and stats["clip_frac"] == 0
         results.append((x0, loss, torch.autograd.grad(loss, v)[0]))
     for got, want in zip(*results, strict=True):

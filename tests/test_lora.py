@@ -353,7 +353,7 @@ def test_a_rank_that_contradicts_the_config_is_refused(folder):
 
 
 def test_a_frozen_copy_with_adapters_off_shares_the_base_and_is_it(x):
-    from runtime import frozen_copy
+    from copies import frozen_copy
     net = adapted()
     ref = frozen_copy(net)
     lora.disable(ref)

@@ -11,26 +11,28 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import one_step
 import pytest
 import torch
 from expect import edit, refused, seeded
+from formulas import log_prob
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import config
 import files
 import grpo
-import grpo_step
 import lora
 import marigold
 import predictor
-import rewards
-import runtime
 import sd2
 import train
+from command import run_command
+from copies import frozen_copy, keep_in_bf16
 from marigold import VAE, Marigold, Schedule, UNet
 from mini_judge import MiniJudge, build_mini
-from predictor import NAMES, load_predictor, sample_ode
+from predictor import COEFFICIENTS, ddim_sde_step, load_predictor, sample_ode
+from relations import NAMES
 from scenes import srgb_encode
 
 PARITY = 1e-5                      # fp32 against diffusers, maps in [0, 1] or [-1, 1]
@@ -485,7 +487,7 @@ def test_exploration_in_the_flow_is_ddim_with_noise_rescaled(models, kind, T, et
         a, sigma = math.sqrt(abar), math.sqrt(1 - abar)
         v = (sigma * x_vp + a * v_vp) - (a * x_vp - sigma * v_vp)                                   # noise - clean
         ours = grpo.flow_eta_step(x_vp / size_of(abar), v, t, s, eta, eps)
-        for mine, theirs in zip(ours, grpo.ddim_sde_step(x_vp, v_vp, abar, abar_s, eta, eps), strict=True):
+        for mine, theirs in zip(ours, ddim_sde_step(x_vp, v_vp, abar, abar_s, eta, eps), strict=True):
             torch.testing.assert_close(mine * size_of(abar_s), theirs, rtol=1e-9, atol=1e-9)
 
 
@@ -753,32 +755,34 @@ PAPER = ["--preset", "paper", "--stage", "grpo", "--device", "cpu", "--threads",
 
 
 def training(folder, *flags):
-    """What train.tune sets up before its loop: settings, policy, frozen reference, one step's rows, exploration."""
+    """What train_grpo sets up before its loop: settings, policy, frozen reference; and the batch of a step."""
     cfg = config.parse([*PAPER, "--policy", "P", "--judge", "J", "--images", "I", *map(str, flags)])[1]
     policy = load_predictor(folder)
     if cfg.lora:
         lora.inject(policy.network, policy.lora_targets, cfg.lora, cfg.lora, rng=seeded(7))
     policy.checkpointing(bool(cfg.checkpointing))
-    ref = runtime.frozen_copy(policy)
+    ref = frozen_copy(policy)
     lora.disable(ref)
     pts = torch.randint(32, (3, cfg.bank_pairs, 2, 2), generator=seeded(1))
-    rows = grpo_step.Rows(cfg, policy.modalities, torch.randint(256, (3, 3, 32, 32), generator=seeded(2)).byte(), pts,
-                      torch.rand(3, cfg.bank_pairs, 4, generator=seeded(3)), cfg.batch, seeded(4), torch.device("cpu"))
-    return SimpleNamespace(cfg=cfg, policy=policy, ref=ref, rows=rows, step=grpo.STEPS[
-        policy.exploration if cfg.exploration == "auto" else cfg.exploration])
+    batch = one_step.batch_of(cfg, policy, torch.randint(256, (3, 3, 32, 32), generator=seeded(2)).byte(), pts,
+                              torch.rand(3, cfg.bank_pairs, 4, generator=seeded(3)), seeded(4))
+    return SimpleNamespace(cfg=cfg, policy=policy, ref=ref, batch=batch)
 
 
 def learn(one, taken, advantage):
     """Gather the gradient of one update; the log of it, and the gradients by name."""
     one.policy.zero_grad(set_to_none=True)
-    _, stats = grpo_step.surrogate(one.policy, one.ref, one.rows, taken, advantage, one.cfg, one.step,
-                               lambda share: share.backward())
+    stats = one_step.learn(one.policy, one.ref, one.batch, taken, advantage)
     return stats, {k: p.grad for k, p in one.policy.named_parameters() if p.grad is not None}
 
 
-def test_exploration_is_ddims_own_noise_unless_told_otherwise(folders):
-    assert training(folders["small"]).step is grpo.flow_eta_step
-    assert training(folders["small"], "--exploration", "flow").step is grpo.flow_sde_step
+def test_exploration_is_flow_grpos_with_the_papers_estimator_and_ddims_own_noise_with_ours(folders):
+    for flags, name in (((), "flow"), (("--exploration", "auto"), "ddim"), (("--exploration", "ddim"), "ddim"),
+                        (("--estimator", "pair", "--exploration", "flow"), "flow")):
+        one = training(folders["small"], *flags)
+        for step in one_step.explore(one.policy, one.batch, seeded(5))[0]:
+            assert (step.A, step.B, step.std) == COEFFICIENTS[name](step.t, step.s, one.cfg.noise)
+    assert training(folders["small"], "--estimator", "pair").cfg.exploration == "auto"
 
 
 @pytest.mark.parametrize("flags", [
@@ -789,9 +793,9 @@ def test_exploration_is_ddims_own_noise_unless_told_otherwise(folders):
     "--batch 4 --rollout full --modalities joint --checkpointing 1 --credit pair"])
 def test_the_ratio_is_exactly_one_at_the_first_update(folders, flags):
     one = training(folders["small"], *flags.split())
-    taken, advantage, _ = grpo_step.explore(one.policy, one.rows, one.cfg, one.step, seeded(5))
+    taken, advantage, _ = one_step.explore(one.policy, one.batch, seeded(5))
     assert len(taken) == (1 if "branch" in flags else 2)
-    stats, gradients = learn(one, taken, [torch.ones_like(a) for a in advantage])
+    stats, gradients = learn(one, taken, torch.ones_like(advantage))
     assert stats["policy/ratio_min"] == stats["policy/ratio_max"] == 1
     assert any(g.any() for g in gradients.values())
     assert all(("lora_" in k) == ("--lora" in flags) and k.startswith("unet.") for k in gradients)
@@ -799,19 +803,19 @@ def test_the_ratio_is_exactly_one_at_the_first_update(folders, flags):
 
 def test_a_halved_network_gives_the_same_bits_under_autocast(folders):
     one = training(folders["small"], "--precision", "bf16")
-    runtime.halve(one.ref.network)
+    keep_in_bf16(one.ref.network)
     halved = sum(p.dtype == torch.bfloat16 for p in one.ref.unet.parameters())
     assert 0 < halved < len(list(one.ref.unet.parameters()))                    # norms stay fp32
-    x, part = torch.randn(2, *one.policy.shape(one.rows.rgb), generator=seeded(1)), torch.arange(2)
+    x = torch.randn(2, *one.policy.shape(one.batch.rgb), generator=seeded(1))
     with torch.no_grad():
-        a, b = (one.rows.velocity(net, one.rows.encode(net), x, 0.5, part, 2) for net in (one.policy, one.ref))
+        a, b = (grpo.Conditioned(net, one.batch).velocities(x, 0.5) for net in (one.policy, one.ref))
     assert torch.equal(a, b)
 
 
 def test_the_kl_is_rounding_at_the_first_update_and_then_not(folders):
     """Not exactly zero: matrix products may differ in the last bit where the reference's copies lie in memory."""
     one = training(folders["small"], "--lora", 2)
-    taken, advantage, _ = grpo_step.explore(one.policy, one.rows, one.cfg, one.step, seeded(5))
+    taken, advantage, _ = one_step.explore(one.policy, one.batch, seeded(5))
     assert learn(one, taken, advantage)[0]["policy/kl"] < 1e-10
     for layer in lora.adapters(one.policy.unet).values():
         torch.nn.init.normal_(layer.lora_B, std=0.1, generator=seeded(6))
@@ -821,9 +825,9 @@ def test_the_kl_is_rounding_at_the_first_update_and_then_not(folders):
 def scored(folder, *flags):
     """Rollout with the whole batch at once and an advantage that does not depend on the reward."""
     one = training(folder, "--batch", 2, "--group", 4, *flags)
-    taken, advantage, _ = grpo_step.explore(one.policy, one.rows, one.cfg, one.step, seeded(5))
+    taken, advantage, _ = one_step.explore(one.policy, one.batch, seeded(5))
     values = torch.tensor([[1.0, -1.0, 0.5, -0.5], [-1.5, 0.2, 0.3, 1.0]])
-    return one, taken, [values * torch.ones_like(a) for a in advantage]
+    return one, taken, values * torch.ones_like(advantage)
 
 
 @pytest.mark.parametrize("extra", [(), ("--lora", 2)])
@@ -855,7 +859,7 @@ def test_checkpointing_really_recomputes(folders, monkeypatch):
 def test_portions_give_the_gradients_of_the_whole_batch(folders, rollout):
     one, taken, advantage = scored(folders["small"], "--rollout", rollout)
     whole = learn(one, taken, advantage)[1]
-    one.rows.micro = 3 if rollout == "full" else 1                              # 8 states, or 2 shared ones
+    one.batch.cfg.micro = 3 if rollout == "full" else 1                         # 8 states, or 2 shared ones
     portions = learn(one, taken, advantage)[1]
     scale = max(g.abs().max() for g in whole.values())
     assert whole.keys() == portions.keys() and scale > 0
@@ -867,17 +871,17 @@ def test_only_the_drawn_modality_is_decoded(folders, monkeypatch):
     one, seen = training(folders["small"], "--batch", 3), []
     real = one.policy.vae.decode
     monkeypatch.setattr(one.policy.vae, "decode", lambda z, *tile: (seen.append(tuple(z.shape)), real(z, *tile))[1])
-    _, advantage, stats = grpo_step.explore(one.policy, one.rows, one.cfg, one.step, seeded(5))
-    assert len(one.rows.names) == 1 and f"reward/{one.rows.names[0]}" in stats
-    assert seen == [(6, 4, 4, 4)] and advantage[0].shape == (3, 2)                # 3 photos x 2 samples, one target
+    _, advantage, stats = one_step.explore(one.policy, one.batch, seeded(5))
+    assert len(one.batch.modalities) == 1 and f"reward/{one.batch.modalities[0]}" in stats
+    assert seen == [(6, 4, 4, 4)] and advantage.shape == (3, 2)                   # 3 photos x 2 samples, one target
 
 
 def test_joint_modalities_decode_each_once(folders, monkeypatch):
     one, seen = training(folders["small"], "--batch", 3, "--modalities", "joint"), []
     real = one.policy.vae.decode
     monkeypatch.setattr(one.policy.vae, "decode", lambda z, *tile: (seen.append(tuple(z.shape)), real(z, *tile))[1])
-    grpo_step.explore(one.policy, one.rows, one.cfg, one.step, seeded(5))
-    assert one.rows.names == ("albedo", "irradiance") and seen == [(6, 4, 4, 4)] * 2
+    one_step.explore(one.policy, one.batch, seeded(5))
+    assert one.batch.modalities == ("albedo", "irradiance") and seen == [(6, 4, 4, 4)] * 2
 
 
 @pytest.mark.parametrize("extra", [(), ("--lora", 2)])
@@ -933,15 +937,14 @@ def test_an_update_makes_samples_with_positive_advantage_likelier(folders, rollo
     with torch.no_grad():
         for k, p in one.policy.named_parameters():
             p -= rate * gradients.get(k, 0)
-        cond, gain = one.rows.encode(one.policy), 0.0
-        for step, adv in zip(taken, advantage, strict=True):
-            mean = one.step(step.x, one.rows.all_velocities(one.policy, cond, step.x, step.t), step.t, step.s,
-                            one.cfg.noise, torch.zeros_like(step.x))[1]
+        net, gain = grpo.Conditioned(one.policy, one.batch), 0.0
+        for step in taken:
+            mean = step.A * step.x + step.B * net.velocities(step.x, step.t)
             many = [(step.x_next[:, k].double(), m.double()) for k in range(step.x_next.shape[1])
                     for m in (mean, step.mean)]
-            change = [grpo.log_prob(*new, step.std) - grpo.log_prob(*old, step.std)
+            change = [log_prob(*new, step.std) - log_prob(*old, step.std)
                       for new, old in zip(many[::2], many[1::2], strict=True)]
-            gain += float((torch.stack(change, 1).reshape(adv.shape) * adv).mean()) / len(taken)
+            gain += float((torch.stack(change, 1).reshape(advantage.shape) * advantage).mean()) / len(taken)
     expected = rate * float(sum(g.square().sum() for g in gradients.values()))
     assert gain == pytest.approx(expected, rel=0.1) and gain > 0                # first order in the step
 
@@ -956,15 +959,15 @@ def test_a_few_steps_with_a_reward_for_bright_maps_brighten_the_maps(folders, mo
     def bright(pred, pts, prob, modality, cfg):
         agree = pred.mean((2, 3, 4))[..., None].expand(-1, -1, prob.shape[1])
         return agree, torch.full_like(prob, 1 / prob.shape[1]), agree.mean(2)
-    monkeypatch.setattr(rewards, "judged", bright)
+    monkeypatch.setattr(grpo, "agreement", bright)
     monkeypatch.setattr(one.policy.vae, "decode", lambda z, tile=0: torch.nn.functional.interpolate(
         0.05 * z[:, :3], scale_factor=8.0))
-    noise, (m,) = torch.randn(8, 12, 4, 4, generator=seeded(8)), one.rows.names
-    rgb = one.rows.rgb[:1].expand(8, -1, -1, -1)
+    noise, (m,) = torch.randn(8, 12, 4, 4, generator=seeded(8)), one.batch.modalities
+    rgb = one.batch.rgb[:1].expand(8, -1, -1, -1)
     before = sample_ode(one.policy, rgb, m, 3, noise=noise).mean()
     optimizer, rng = torch.optim.AdamW(one.policy.unet.parameters(), lr=3e-3), seeded(9)
     for _ in range(5):
-        taken, advantage, _ = grpo_step.explore(one.policy, one.rows, one.cfg, one.step, rng)
+        taken, advantage, _ = one_step.explore(one.policy, one.batch, rng)
         learn(one, taken, advantage)
         optimizer.step()
     assert sample_ode(one.policy, rgb, m, 3, noise=noise).mean() > before + 0.03
@@ -1084,7 +1087,7 @@ def test_diffusers_opens_what_a_run_wrote_and_predicts_the_same(runs):
 
 def test_replay_is_refused_by_the_command(folders, inputs, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
-        runtime.run_command(lambda: go(folders, inputs, tmp_path, "--replay", 0.1, "--base-scenes", 4), "train.py")
+        run_command(lambda: go(folders, inputs, tmp_path, "--replay", 0.1, "--base-scenes", 4), "train.py")
     lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("train.py")]
     assert stop.value.code == 2 and len(lines) == 1 and "--replay 0" in lines[0]
 
@@ -1404,7 +1407,7 @@ def test_a_tile_that_covers_all_changes_nothing_and_a_small_one_little(predict):
 def test_a_wrong_checkpoint_is_one_line_and_exit_code_two(inputs, copied, tmp_path, capsys):
     edit(copied / "model_index.json", _class_name="FluxPipeline")
     with pytest.raises(SystemExit) as stop:
-        runtime.run_command(lambda: predictor.main([str(inputs / "photos"), "--checkpoint", str(copied), "--out",
+        run_command(lambda: predictor.main([str(inputs / "photos"), "--checkpoint", str(copied), "--out",
                                                     str(tmp_path / "maps")]), "predictor.py")
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.count("\n") == 1 and "'FluxPipeline'" in err

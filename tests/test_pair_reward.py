@@ -1,10 +1,11 @@
 """Relations, agreements and rewards of the kernel against relations.py, interpreted on a CPU."""
 import pytest
 import torch
+from formulas import agreement
 
 import kernels
 from kernels import pair_reward as pr
-from relations import MODALITIES, agreement, relation, soft_relation
+from relations import MODALITIES, relation, soft_relation
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = list(MODALITIES)

@@ -17,8 +17,8 @@ import marigold
 import metrics
 import predictions
 import protocols
+from command import run_command
 from predictor import DiT, DiTConfig, load_predictor, predict_photo
-from runtime import run_command
 
 every = pytest.mark.parametrize("bench", benchmark_table.BENCHMARKS, ids=lambda b: f"{b.dataset}-{b.task}")
 

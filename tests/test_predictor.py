@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import data
 import predictor
+from command import run_command
 from predictor import (
     DATA_STD,
     NAMES,
@@ -26,7 +27,6 @@ from predictor import (
     to_state,
 )
 from relations import MODALITIES
-from runtime import run_command
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = DiTConfig(size=16, patch=4, width=32, encoder_layers=1, layers=2, heads=2)

@@ -1,4 +1,4 @@
-"""runtime.py: stateless randomness, checkpoints and their refusals, logs, optimizers, the command wrapper."""
+"""ranks.py, run.py, command.py: stateless randomness, checkpoints and their refusals, logs, optimizers, the command wrapper."""
 import json
 import locale
 import math
@@ -11,8 +11,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 import files
-import runtime
-from runtime import CHECKPOINT, Run, UserError, cosine, ema_update, generator, optimizers, pack, run_command, unpack
+import ranks
+import run as running
+from command import run_command
+from config import UserError
+from copies import update_average
+from ranks import generator
+from run import CHECKPOINT, NotFinite, Run, cosine, load_state_tensors, optimizers, state_tensors
+from watch import is_best, mean_accuracy
 
 
 def net(seed=0):
@@ -31,14 +37,14 @@ def make(folder, seed=0, settings=None, steps=4, muon=0.02, save_every=100):
 
 def walk(run, model, stop_at=0):
     """Regress random targets for the remaining steps."""
-    for step in run.loop("toy", stop_at):
-        x = torch.randn(16, 4, generator=run.rng(step))
-        norm = run.update((model(x) - x).square().mean(), [list(model.parameters())], cosine(step, run.steps))
-        run.log(step, **{"grad/norm": norm})
+    for step, draw in run.steps("toy", stop_at):
+        x = torch.randn(16, 4, generator=draw.rng)
+        norm = run.update((model(x) - x).square().mean(), [list(model.parameters())], cosine(step, run.n_steps))
+        run.log(step, {"grad/norm": norm})
 
 
 def flat(model, opts):
-    return pack(dict(policy=model), opts)
+    return state_tensors(dict(policy=model), opts)
 
 
 # randomness -----------------------------------------------------------------------------------------------------
@@ -75,7 +81,7 @@ def test_steps_and_streams_draw_different_numbers_and_ranks_the_same(tmp_path, m
 def test_the_shares_of_all_ranks_are_the_whole(monkeypatch):
     x = torch.arange(24).view(2, 12)
     monkeypatch.setenv("WORLD_SIZE", "3")
-    parts = [(monkeypatch.setenv("RANK", str(r)), runtime.share(x, 1))[1] for r in range(3)]
+    parts = [(monkeypatch.setenv("RANK", str(r)), ranks.own_part(x, 1))[1] for r in range(3)]
     assert torch.equal(torch.cat(parts, 1), x) and all(p.shape == (2, 4) for p in parts)
 
 
@@ -91,7 +97,7 @@ def test_cosine_falls_from_one_to_zero_and_warms_up():
 def test_ema_moves_by_one_minus_decay():
     a, b = net(0), net(1)
     want = [0.9 * p + 0.1 * q for p, q in zip(a.parameters(), b.parameters(), strict=True)]
-    ema_update(a, b, 0.9)
+    update_average(a, b, 0.9)
     for got, w in zip(a.parameters(), want, strict=True):
         torch.testing.assert_close(got, w, rtol=1e-6, atol=1e-7)                # one fp32 rounding
 
@@ -121,7 +127,7 @@ def test_pack_then_unpack_restores_weights_and_optimizer_state(tmp_path, muon):
     kept = flat(model, opts)
     assert any(k.startswith("opt0/") for k in kept) and bool(muon) == any(k.endswith("momentum_buffer") for k in kept)
     _, other, other_opts = make(tmp_path / "b", seed=1, muon=muon)
-    unpack(kept, dict(policy=other), other_opts)
+    load_state_tensors(kept, dict(policy=other), other_opts)
     assert equal(kept, flat(other, other_opts))
 
 
@@ -132,13 +138,14 @@ def test_what_is_restored_or_averaged_over_ranks_has_the_strides_of_its_weight(t
     run = Run(tmp_path, {}, 0, 2, dict(policy=conv), opts)
     conv(torch.ones(1, 3, 5, 5)).sum().backward()
     grad = p.grad.clone()
-    monkeypatch.setattr(runtime, "world", lambda: 2)
-    monkeypatch.setattr(runtime.dist, "all_reduce", lambda x: None)
+    for module in (ranks, running):
+        monkeypatch.setattr(module, "world", lambda: 2)
+    monkeypatch.setattr(ranks.dist, "all_reduce", lambda x: None)
     run._gather([p])
     assert torch.equal(p.grad, grad / 2) and p.grad.stride() == p.stride()
     opts[0].step()
     state = {k: v.clone() for k, v in opts[0].state[p].items()}
-    unpack(flat(conv, opts), dict(policy=conv), opts)
+    load_state_tensors(flat(conv, opts), dict(policy=conv), opts)
     for k, v in opts[0].state[p].items():
         assert torch.equal(v, state[k]) and (v.shape != p.shape or v.stride() == p.stride())
 
@@ -181,7 +188,7 @@ def test_config_json_holds_settings_command_versions_and_device(tmp_path):
 
 def test_a_machine_without_git_is_no_obstacle(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert runtime.commit.__wrapped__() == "unknown"
+    assert running.commit.__wrapped__() == "unknown"
 
 
 def test_a_changed_setting_is_refused_by_name_with_both_values(tmp_path):
@@ -251,7 +258,7 @@ def test_the_last_checkpoints_are_kept_and_their_number_is_a_setting(tmp_path):
 def test_a_kill_between_the_two_renames_of_a_save_loses_nothing(tmp_path, monkeypatch):
     run, model, _ = make(tmp_path, save_every=1)
     walk(run, model, stop_at=2)
-    monkeypatch.setattr(runtime, "write_tensors", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(running, "write_tensors", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         run.save(3)
     assert not (tmp_path / CHECKPOINT).exists() and make(tmp_path)[0].start == 2
@@ -268,13 +275,16 @@ def test_a_half_written_last_row_of_the_log_is_dropped(tmp_path):
 
 
 def test_the_best_by_validation_is_the_highest_mean_pair_accuracy_and_a_new_run_forgets_it(tmp_path):
-    run = make(tmp_path)[0]
-    figures = lambda a, b: {"synthetic/depth/pairs": a, "synthetic/normal/pairs": b, "synthetic/depth/abs_rel": 9.0}  # noqa: E731
-    assert run.improves(figures(0.5, 0.6))
-    run.improved(1, figures(0.5, 0.6))
-    assert not run.improves(figures(0.5, 0.6)) and not run.improves(figures(math.nan, 0.9))
-    assert not run.improves({}) and run.improves(figures(0.9, 0.3))
-    assert make(tmp_path)[0].improves(figures(0.1, 0.1))
+    def figures(a, b):
+        return {"synthetic/depth/pairs": a, "synthetic/normal/pairs": b, "synthetic/depth/abs_rel": 9.0}
+
+    make(tmp_path)
+    assert is_best(tmp_path, figures(0.5, 0.6))
+    files.write_json(tmp_path / "best.json", dict(step=1, score=mean_accuracy(figures(0.5, 0.6))))
+    assert not is_best(tmp_path, figures(0.5, 0.6)) and not is_best(tmp_path, figures(math.nan, 0.9))
+    assert not is_best(tmp_path, {}) and is_best(tmp_path, figures(0.9, 0.3))
+    make(tmp_path)
+    assert is_best(tmp_path, figures(0.1, 0.1))
 
 
 def test_no_partial_file_is_left_and_saves_happen_on_time(tmp_path, monkeypatch):
@@ -301,7 +311,7 @@ def test_a_failed_write_keeps_the_old_checkpoint(tmp_path, monkeypatch):
 def test_a_full_disk_is_one_line_whoever_writes(tmp_path, small_files, capsys):
     def fails(write):
         with small_files(1000), pytest.raises(SystemExit, match="2"):
-            runtime.run_command(write, "x.py")
+            run_command(write, "x.py")
         said = capsys.readouterr().err
         assert said.count("\n") == 1 and "File too large" in said and "make room" in said
         return said
@@ -328,12 +338,12 @@ def test_a_map_that_is_not_finite_is_named_with_its_photo_and_step(tmp_path):
     run, _, _ = make(tmp_path)
     maps = torch.zeros(3, 2, 4)
     maps[1, 0, 2] = math.inf
-    for step in run.loop("toy"):
+    for step, _ in run.steps("toy"):
         run.where = ["a.jpg", "b.jpg", "c.jpg"]
         if step == 2:
-            with pytest.raises(runtime.NotFinite, match=r"step 2: depth map is not finite \(photos: b.jpg\)"):
-                run.check({"normal map": torch.zeros(3, 5), "depth map": maps})
-        run.check({"depth map": maps.nan_to_num(posinf=0)})
+            with pytest.raises(NotFinite, match=r"step 2: depth map is not finite \(photos: b.jpg\)"):
+                run.check(map={"normal": torch.zeros(3, 5), "depth": maps})
+        run.check(map={"depth": maps.nan_to_num(posinf=0)})
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -365,11 +375,12 @@ def test_the_gradient_that_is_not_finite_is_named_and_no_other(tmp_path):
 def test_at_several_ranks_the_first_bad_map_is_what_is_told(tmp_path, monkeypatch):
     """`check` cannot raise there, lest the others wait: a second finding must not change or break the first."""
     run, _, _ = make(tmp_path)
-    monkeypatch.setattr(runtime, "world", lambda: 2)
+    for module in (ranks, running):
+        monkeypatch.setattr(module, "world", lambda: 2)
     run.where = ["good.jpg", "bad.jpg"]
     maps = torch.tensor([[1.0], [torch.nan]])
-    run.check({"depth map": maps, "depth reward": maps})
-    run.check({"depth reward": maps})
+    run.check(map={"depth": maps}, reward={"depth": maps})
+    run.check(reward={"depth": maps})
     assert "depth map is not finite (photos: bad.jpg)" in run.problem and "reward" not in run.problem
 
 
@@ -414,8 +425,8 @@ def test_the_log_is_one_strict_json_object_a_line(tmp_path):
 
 def test_a_value_that_is_not_a_number_still_logs_strict_json(tmp_path):
     run, _, _ = make(tmp_path, steps=1)
-    for step in run.loop("toy"):
-        run.log(step, bad=math.nan, good=torch.tensor(2.0))
+    for step, _ in run.steps("toy"):
+        run.log(step, dict(good=torch.tensor(2.0)), bad=math.nan)
     row = strict((tmp_path / "metrics.jsonl").read_text())
     assert row["good"] == 2 and row.get("bad") is None
 
@@ -429,9 +440,9 @@ def test_written_json_is_strict(tmp_path):
 def test_after_a_crash_every_step_is_logged_once(tmp_path):
     run, model, _ = make(tmp_path, steps=5, save_every=2)
     with pytest.raises(KeyboardInterrupt):
-        for step in run.loop("toy"):
+        for step, _ in run.steps("toy"):
             run.update(model(torch.ones(1, 4)).sum(), [list(model.parameters())], 1.0)
-            run.log(step)
+            run.log(step, {})
             if step == 2:
                 raise KeyboardInterrupt                                         # step 2 is logged and not yet saved
     run, model, _ = make(tmp_path, steps=5, save_every=2)
@@ -466,7 +477,7 @@ def test_an_error_that_names_its_command_is_not_prefixed_twice(capsys):
     (OSError(30, "Read-only file system", "out/x"), "check --out"),
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has"), "20.00 GiB"),
     (RuntimeError("[enforce fail] CPUAllocator: can't allocate memory: you tried to allocate 64 bytes."), "--micro"),
-    (MemoryError(), "out of memory"), (runtime.NotFinite(3, "grpo: step 3: loss is nan"), "step 3: loss is nan")])
+    (MemoryError(), "out of memory"), (NotFinite(3, "grpo: step 3: loss is nan"), "step 3: loss is nan")])
 def test_disk_memory_and_numbers_are_one_line_that_says_what_to_do(capsys, error, words):
     def fail():
         raise error
@@ -496,4 +507,4 @@ def test_cuda_without_a_gpu_is_refused():
         pytest.skip("there is a GPU")
     from config import Config
     with pytest.raises(UserError, match="--device cpu"):
-        runtime.setup(Config(device="cuda"))
+        ranks.setup(Config(device="cuda"))

@@ -12,21 +12,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from expect import equal, strict
+from expect import equal, seeded, strict
+from one_step import batch_of
 from PIL import Image
 from safetensors.torch import load_file
 
 import baselines
 import data
 import grpo
-import grpo_step
 import predictor
 import questions
-import runtime
+import ranks
+import run as running
 import train
-from config import parse
-from predictor import DiT, DiTConfig
+from command import run_command
+from config import UserError, parse
+from copies import frozen_copy, keep_in_bf16
+from dit import DiT, DiTConfig
 from relations import MODALITIES
+from run import NotFinite, Run
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = list(MODALITIES)
@@ -68,7 +72,7 @@ def refused(capsys, *argv):
     """stderr of a train.py command that must exit with 2 and one line."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        runtime.run_command(lambda: train.main(list(map(str, argv))), "train.py")
+        run_command(lambda: train.main(list(map(str, argv))), "train.py")
     lines = [line for line in capsys.readouterr().err.splitlines() if line]
     assert stop.value.code == 2 and len(lines) == 1 and lines[0].startswith("train.py: ")
     return lines[0]
@@ -149,13 +153,13 @@ def test_training_leaves_the_global_random_state_alone(tmp_path):
 
 def test_a_step_that_is_not_finite_is_repeated_under_anomaly_detection(run, tmp_path, monkeypatch, capsys):
     """The square root of zero in the loss of step 3: torch names its backward."""
-    real, seen = runtime.Run.backward, []
+    real, seen = Run.backward, []
 
     def backward(self, loss):
         seen.append((self.step, torch.is_anomaly_enabled()))
         real(self, loss + (torch.sqrt(loss * 0) * 0 if self.step == 3 else 0))
-    monkeypatch.setattr(runtime.Run, "backward", backward)
-    with pytest.raises(runtime.NotFinite, match="step 3: gradient of policy/"):
+    monkeypatch.setattr(Run, "backward", backward)
+    with pytest.raises(NotFinite, match="step 3: gradient of policy/"):
         go(tmp_path / "plain", *parts(run), "--eval-every", 0)
     seen.clear()
     with pytest.raises(RuntimeError, match="SqrtBackward0"):
@@ -216,13 +220,13 @@ def test_a_compiled_rollout_that_rounds_otherwise_has_ratio_one(run, tmp_path, m
 
 def test_a_compiled_rollout_that_computes_something_else_is_stopped(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch, "compile", compiler(0.5))
-    with pytest.raises(runtime.NotFinite, match="rollout and update computed velocities 0.[35].* apart, want 0.1"):
+    with pytest.raises(NotFinite, match="rollout and update computed velocities 0.[35].* apart, want 0.1"):
         go(tmp_path, *parts(run), "--compile", "--eval-every", 0, "--steps", 2)
 
 
 def test_an_eager_rollout_on_a_cpu_may_not_even_round_otherwise(run, tmp_path, monkeypatch):
     monkeypatch.setattr(DiT, "velocity", compiler(1e-6)(DiT.velocity))
-    with pytest.raises(runtime.NotFinite, match="rollout and update computed velocities .* apart, want 0 "):
+    with pytest.raises(NotFinite, match="rollout and update computed velocities .* apart, want 0 "):
         go(tmp_path, *parts(run), "--eval-every", 0, "--steps", 2)
 
 
@@ -239,11 +243,11 @@ def test_torch_compile_takes_the_same_steps(run, tmp_path, monkeypatch):
 
 def test_half_the_weights_give_the_same_bits_where_they_were_cast_anyway(run):
     policy, bf16 = predictor.load_predictor(run / "base"), torch.device("cpu")
-    halved = runtime.frozen_copy(policy)
-    runtime.halve(halved.network)
+    halved = frozen_copy(policy)
+    keep_in_bf16(halved.network)
     assert halved.head.weight.dtype == torch.bfloat16 and policy.head.weight.dtype == torch.float32
     x, t, rgb = torch.randn(2, 3, 16, 16), torch.rand(2), torch.rand(2, 3, 16, 16)
-    with torch.no_grad(), runtime.autocast("bf16", bf16):
+    with torch.no_grad(), ranks.autocast("bf16", bf16):
         a, b = (net.velocity(x, t, net.encode(rgb), "albedo") for net in (policy, halved))
     assert torch.equal(a, b)
 
@@ -251,18 +255,23 @@ def test_half_the_weights_give_the_same_bits_where_they_were_cast_anyway(run):
 @pytest.mark.parametrize("rollout", ["full", "branch", "window"])
 def test_a_rollout_has_the_asked_steps_group_and_noise(run, tmp_path, monkeypatch, rollout):
     seen = []
-    real = grpo.rollout
+    plan_walk, walk = grpo.plan_walk, grpo.rollout
 
-    def spy(velocity, x, grid, group, stochastic, step, noise, rng, tail, *more):
-        out = real(velocity, x, grid, group, stochastic, step, noise, rng, tail, *more)
-        seen.append((len(grid) - 1, group, tail, step, noise, len(out[1]), tuple(out[0].shape)))
+    def plan(grid, stochastic, exploration, noise, draw, tail):
+        seen.append((len(grid) - 1, stochastic, exploration, noise, tail))
+        return plan_walk(grid, stochastic, exploration, noise, draw, tail)
+
+    def spy(velocity, x, legs, group, *more):
+        out = walk(velocity, x, legs, group, *more)
+        seen.append((group, len(out[1]), tuple(out[0].shape)))
         return out
+    monkeypatch.setattr(grpo, "plan_walk", plan)
     monkeypatch.setattr(grpo, "rollout", spy)
     go(tmp_path, *parts(run), "--rollout", rollout, "--modalities", "one", "--noise", "0.5", "--sample-steps", "6",
        "--stochastic", 3, "--tail", 2,
        "--eval-every", 0, "--stop-at", 1)
     trained = dict(full=5, branch=1, window=3)[rollout]                         # the last step is deterministic
-    assert seen == [(6, 4, 2, grpo.STEPS["flow"], 0.5, trained, (2, 4, 3, 16, 16))]
+    assert seen == [(6, trained, "flow", 0.5, 2), (4, trained, (2, 4, 3, 16, 16))]
 
 
 def test_a_second_update_on_the_same_rollout_moves_the_ratio(run, tmp_path):
@@ -345,20 +354,26 @@ def test_a_run_without_bands_goes_on(run, tmp_path):
 def test_the_ranking_loss_and_its_anchor_pull_the_right_way(run):
     """A step down the ranking loss raises the soft agreement with the judge; from the start the anchor is zero."""
     cfg = parse(["--stage", "grpo", "--policy", "P", "--judge", "J", *TINY, "--kl-weight", "1"])[1]
-    policy, rng = predictor.load_predictor(run / "base"), torch.Generator().manual_seed(0)
-    ref, B = runtime.frozen_copy(policy), cfg.batch
+    policy = predictor.load_predictor(run / "base")
+    ref = frozen_copy(policy)
     photos, pts = torch.randint(256, (4, 3, 16, 16)).byte(), torch.randint(16, (4, cfg.bank_pairs, 2, 2))
-    rows = grpo_step.Rows(cfg, policy.modalities, photos, pts, torch.rand(4, cfg.bank_pairs, 4), B, rng,
-                      torch.device("cpu"))
-    value, stats = baselines.ranking(policy, ref, rows, cfg, torch.Generator().manual_seed(1))
+    batch = batch_of(cfg, policy, photos, pts, torch.rand(4, cfg.bank_pairs, 4), seeded())
+
+    def loss_of():
+        batch.draw = ranks.Draw(seeded(1), cfg.batch)
+        net, frozen = grpo.Conditioned(policy, batch), grpo.Conditioned(ref, batch)
+        return *baselines.ranking_loss(net, frozen, batch), net
+
+    value, stats, net = loss_of()
     assert stats["policy/anchor"] == 0
     value.backward()
+    net.end_backward()
     with torch.no_grad():
         for p in policy.parameters():
             p -= 1e-2 * p.grad
-    after, moved = baselines.ranking(policy, ref, rows, cfg, torch.Generator().manual_seed(1))
+    after, moved, _ = loss_of()
     assert after < value and moved["policy/anchor"] > 0
-    assert sum(moved[f"reward/{m}"] for m in rows.names) > sum(stats[f"reward/{m}"] for m in rows.names)
+    assert sum(moved[f"reward/{m}"] for m in batch.modalities) > sum(stats[f"reward/{m}"] for m in batch.modalities)
 
 
 def test_an_oracle_is_as_often_right_as_the_papers_judge():
@@ -373,12 +388,11 @@ def test_an_oracle_is_as_often_right_as_the_papers_judge():
 
 @pytest.mark.parametrize("flags, words", [
     (["--judge", "oracle", "--images", "p"], "--judge oracle; use procedural photos"),
-    (["--method", "supervised", "--images", "p"], "has no true maps"),
+    (["--judge", "oracle", "--images", "p"], "has no true maps"),
     (["--depth-normal", "1", "--modalities", "one"], "want --modalities joint"),
     (["--rollout", "window", "--stochastic", "8", "--sample-steps", "8"], "the last step is deterministic"),
     (["--noise-blocks", "1,x"], "want sizes in px"), (["--tau", "1,2"], "want one number above 0, or four"),
-    (["--tau", "0"], "want one number"), (["--band", "0.5"], "want a factor above 1"),
-    (["--credit-mix", "2"], "want a share")])
+    (["--tau", "0"], "want one number"), (["--band", "0.5"], "want a factor above 1")])
 def test_flags_of_the_estimator_that_do_not_add_up_are_refused(capsys, flags, words):
     assert words in refused(capsys, "--stage", "grpo", *flags)
 
@@ -485,9 +499,9 @@ def test_spread_weights_are_not_compiled(capsys, tmp_path):
 
 def test_a_batch_that_does_not_divide_among_processes_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
-    assert train.shares(6, "batch") == 2
-    with pytest.raises(runtime.UserError, match="--batch 4 is not divisible by 3 processes"):
-        train.shares(4, "batch")
+    assert ranks.divide_batch(6, "batch") == 2
+    with pytest.raises(UserError, match="--batch 4 is not divisible by 3 processes"):
+        ranks.divide_batch(4, "batch")
 
 
 @pytest.mark.parametrize("flags, words", [(["--group", "1"], "--group 1"), (["--images", "nowhere"], "nowhere")])
@@ -508,16 +522,17 @@ def test_two_processes_with_the_same_data_are_one_process(tmp_path, monkeypatch)
     def after(folder):
         torch.manual_seed(0)
         used, idle = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
-        opts = runtime.optimizers([used, idle], lr=0.1, muon=0.1, weight_decay=0.1)
-        one = runtime.Run(folder, {}, 0, 3, dict(used=used, idle=idle), opts)
-        for _ in one.loop("toy"):
+        opts = running.optimizers([used, idle], lr=0.1, muon=0.1, weight_decay=0.1)
+        one = Run(folder, {}, 0, 3, dict(used=used, idle=idle), opts)
+        for _ in one.steps("toy"):
             one.update(used(torch.ones(2, 4)).square().mean(), [list(used.parameters()), list(idle.parameters())], 1.0)
-        return runtime.pack(dict(used=used, idle=idle), opts)
+        return running.state_tensors(dict(used=used, idle=idle), opts)
 
     alone = after(tmp_path / "alone")
-    monkeypatch.setattr(runtime, "world", lambda: 2)
-    monkeypatch.setattr(runtime.dist, "all_reduce", lambda x, *_, **__: x.mul_(2))
-    monkeypatch.setattr(runtime.dist, "all_gather", lambda each, x: [y.copy_(x) for y in each])
+    for module in (ranks, running):
+        monkeypatch.setattr(module, "world", lambda: 2)
+    monkeypatch.setattr(ranks.dist, "all_reduce", lambda x, *_, **__: x.mul_(2))
+    monkeypatch.setattr(ranks.dist, "all_gather", lambda each, x: [y.copy_(x) for y in each])
     assert equal(alone, after(tmp_path / "together"))
 
 

@@ -29,8 +29,8 @@ import lora
 import predictions
 import predictor
 import questions
-import runtime
 import untrusted
+from command import run_command
 from predictor import DiT, DiTConfig, load_predictor
 
 EVIL = "import pathlib\npathlib.Path({marker!r}).write_text('ran')\nclass Evil: pass\n"
@@ -425,7 +425,7 @@ def test_a_bad_photo_with_an_odd_name_is_one_line(odd_names, tiny, tmp_path, cap
     for name in NAMES:
         (odd_names / name).write_bytes(b"junk")
     with pytest.raises(SystemExit) as stop:
-        runtime.run_command(
+        run_command(
             lambda: predictor.main([str(odd_names), "--checkpoint", str(tiny / "predictor")]), "predictor.py")
     lines = [x for x in capsys.readouterr().err.split("\n") if "cannot read" in x]
     assert stop.value.code == 2 and len(lines) == len(NAMES) and all("not an image" in x for x in lines)

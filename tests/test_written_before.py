@@ -7,11 +7,9 @@ import torch
 from expect import seeded
 from safetensors.torch import load_file
 
-import train
 from bank import Bank
 from judge import load_judge
 from predictor import load_predictor, predict_photo
-from runtime import UserError
 
 FIXTURES = Path(__file__).parent / "fixtures"
 

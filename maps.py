@@ -1,0 +1,49 @@
+"""What whole maps say of each other: normals of a depth map, its agreement with normals, of maps with their photo."""
+import torch
+import torch.nn.functional as F
+
+from scenes import srgb_decode
+
+
+def assumed_camera(depth):
+    """z = 1 + 2 d of relative depth (..., H, W), focal length = longer side, centred (ours): (z, fx, fy, cx, cy)."""
+    H, W = depth.shape[-2:]
+    return 1 + 2 * depth, max(H, W), max(H, W), (W - 1) / 2, (H - 1) / 2
+
+
+def normals_from_depth(z, fx, fy, cx, cy):
+    """Unit normals of planar z (..., H, W) > 0 by central differences: (..., 3, H - 2, W - 2), camera frame (ours).
+
+    fx, fy, cx, cy  pinhole camera in px, integer pixel centres. Adding to z bends the surface, scaling it does not.
+    """
+    H, W = z.shape[-2:]
+    x = (torch.arange(W, dtype=z.dtype, device=z.device) - cx) / fx * z
+    y = (torch.arange(H, dtype=z.dtype, device=z.device)[:, None] - cy) / fy * z
+    point = torch.stack((x, -y, -z), -3)                                        # (..., 3, H, W)
+    right = point[..., 1:-1, 2:] - point[..., 1:-1, :-2]
+    up = point[..., :-2, 1:-1] - point[..., 2:, 1:-1]
+    return F.normalize(torch.linalg.cross(right, up, dim=-3), dim=-3, eps=1e-30)
+
+
+def depth_normal_agreement(depth, normal):
+    """Agreement of depth (..., 1, H, W) and normals (..., 3, H, W) at each pixel: (..., H, W), (1 + cos) / 2 in [0, 1].
+
+    The border, where depth has no normal, takes its neighbour's value.
+    """
+    made = normals_from_depth(*assumed_camera(depth[..., 0, :, :]))             # (..., 3, H - 2, W - 2)
+    cos = (made * normal[..., 1:-1, 1:-1]).sum(-3)
+    return F.pad((0.5 + 0.5 * cos).flatten(0, -3)[:, None], (1, 1, 1, 1), "replicate").view(
+        *depth.shape[:-3], *depth.shape[-2:])
+
+
+def photo_agreement(albedo, irradiance, rgb):
+    """Agreement of albedo x irradiance with the photo at each pixel, linear, up to one scale per sample.
+
+    albedo, irradiance (..., 3, H, W), rgb broadcast to them, all sRGB-encoded [0, 1]
+    returns  (..., H, W) in [0, 1]: 1 - |a - b| / (a + b), mean over channels
+    """
+    made = srgb_decode(albedo) * srgb_decode(irradiance)
+    photo = srgb_decode(rgb)
+    axes = (-3, -2, -1)
+    made = made * ((made * photo).sum(axes, keepdim=True) / made.square().sum(axes, keepdim=True).clamp_min(1e-12))
+    return 1 - ((made - photo).abs() / (made + photo).clamp_min(1e-6)).mean(-3)
