@@ -15,18 +15,22 @@ import contextlib
 import hashlib
 import json
 import os
+import sys
 import uuid
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+import data
 import relations
 from files import read_tensors, write_tensors
 from relations import MODALITIES, sample_pairs
+from runtime import rank, world
 from untrusted import Refusing
 
 PACK = 64                         # single entries written by one call that are worth a pack
+
 
 def _digest(*parts):
     h = hashlib.sha256()
@@ -44,7 +48,7 @@ def marker_digest():
 class Bank:
     """Judgements of one judge.
 
-    folder  where banks are kept;  judge  object with .ask(rgb, pts), .digest(), .size and .grid
+    folder  where banks are kept;  judge  object with .ask(rgb, pts), .digest(), .size and .grid (judge.py)
     """
 
     def __init__(self, folder, judge):
@@ -154,3 +158,26 @@ class Bank:
         if written >= PACK:
             self.pack()
         return all_pts, all_prob
+
+
+def fill_bank(folder, images, judge, pairs, device):
+    """Ask about every photo of a folder ahead of time; this rank's share of them. Returns a Bank with its counts.
+
+    Resumes where it stopped; a photo that cannot be read is named and skipped, as data.Photos does.
+    """
+    bank = Bank(folder, judge)
+    chunk = 8
+    paths = data.find_images(images)[rank()::world()]
+    bar = tqdm(range(0, len(paths), chunk), desc=f"bank, process {rank() + 1} of {world()}", unit="8 photos",
+               mininterval=1.0)
+    for i in bar:
+        photos = []
+        for path in paths[i:i + chunk]:
+            try:
+                photos.append(data.as_bytes(data.read_rgb(path), judge.size))
+            except (ValueError, OSError) as error:
+                tqdm.write(f"skipped: {error}", file=sys.stderr)
+        if photos:
+            bank.fill(torch.stack(photos), pairs, device)
+    bank.pack()
+    return bank

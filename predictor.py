@@ -35,6 +35,7 @@ import lora
 from config import Parser
 from files import load_strict, write_json, write_tensors
 from marigold import Marigold
+from positions import grid_positions
 from relations import MODALITIES, relative_depth
 from runtime import average, normal, pick_device, run_command, share, world
 from untrusted import LAYERS, read_json, read_tensors, refuse, whole
@@ -55,14 +56,6 @@ class DiTConfig:
     encoder_layers: int = 4  # photo encoder, once per photo
     layers: int = 3          # denoiser, once per step and sample
     heads: int = 4
-
-
-def grid_positions(h, w, width, device):
-    """2-D sine-cosine positions of an h x w token grid: (h*w, width). Any h, w."""
-    freq = torch.exp(-torch.arange(width // 4, device=device) / (width // 4) * 4.0)
-    axis = lambda n: torch.cat([f(torch.arange(n, device=device)[:, None] * freq) for f in (torch.sin, torch.cos)], 1)  # noqa: E731
-    row, col = axis(h)[:, None].expand(h, w, -1), axis(w)[None].expand(h, w, -1)
-    return torch.cat((row, col), -1).flatten(0, 1)
 
 
 class Block(nn.Module):

@@ -27,8 +27,6 @@ from untrusted import Refusing, decode_json, inside, read_json, refuse
 BLACK = 0.1                       # encoded luma (1 % linear) of an albedo that shows no light
 DRAWN = 24                        # candidates per wanted question
 SHARE = 0.1                       # of the rooms that are held out
-ORACLE = "oracle"                 # --judge: true answers of procedural photos, wrong as often as the paper's judge
-PAPER_ACCURACY = dict(depth=0.962, normal=0.935, albedo=0.894, irradiance=0.876)     # ReasonX, held-out judge accuracy
 JSONL = {"train": "intrinsic_judgement_train.jsonl", "val": "intrinsic_judgement_val.jsonl"}
 
 
@@ -36,20 +34,6 @@ def true_relations(maps, pts):
     """Relations of all modalities from ground truth: (B, P, M) int8; 0 where a point is invalid."""
     nan = {m: maps[m].masked_fill(~maps["mask"], torch.nan) for m in MODALITIES}
     return torch.stack([relation(nan[m], pts, m) for m in MODALITIES], -1)
-
-
-def oracle_answers(maps, n, rng):
-    """Answers of a judge that knows the truth and errs as often as the paper's: what a better judge would be worth.
-
-    maps     dict of (B, C, H, W) with mask and every modality
-    returns  pts (B, n, 2, 2) and prob (B, n, M) of the first answer: the accuracy or one minus it; 0.5 in the dead zone
-    """
-    B, _, H, W = maps["rgb"].shape
-    pts = sample_pairs(B, (H, W), n, rng, mask=maps["mask"])
-    truth = true_relations(maps, pts).float()                                   # (B, n, M)
-    right = torch.tensor([PAPER_ACCURACY[m] for m in MODALITIES])
-    sign = torch.where(torch.rand(truth.shape, generator=rng) < right, 1.0, -1.0)
-    return pts, 0.5 + (right - 0.5) * sign * truth
 
 
 def split_of(scene, share=SHARE):

@@ -30,11 +30,12 @@ import rewards
 import runtime
 from bank import Bank
 from config import Config, parse
+from finetune import add_lora, sentence_loss
 from grpo_step import Rows, explore, mean, surrogate
-from judge import Closed, add_lora, load_judge
-from mini_judge import MiniJudge, Probe, build_mini, judge_loss
+from judge import ORACLE, LazyJudge, Oracle, build_mini_judge, load_judge
+from mini_judge import MiniSizes, Probe, judge_loss
 from predictor import NAMES, DiT, DiTConfig, compile_velocity, flow_loss, load_predictor
-from relations import MODALITIES
+from relations import MODALITIES, sample_pairs
 from runtime import Run, UserError, cosine, ema_update, optimizers
 
 FIELDS = [f.name for f in fields(Config)]
@@ -94,9 +95,9 @@ def judge(cfg, device):
     """Train the judge on broad scenes with ground truth; writes OUT/judge (a native transformers folder)."""
     if cfg.scenes:
         return tune_judge(cfg, device)
-    sizes = MiniJudge(cfg.size, cfg.judge_patch, cfg.judge_width, cfg.judge_vision_layers, cfg.judge_text_layers,
+    sizes = MiniSizes(cfg.size, cfg.judge_patch, cfg.judge_width, cfg.judge_vision_layers, cfg.judge_text_layers,
                       cfg.judge_heads)
-    model = build_mini(sizes, runtime.generator(cfg.seed, SEEDS["judge"])).to(device)
+    model = build_mini_judge(sizes, runtime.generator(cfg.seed, SEEDS["judge"])).to(device)
     probe = Probe(sizes, runtime.generator(cfg.seed, SEEDS["judge"], 1)).to(device)
     vision = [*model.model.model.vision_tower.parameters(), *probe.parameters()]
     text = [p for name, p in model.model.named_parameters() if ".vision_tower." not in name]
@@ -155,7 +156,7 @@ def tune_judge(cfg, device):
     model.train()
     for step in run.loop("judge", cfg.stop_at):
         batch = questions.batch_of(rows, step, cfg.judge_batch, cfg.seed)
-        tokens, loss = sum(len(model.sentences[r["modality"]][not r["first"]]) for r in batch), []
+        tokens, loss = sum(len(model.prompt.sentences[r["modality"]][not r["first"]]) for r in batch), []
         own = range(runtime.rank(), parts * runtime.world(), runtime.world())
         run.where = [r["id"] for k in own for r in batch[k * cfg.judge_micro:(k + 1) * cfg.judge_micro]]
         for k in own:
@@ -164,7 +165,7 @@ def tune_judge(cfg, device):
             with torch.random.fork_rng():
                 torch.manual_seed(int(torch.randint(2**62, (1,), generator=runtime.generator(cfg.seed, step, k))))
                 with runtime.autocast(cfg.precision, device):
-                    total, n = model.sentence_loss(images, [r["modality"] for r in part], [r["first"] for r in part])
+                    total, n = sentence_loss(model, images, [r["modality"] for r in part], [r["first"] for r in part])
                 run.backward(total * (runtime.world() / tokens))                # `update` averages over the ranks
             loss.append(total.detach() / n)
         norm = run.update(None, [list(learnt.parameters())],
@@ -181,7 +182,7 @@ def tune_judge(cfg, device):
 
 def judge_digest(cfg):
     """Digest of the judge's weights, which a run may not exchange half way."""
-    return cfg.judge if cfg.judge == questions.ORACLE else files.weights_digest(cfg.judge or Path(cfg.out) / "judge")
+    return cfg.judge if cfg.judge == ORACLE else files.weights_digest(cfg.judge or Path(cfg.out) / "judge")
 
 
 def judged_photos(cfg, device, shared=True):
@@ -190,10 +191,13 @@ def judged_photos(cfg, device, shared=True):
     shared   True when all ranks call: each asks about its share;  False: this one asks what is left
     returns  photos (n, 3, S, S) uint8, pts (n, P, 2, 2), prob (n, P, M) from the judgement bank, names (n)
     """
-    if cfg.judge == questions.ORACLE:
+    if cfg.judge == ORACLE:
         scenes = data.scene_pool("wild", "train", cfg.photos, cfg.size, device=device).all()
-        pts, prob = questions.oracle_answers(scenes, cfg.bank_pairs, runtime.generator(cfg.seed, SEEDS["oracle"]))
-        return (scenes["rgb"] * 255).round().byte(), pts, prob, [f"wild {i}" for i in range(len(pts))]
+        names = [f"wild {i}" for i in range(len(scenes["rgb"]))]
+        rng = runtime.generator(cfg.seed, SEEDS["oracle"])
+        pts = sample_pairs(len(names), (cfg.size, cfg.size), cfg.bank_pairs, rng, mask=scenes["mask"])
+        prob = Oracle(scenes, rng).ask(scenes["rgb"], pts, names)
+        return (scenes["rgb"] * 255).round().byte(), pts, prob, names
     if cfg.images:
         found = data.Photos(cfg.images, cfg.size, cfg.photos)
         photos, names = found.images, found.names
@@ -206,7 +210,7 @@ def judged_photos(cfg, device, shared=True):
     if shared and len(set(runtime.shared(count).values())) > 1:
         raise UserError(f"train.py: processes can read different numbers of the photos in {cfg.images}; "
                         "want a folder that all of them see alike")
-    judge_model = Closed(cfg.judge or Path(cfg.out) / "judge", device)          # in memory only if the bank asks it
+    judge_model = LazyJudge(cfg.judge or Path(cfg.out) / "judge", device)          # in memory only if the bank asks it
     if judge_model.size != cfg.size:
         raise UserError(f"train.py: the judge sees {judge_model.size} px photos and --size is {cfg.size}; "
                         "use one size for both")
@@ -358,7 +362,7 @@ def report_wild(cfg, device):
     """Before/after table on held-out scenes, the judge beside it, a picture; writes OUT/report.json, OUT/panel.png."""
     out = Path(cfg.out)
     before, after = load_predictor(cfg.policy or out / "base").to(device), load_predictor(out / "grpo").to(device)
-    oracle = cfg.judge == questions.ORACLE
+    oracle = cfg.judge == ORACLE
     judge_model = None if oracle else load_judge(cfg.judge or out / "judge").to(device)
     results = []
     for name in ("wild", "synthetic", "broad"):
@@ -500,8 +504,8 @@ def check_inputs(cfg):
             if cfg.replay and not policy.replays:
                 raise UserError(f"train.py: --replay {cfg.replay} needs ground truth for every map that {cfg.policy} "
                                 "predicts, which the procedural scenes have not; use --replay 0")
-        if cfg.judge not in ("", questions.ORACLE):
-            Closed(cfg.judge).digest()
+        if cfg.judge not in ("", ORACLE):
+            LazyJudge(cfg.judge).digest()
     if cfg.scenes and not cfg.scenes.endswith(".jsonl"):
         data.list_scenes(cfg.scenes)
 

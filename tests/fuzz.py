@@ -479,7 +479,7 @@ def read_judge(folder, path):
         opened = judge.load_judge(place)
         if opened.size <= 64:
             opened.ask(torch.zeros(1, 3, opened.size, opened.size), torch.zeros(1, 1, 2, 2, dtype=torch.long))
-    return [lambda: judge.Closed(place), answers]
+    return [lambda: judge.LazyJudge(place), answers]
 
 
 H5PY = importlib.util.find_spec("h5py") is not None                              # `prepare.py hypersim` alone needs it

@@ -9,7 +9,8 @@ from rooms import S
 import eval as evaluation
 import questions
 import reliability
-from mini_judge import MiniJudge, build_mini
+from judge import build_mini_judge
+from mini_judge import MiniSizes
 
 RULES = evaluation.HEURISTICS
 
@@ -85,7 +86,7 @@ def test_drawn_markers_cannot_be_exchanged(rows, rooms, tmp_path):
 
 
 def test_the_command_prints_and_writes_every_figure(rooms, tmp_path, capsys):
-    build_mini(MiniJudge(size=32, patch=4, width=32, vision_layers=1, text_layers=1, heads=2),
+    build_mini_judge(MiniSizes(size=32, patch=4, width=32, vision_layers=1, text_layers=1, heads=2),
                torch.Generator().manual_seed(0)).save(tmp_path / "judge")
     evaluation.main(["--dataset", "judge", "--scenes", str(rooms), "--judge", str(tmp_path / "judge"), "--pairs", "2",
                      "--json", str(tmp_path / "j.json"), "--swap-average"])

@@ -296,7 +296,7 @@ def test_sizes_of_a_judge_are_refused_before_it_is_built(copy, folder, part, nam
     (folder / "config.json").write_text(json.dumps(config | ({part: config[part] | change} if part else change)))
     refused(lambda: judge.load_judge(folder))
     if folder.name == "original" or value != 2**24:
-        refused(lambda: judge.Closed(folder))
+        refused(lambda: judge.LazyJudge(folder))
 
 
 def tar_with(path, **fields):
