@@ -509,9 +509,9 @@ def report_judge(args):
     if args.scenes.endswith(".jsonl"):
         rows = questions.read_jsonl(args.scenes)
     else:
-        rows = questions.build(args.scenes, args.pairs, judge.size, args.seed,
+        rows = questions.build_questions(args.scenes, args.pairs, judge.size, args.seed,
                                None if args.split == "all" else args.split, judge.grid)
-    result = reliability.report(judge, rows, args.scenes, HEURISTICS, args.swap_average)
+    result = reliability.judge_figures(judge, rows, args.scenes, HEURISTICS, args.swap_average)
     n, rooms = len(rows), len({r["scene"].split(".")[0] for r in rows})
     table(f"judge: {n} questions of {n} about {rooms} rooms of {args.scenes} ({args.split}), {judge.size} px, balanced "
           f"answers{', both orders averaged' if args.swap_average else ''}; every question counts",

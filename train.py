@@ -123,7 +123,7 @@ def judge_questions(cfg, grid):
     """Training questions of --scenes, drawn once by rank 0 and kept in OUT/judge; as they are in a .jsonl file."""
     if cfg.scenes.endswith(".jsonl"):
         return questions.read_jsonl(cfg.scenes)
-    draw = lambda: questions.cached(Path(cfg.out) / "judge" / "questions.json", cfg.scenes, cfg.judge_pairs,  # noqa: E731
+    draw = lambda: questions.load_questions(Path(cfg.out) / "judge" / "questions.json", cfg.scenes, cfg.judge_pairs,  # noqa: E731
                                     cfg.size, cfg.seed, "train", runtime.rank() == 0, grid)
     if runtime.rank() == 0:
         draw()
@@ -161,7 +161,7 @@ def tune_judge(cfg, device):
         run.where = [r["id"] for k in own for r in batch[k * cfg.judge_micro:(k + 1) * cfg.judge_micro]]
         for k in own:
             part = batch[k * cfg.judge_micro:(k + 1) * cfg.judge_micro]
-            images = questions.marked(part, cfg.scenes, model.size).to(device)
+            images = questions.marked_photos(part, cfg.scenes, model.size).to(device)
             with torch.random.fork_rng():
                 torch.manual_seed(int(torch.randint(2**62, (1,), generator=runtime.generator(cfg.seed, step, k))))
                 with runtime.autocast(cfg.precision, device):

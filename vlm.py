@@ -242,7 +242,7 @@ def set_tile(config, size=0):
     vision, ratio = config.vision_config, config.downsample_ratio
     size = size or vision.image_size[0]
     side = size // vision.patch_size[0]                                         # 512 px: 36 patches of 14, 8 px unseen
-    whole(size, 1, TILE, "tile size", "checkpoints.py")
+    whole(size, 1, TILE, "tile size", "vlm.py")
     if not side or not 0 < ratio <= 1 or (side * ratio) % 1:
         raise ValueError(f"vlm.py: got tile size {size}, {side} patches a side; want a multiple of "
                          f"{int(1 / ratio)} patches of {vision.patch_size[0]} px, such as 448 or 512 px")

@@ -80,8 +80,8 @@ def test_two_processes_take_the_same_steps(tuned, place):
 
 
 def test_json_lines_can_be_trained_on(place, tmp_path):
-    rows = questions.build(place / "scenes", 1, 56, 0)
-    path = questions.export(rows[:8], place / "scenes", tmp_path / "lines", 56, questions.JSONL["train"])
+    rows = questions.build_questions(place / "scenes", 1, 56, 0)
+    path = questions.write_jsonl(rows[:8], place / "scenes", tmp_path / "lines", 56, questions.JSONL["train"])
     train.main(flags(place, tmp_path / "run", "--scenes", str(path), "--judge-passes", "1"))
     assert (tmp_path / "run" / "judge" / "model.safetensors").is_file()
 
