@@ -159,7 +159,9 @@ FAMILIES = {  # model_type: row. The judge compares the answer words of relation
 def patchify(pixels, vision):
     """Normalised pixels (N, 3, S, S) -> Qwen-VL's patches (N * n^2, 3 * T * p * p), merged cells side by side, and
     grid (N, 3) of time, rows, columns."""
-    p, merge, T = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
+    p = vision.patch_size
+    merge = vision.spatial_merge_size
+    T = vision.temporal_patch_size
     N, C, S, _ = pixels.shape
     n = S // p
     x = pixels.reshape(N, C, n // merge, merge, p, n // merge, merge, p).permute(0, 2, 5, 3, 6, 1, 4, 7)

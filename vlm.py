@@ -52,7 +52,8 @@ DISK_RENAMES = [  # names on the disk of a native InternVL folder -> in memory
     (r"(?=vision_tower\.|multi_modal_projector\.)", "model."),
 ]
 POSITIONS = "model.vision_tower.embeddings.position_embeddings"
-EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
+EMBEDDING = "model.language_model.embed_tokens.weight"
+HEAD = "lm_head.weight"
 
 
 def _rename(key, rules):
@@ -239,14 +240,16 @@ def network_config(folder, config):
 
 def set_tile(config, size=0):
     """Give an InternVL config a tile of `size` px (0: the one it has); returns the number of patches along a side."""
-    vision, ratio = config.vision_config, config.downsample_ratio
+    vision = config.vision_config
+    ratio = config.downsample_ratio
     size = size or vision.image_size[0]
     side = size // vision.patch_size[0]                                         # 512 px: 36 patches of 14, 8 px unseen
     whole(size, 1, TILE, "tile size", "vlm.py")
     if not side or not 0 < ratio <= 1 or (side * ratio) % 1:
         raise ValueError(f"vlm.py: got tile size {size}, {side} patches a side; want a multiple of "
                          f"{int(1 / ratio)} patches of {vision.patch_size[0]} px, such as 448 or 512 px")
-    vision.image_size, config.image_seq_length = [size] * 2, int(side * ratio) ** 2
+    vision.image_size = [size] * 2
+    config.image_seq_length = int(side * ratio) ** 2
     return side
 
 
@@ -303,8 +306,7 @@ def find_folders(name):
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
         if not base or not isinstance(base, str):
-            raise ValueError(f"vlm.py: {folder} is an adapter that names no base model; "
-                             "open the merged folder beside it")
+            raise ValueError(f"vlm.py: {folder} is an adapter that names no base; open the merged folder beside it")
         return files.hub_folder(base, PATTERNS), folder
     return folder, None
 

@@ -493,6 +493,6 @@ def test_a_bank_is_filled_ahead_of_time_resumed_and_then_read_without_a_judge(fo
     said = capsys.readouterr()
     assert "30 pairs asked, 36 already known" in said.out and "broken.png" in said.err
     monkeypatch.setattr(judging, "load_judge", lambda *_: pytest.fail("opened the judge"))
-    closed = judging.LazyJudge(folder)
-    pts, prob = Bank(tmp_path / "bank", closed).fill(data.Photos(photos, closed.size).images, 6)
-    assert closed.opened is None and prob.shape == (11, 6, 4) and ((prob > 0) & (prob < 1)).all()
+    lazy = judging.LazyJudge(folder)
+    pts, prob = Bank(tmp_path / "bank", lazy).fill(data.Photos(photos, lazy.size).images, 6)
+    assert lazy.opened is None and prob.shape == (11, 6, 4) and ((prob > 0) & (prob < 1)).all()

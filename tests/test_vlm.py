@@ -372,16 +372,16 @@ def test_a_judge_that_cannot_be_scored_answers_by_text(original, monkeypatch):
     assert judge.ask(images_of(56, 1), torch.tensor([[[[3, 3], [30, 30]]]])).tolist() == [[[1.0] * 4]]
 
 
-# digest, closed judges, adapters ----------------------------------------------------------------------------------
+# digest, lazy judges, adapters ------------------------------------------------------------------------------------
 
-def test_a_closed_judge_has_the_digest_of_the_opened_one_and_stays_closed(original, monkeypatch):
+def test_a_lazy_judge_has_the_digest_of_the_opened_one_and_stays_closed(original, monkeypatch):
     monkeypatch.setattr(judging, "load_judge", lambda *_: pytest.fail("opened"))
-    closed = judging.LazyJudge(original[0])
+    lazy = judging.LazyJudge(original[0])
     monkeypatch.undo()
     judge = load_judge(original[0])
-    assert closed.digest() == judge.digest() and (closed.size, closed.grid) == (judge.size, judge.grid)
+    assert lazy.digest() == judge.digest() and (lazy.size, lazy.grid) == (judge.size, judge.grid)
     pts = torch.tensor([[[[10, 12], [40, 44]]]])
-    assert torch.equal(closed.ask(images_of(56, 1), pts), judge.ask(images_of(56, 1), pts))
+    assert torch.equal(lazy.ask(images_of(56, 1), pts), judge.ask(images_of(56, 1), pts))
 
 
 def test_the_digest_of_a_saved_judge_is_that_of_its_tensors(original, tmp_path):
