@@ -3,11 +3,11 @@
 The judge sees the photo and the points, never the prediction: an answer serves all G samples, every epoch, rank and
 run, with the judge itself not in memory. The folder is named by the judge's digest (weights, prompt) and the marker's,
 an entry by the digest of the photo's pixels: a changed photo, judge or marker finds nothing. The pairs of a photo are a
-fixed sequence drawn from its own digest, so asking for more extends it.
+fixed sequence that follows from its own digest, so asking for more extends it.
 
 entry   pts (P, 2, 2) int16, in pixels of the judge's image, and prob (P, M), the probability of the first answer
 files   KEY.safetensors, one entry, renamed when whole, with a checksum: a damaged one is named and asked about again;
-        pack-NAME.safetensors, many entries behind each other; a damaged one becomes pack-NAME.damaged.
+        pack-NAME.safetensors, many entries one after another; a damaged one becomes pack-NAME.damaged.
         Packs are never changed: `pack` writes a new one and then removes the single files it holds, so writers need no
         lock. 24 bytes a pair (four answers)
 """
@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 import json
 import os
+import sys
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,14 +23,18 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import data
 import relations
 from config import UserError
 from files import read_tensors, write_tensors
 from ranks import barrier, combine_numbers, rank, world
 from relations import MODALITIES, sample_pairs
+from runtime import rank, world
 from untrusted import Refusing
 
-PACK = 64                         # single entries written by one call that are worth a pack
+PACK = 64                         # single entries that one call must write before it packs them
+BLOCK = 16                        # pairs of a photo that are drawn at a time
+
 
 def _digest(*parts):
     h = hashlib.sha256()
@@ -57,25 +62,27 @@ class Judgements:
 class Bank:
     """Judgements of one judge.
 
-    folder  where banks are kept;  judge  object with .ask(rgb, pts), .digest(), .size and .grid
+    folder  where banks are kept;  judge  object with .ask(rgb, pts), .digest(), .size and .grid (judge.py)
     """
 
     def __init__(self, folder, judge):
         self.judge = judge
         self.folder = Path(folder) / _digest(judge.digest(), marker_digest(), judge.grid)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.asked = self.known = 0
+        self.asked = 0                                                          # pairs so far
+        self.known = 0
 
     def _pairs(self, key, n):
         """The first n pairs of a photo, drawn in blocks so that a longer request has the shorter one as its start."""
-        block = 16
-        rngs = (torch.Generator().manual_seed(int(_digest(key, i)[:15], 16)) for i in range(-(-n // block)))
-        return torch.cat([sample_pairs(1, (self.judge.size,) * 2, block, rng, grid=self.judge.grid)[0]
-                          for rng in rngs])[:n]
+        blocks = []
+        for i in range(-(-n // BLOCK)):
+            rng = torch.Generator().manual_seed(int(_digest(key, i)[:15], 16))
+            blocks.append(sample_pairs(1, (self.judge.size,) * 2, BLOCK, rng, grid=self.judge.grid)[0])
+        return torch.cat(blocks)[:n]
 
     def _load(self, path):
         try:
-            return self._checked(read_tensors(path)[0], path)
+            return self._check(read_tensors(path)[0], path)
         except FileNotFoundError:
             return None
         except ValueError as error:
@@ -85,21 +92,24 @@ class Bank:
                     os.replace(path, path.with_suffix(".damaged"))
             return None
 
-    def _checked(self, entry, path):
+    def _check(self, entry, path):
         """An entry or a pack as it was read. raises Refused for tensors that are neither."""
         with Refusing(path, "no judgements", "pts, prob, in a pack also keys, counts", "remove it"):
-            pts, prob, n = entry["pts"], entry["prob"], len(entry["prob"])
+            pts = entry["pts"]
+            prob = entry["prob"]
+            n = len(prob)
             good = (pts.dtype == torch.int16 and pts.shape == (n, 2, 2) and prob.shape == (n, len(MODALITIES))
                     and ((pts >= 0) & (pts < self.judge.size)).all() and ((prob >= 0) & (prob <= 1)).all())
             if path.name.startswith("pack-"):
-                keys, counts = entry["keys"], entry["counts"]
+                keys = entry["keys"]
+                counts = entry["counts"]
                 good = good and (keys.dtype == torch.uint8 and keys.ndim == 2 and counts.shape == keys.shape[:1]
                                  and counts.dtype == torch.int64 and (counts >= 0).all() and counts.sum() == n)
             if not good:
                 raise ValueError("other shapes or values")
         return entry
 
-    def _packed(self):
+    def _read_packs(self):
         """All entries of all packs: dict key -> (pts, prob); the longer of two for one photo."""
         found = {}
         for path in sorted(self.folder.glob("pack-*.safetensors")):
@@ -109,7 +119,7 @@ class Bank:
                 for key, pts, prob in zip(pack["keys"].numpy(), pack["pts"].split(counts), pack["prob"].split(counts),
                                           strict=True):
                     key = key.tobytes().hex()
-                    if key not in found or len(found[key][1]) < len(prob):
+                    if len(prob) > _length(found.get(key)):
                         found[key] = (pts, prob)
         return found
 
@@ -154,27 +164,58 @@ class Bank:
         """
         all_pts = torch.empty(len(photos), n, 2, 2, dtype=torch.int64)
         all_prob = torch.empty(len(photos), n, len(MODALITIES))
-        packed, written = self._packed(), 0
+        packs = self._read_packs()
+        written = 0
         bar = tqdm(range(len(photos)), desc="bank", unit="photo", disable=None if len(photos) > 8 else True,
                    mininterval=1.0)
         for i in bar:
             key = _digest(photos[i].contiguous().numpy().tobytes(), list(photos[i].shape))
-            path, (pts, prob) = self.folder / f"{key}.safetensors", packed.get(key, (None, None))
-            have = 0 if prob is None else len(prob)
-            if have < n:                                                        # perhaps a single entry knows more
-                entry = self._load(path)
-                if entry is not None and len(entry["prob"]) > have:
-                    pts, prob = entry["pts"], entry["prob"]
-                    have = len(prob)
+            path = self.folder / f"{key}.safetensors"
+            entry = packs.get(key)
+            if _length(entry) < n:                                              # perhaps a single file knows more
+                single = self._load(path)
+                if single is not None and len(single["prob"]) > _length(entry):
+                    entry = single["pts"], single["prob"]
+            have = _length(entry)
             if have < n:
                 pts = self._pairs(key, n)
                 rgb = photos[i:i + 1].to(device).float() / 255
                 fresh = self.judge.ask(rgb, pts[None, have:].to(device))[0].float().cpu()
-                prob = fresh if prob is None else torch.cat((prob, fresh))
-                self._write(path, prob=prob, pts=pts.to(torch.int16))
+                entry = pts, fresh if entry is None else torch.cat((entry[1], fresh))
+                self._write(path, prob=entry[1], pts=pts.to(torch.int16))
                 written += 1
-            self.known, self.asked = self.known + min(have, n), self.asked + max(0, n - have)
-            all_pts[i], all_prob[i] = pts[:n], prob[:n]
+            self.known += min(have, n)
+            self.asked += max(0, n - have)
+            all_pts[i] = entry[0][:n]
+            all_prob[i] = entry[1][:n]
         if written >= PACK:
             self.pack()
         return all_pts, all_prob
+
+
+def _length(entry):
+    """Number of pairs of an entry (pts, prob), or 0 for None."""
+    return 0 if entry is None else len(entry[1])
+
+
+def fill_bank(folder, images, judge, pairs, device):
+    """Ask about every photo of a folder ahead of time; this rank's share of them. Returns a Bank with its counts.
+
+    Resumes where it stopped; a photo that cannot be read is named and skipped, as data.Photos does.
+    """
+    bank = Bank(folder, judge)
+    chunk = 8
+    paths = data.find_images(images)[rank()::world()]
+    bar = tqdm(range(0, len(paths), chunk), desc=f"bank, process {rank() + 1} of {world()}", unit="8 photos",
+               mininterval=1.0)
+    for i in bar:
+        photos = []
+        for path in paths[i:i + chunk]:
+            try:
+                photos.append(data.as_bytes(data.read_rgb(path), judge.size))
+            except (ValueError, OSError) as error:
+                tqdm.write(f"skipped: {error}", file=sys.stderr)
+        if photos:
+            bank.fill(torch.stack(photos), pairs, device)
+    bank.pack()
+    return bank

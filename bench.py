@@ -20,12 +20,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import arithmetic
-import checkpoints
 import config
 import files
 import kernels.bench
 import marigold
 import ranks
+import vlm
 from arithmetic import GB, JUDGE, SD2, counted
 from bank import Judgements
 from command import run_command
@@ -199,13 +199,13 @@ def build_judge(sizes, device="cpu"):
 
     The tokenizer knows one token a word; words of the system text make up for what Qwen2's splits finer.
     """
-    tokenizer, made = mini_tokenizer(whole_questions=False), checkpoints.native_config(sizes.judge)
-    checkpoints.set_tile(made)
+    tokenizer, made = mini_tokenizer(whole_questions=False), vlm.native_config(sizes.judge)
+    vlm.set_tile(made)
     made.image_token_id = tokenizer.convert_tokens_to_ids(IMG)
     with born(device, torch.bfloat16 if sizes is GPU else torch.float32):
-        network = checkpoints.InternVLForConditionalGeneration(made).requires_grad_(False)
+        network = vlm.InternVLForConditionalGeneration(made).requires_grad_(False)
         short = Judge(network, tokenizer, system="system")
-        words = sizes.prompt - len(short.head_ids) - len(short.blocks["depth"]) + 1
+        words = sizes.prompt - len(short.prompt.head) - len(short.prompt.blocks["depth"]) + 1
         return Judge(network, tokenizer, system=" ".join(["system"] * max(1, words))).eval()
 
 
@@ -227,7 +227,7 @@ def judge_part(bench):
                       lambda n=n: lambda: judge.prefill(rgb[:n], ["depth"] * n))
         N, n = GPU.batches[1], sizes.batches[1]
         apart = bench.attempt("judge: four prefills", lambda: lambda: [judge.prefill(rgb[:n], [m] * n)
-                                                                       for m in judge.blocks])[0][0]
+                                                                       for m in judge.prompt.blocks])[0][0]
         bench.add(Row("judge", f"four questions behind one image, batch {N}", f"{4 * N} answers", tflop=packed * N,
                       instead="four prefills", instead_ms=apart, least_times=2.5),
                   lambda: lambda: judge.logits(rgb[:n]))

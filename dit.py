@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lora
 from files import load_strict, write_json, write_tensors
+from positions import grid_positions
 from ranks import mean_over_ranks
 from relations import NAMES, relative_depth
 from untrusted import LAYERS, read_json, read_tensors, refuse, whole
@@ -39,19 +40,6 @@ class DiTConfig:
     encoder_layers: int = 4  # photo encoder, once per photo
     layers: int = 3          # denoiser, once per step and sample
     heads: int = 4
-
-
-def grid_positions(h, w, width, device):
-    """2-D sine-cosine positions of an h x w token grid: (h*w, width). Any h, w."""
-    freq = torch.exp(-torch.arange(width // 4, device=device) / (width // 4) * 4.0)
-
-    def waves(n):                                                               # (n, width/2)
-        angle = torch.arange(n, device=device)[:, None] * freq
-        return torch.cat((angle.sin(), angle.cos()), 1)
-
-    row = waves(h)[:, None].expand(h, w, -1)
-    col = waves(w)[None].expand(h, w, -1)
-    return torch.cat((row, col), -1).flatten(0, 1)
 
 
 class Block(nn.Module):

@@ -19,6 +19,11 @@ PREFIX = "base_model.model."
 REFUSED = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform")
 
 
+def merge_low_rank(weight, A, B, scale):
+    """W + scale B A: weight (out, in), A (r, in), B (out, r) -> (out, in) in the dtype of W; computed in fp32."""
+    return (weight.float() + scale * B.float() @ A.float()).to(weight.dtype)
+
+
 class Adapted(nn.Module):
     """A frozen nn.Linear `base` plus its adapter; `active` False gives the base alone."""
 
@@ -40,9 +45,8 @@ class Adapted(nn.Module):
         return y + (self.alpha / self.r * F.linear(low, self.lora_B)).to(y.dtype)
 
     def merged(self):
-        """Weight of the equivalent linear layer, (out, in) in the dtype of the base; the product is taken in fp32."""
-        return (self.base.weight.float() + self.alpha / self.r * self.lora_B.float() @ self.lora_A.float()).to(
-            self.base.weight.dtype)
+        """Weight of the equivalent linear layer, (out, in) in the dtype of the base."""
+        return merge_low_rank(self.base.weight, self.lora_A, self.lora_B, self.alpha / self.r)
 
 
 def adapters(network):

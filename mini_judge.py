@@ -20,19 +20,22 @@ from transformers import (
     Qwen2Config,
 )
 
-from judge import END, NAMES, TURN, Judge
+from families import END, TURN
+from positions import grid_positions
 from questions import true_relations
 from relations import LUMA, MODALITIES, draw_markers, relative_depth, sample_pairs
 
-IMG, IMG_START, IMG_END = "<IMG_CONTEXT>", "<img>", "</img>"
-EMPHASIS = (1.2, 2.0, 0.4, 0.4)      # of the probe's pair loss, in order of NAMES: shape is learnt slower than colour
+IMG = "<IMG_CONTEXT>"
+IMG_START = "<img>"
+IMG_END = "</img>"
+EMPHASIS = (1.2, 2.0, 0.4, 0.4)      # of the probe's pair loss, by modality: shape is learnt slower than colour
 DENSE_EMPHASIS = (3.0, 1.0, 1.0, 3.0, 0.5, 0.5, 0.5, 1.0)     # depth, normal x y z, albedo r g b, irradiance luma
+ALBEDO = list(MODALITIES).index("albedo")
 SPECIAL = (TURN, END, IMG_START, IMG_END, IMG)
 
 
-
 @dataclass
-class MiniJudge:
+class MiniSizes:
     """Sizes of the judge that is trained from scratch."""
 
     size: int = 32           # px, side of the square photo
@@ -59,25 +62,16 @@ def mini_tokenizer(whole_questions=True):
                                    additional_special_tokens=list(SPECIAL))
 
 
-def position_table(n, width):
-    """2-D sine-cosine positions of an n x n grid: (n*n, width)."""
-    freq = torch.exp(-torch.arange(width // 4) / (width // 4) * 4.0)            # 1 .. e^-4 rad per token
-    angle = torch.arange(n)[:, None] * freq                                     # (n, width/4)
-    one = torch.cat((angle.sin(), angle.cos()), 1)                              # (n, width/2)
-    return torch.cat((one[:, None].expand(n, n, -1), one[None].expand(n, n, -1)), -1).flatten(0, 1)
-
-
-def build_mini(cfg, rng):
-    """A randomly initialised Judge of the sizes in `cfg`; the same rng seed gives the same weights."""
-    tokenizer = mini_tokenizer()
-    n = cfg.size // cfg.patch
+def mini_network(sizes, tokenizer, rng):
+    """A randomly initialised InternVL of these sizes; the same rng seed gives the same weights."""
+    n = sizes.size // sizes.patch
     vision = InternVLVisionConfig(
-        hidden_size=cfg.width, num_hidden_layers=cfg.vision_layers, num_attention_heads=cfg.heads, attention_bias=True,
-        intermediate_size=4 * cfg.width, image_size=[cfg.size] * 2, patch_size=[cfg.patch] * 2,
-        layer_scale_init_value=1.0)
+        hidden_size=sizes.width, num_hidden_layers=sizes.vision_layers, num_attention_heads=sizes.heads,
+        attention_bias=True, intermediate_size=4 * sizes.width, image_size=[sizes.size] * 2,
+        patch_size=[sizes.patch] * 2, layer_scale_init_value=1.0)
     text = Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=cfg.width, intermediate_size=2 * cfg.width,
-        num_hidden_layers=cfg.text_layers, num_attention_heads=cfg.heads, num_key_value_heads=cfg.heads,
+        vocab_size=len(tokenizer), hidden_size=sizes.width, intermediate_size=2 * sizes.width,
+        num_hidden_layers=sizes.text_layers, num_attention_heads=sizes.heads, num_key_value_heads=sizes.heads,
         tie_word_embeddings=False, use_cache=False)
     config = InternVLConfig(
         vision_config=vision.to_dict(), text_config=text.to_dict(), image_seq_length=n * n, downsample_ratio=1.0,
@@ -86,12 +80,13 @@ def build_mini(cfg, rng):
         torch.manual_seed(int(torch.randint(2**31, (1,), generator=rng)))
         model = InternVLForConditionalGeneration(config)
         with torch.no_grad():
-            model.model.vision_tower.embeddings.position_embeddings[0, 1:] = 0.5 * position_table(n, cfg.width)
+            positions = model.model.vision_tower.embeddings.position_embeddings
+            positions[0, 1:] = 0.5 * grid_positions(n, n, sizes.width)
             for name, m in model.named_modules():                               # std 0.02 is far too small at width 128
                 if isinstance(m, nn.Linear) and name != "lm_head":
                     nn.init.trunc_normal_(m.weight, std=m.in_features**-0.5)
             nn.init.normal_(model.get_input_embeddings().weight)
-    return Judge(model, tokenizer, system="", grid=cfg.patch)
+    return model
 
 
 class Probe(nn.Module):
@@ -129,7 +124,8 @@ class Probe(nn.Module):
 
 def class_weights(rel):
     """Weights (..., M) that make both answers of a modality count the same, pairs without an answer 0; mean 1."""
-    yes, no = (rel > 0).float(), (rel < 0).float()
+    yes = (rel > 0).float()
+    no = (rel < 0).float()
     axes = tuple(range(rel.ndim - 1))
     weight = yes / average(yes.sum(axes)).clamp_min(1 / world()) + no / average(no.sum(axes)).clamp_min(1 / world())
     return weight * rel.shape[:-1].numel() / 2
@@ -142,8 +138,12 @@ def dense_targets(maps, patch):
     luma = torch.einsum("bchw,c->bhw", maps["irradiance"], maps["irradiance"].new_tensor(LUMA))[:, None]
     maps = torch.cat((2 * depth - 1, maps["normal"], 2 * maps["albedo"] - 1, 2 * luma - 1), 1)      # (B, 8, H, W)
     maps = torch.where(mask, maps, 0.0)
-    tokens = lambda x: F.pixel_unshuffle(x, patch).flatten(2).transpose(1, 2)   # noqa: E731
-    return tokens(maps), tokens(mask.float().expand(-1, 8, -1, -1))
+    return _tokens(maps, patch), _tokens(mask.float().expand(-1, 8, -1, -1), patch)
+
+
+def _tokens(x, patch):
+    """The values under every token: (B, C, H, W) -> (B, L, C p^2)."""
+    return F.pixel_unshuffle(x, patch).flatten(2).transpose(1, 2)
 
 
 def marker_loss(logits, index, shown):
@@ -154,9 +154,37 @@ def marker_loss(logits, index, shown):
     target = torch.zeros(logits.shape[:2], dtype=torch.long, device=logits.device)
     target.scatter_(1, index, torch.tensor([1, 2], device=logits.device) * shown[:, None])
     weight = logits.new_tensor([1.0, logits.shape[1] / 2, logits.shape[1] / 2])
-    mine = weight[target].sum()                                                 # the total weight of this rank's rows
-    return F.cross_entropy(logits.float().flatten(0, 1), target.flatten(), weight=weight.float()) * (
-        mine / average(mine))
+    total = weight[target].sum()                                                # of this rank's rows
+    loss = F.cross_entropy(logits.float().flatten(0, 1), target.flatten(), weight=weight.float())
+    return loss * (total / average(total))
+
+
+def choose_pairs(rel, rng):
+    """Number of the pair that is marked in each photo: relations (B, P, M) -> (B, 1).
+
+    "Same" albedo is rare, so every other photo marks such a pair if it has one.
+    """
+    n = len(rel) * world()                                                      # photos of all ranks
+    order = share(torch.rand(n, rel.shape[1], generator=rng, device=rel.device))
+    even = share(torch.arange(n, device=rel.device))[:, None] % 2 == 0
+    order += even * (rel[..., ALBEDO] > 0)
+    return order.argmax(1)[:, None]
+
+
+def answer_loss(judge, images, features, rel, pair_logits):
+    """Cross-entropy of the deciding words of four questions about marked photos.
+
+    features  of judge.vision;  rel (B, M) of the marked pairs;  pair_logits (B, M) of the probe for them
+    Pairs without an answer (dead zone, sky) are taught as 50/50, so that the judge is unsure there. Other answers are
+    taught half by the truth, half by the probe's probability for the same pair: a smoother target to start from.
+    differs: only the deciding word is supervised; the released recipe supervises the whole sentence.
+    """
+    logp = judge.logits(images, features=features).float().log_softmax(-1)      # (B, M, vocab)
+    words = torch.tensor([judge.prompt.answers[m] for m in MODALITIES], device=rel.device)      # (M, 2)
+    two = logp.gather(-1, words.expand(len(rel), -1, -1))
+    taught = pair_logits.detach().float().sigmoid()
+    first = torch.where(rel == 0, 0.5, (0.5 + 0.5 * rel + taught) / 2)          # (B, M) share of answer one
+    return -(torch.stack((first, 1 - first), -1) * two).sum(-1).mean()
 
 
 def judge_loss(judge, probe, maps, answers, draw, pairs=128):
@@ -166,28 +194,20 @@ def judge_loss(judge, probe, maps, answers, draw, pairs=128):
     answers  False: the vision tower alone (dense, pairs, markers);
              True: also the answer to four questions on one marked pair
     returns  scalar, dict of its 0-dim parts
-    Pairs without an answer (dead zone, sky) are taught as 50/50, so that the judge is unsure there. Other answers are
-    taught half by the truth, half by the probe's probability for the same pair: a smoother target to start from.
-    differs: only the deciding word is supervised; the released recipe supervises the whole sentence.
     """
     rgb = maps["rgb"]
     B, _, H, W = rgb.shape
-    every = draw.batch                                                          # of all ranks; each takes its share
+    n = draw.batch                                                              # photos of all ranks
     rng = on_device(draw.rng, rgb.device)
-    pts = share(sample_pairs(every, (H, W), pairs, rng, grid=judge.grid))       # (B, P, 2, 2)
+    pts = share(sample_pairs(n, (H, W), pairs, rng, grid=judge.grid))           # (B, P, 2, 2)
     rel = true_relations(maps, pts)                                             # (B, P, M)
-    # one pair per photo is marked; "same" albedo is rare, so every other photo marks such a pair if it has one
-    order = share(torch.rand(every, pairs, generator=rng, device=rgb.device))
-    even = share(torch.arange(every, device=rgb.device))[:, None] % 2 == 0
-    order += even * (rel[..., NAMES.index("albedo")] > 0)
-    pick = order.argmax(1)[:, None]                                             # (B, 1)
-    marked_pts = pts.gather(1, pick[..., None, None].expand(-1, -1, 2, 2))
-    marked_rel = rel.gather(1, pick[..., None].expand(-1, -1, len(NAMES)))[:, 0]  # (B, M)
+    pick = choose_pairs(rel, rng)                                               # (B, 1)
+    marked_pts = pts.gather(1, pick[..., None, None].expand(-1, -1, 2, 2))      # (B, 1, 2, 2)
     images = draw_markers(rgb, marked_pts)[:, 0]
-    shown = share(torch.rand(every, generator=rng, device=rgb.device) < (1.0 if answers else 0.5))  # others: unmarked
+    shown = share(torch.rand(n, generator=rng, device=rgb.device) < (1.0 if answers else 0.5))  # others: unmarked
     images = torch.where(shown.view(-1, 1, 1, 1), images, rgb)
-    tokens = judge.vision(images)
-    dense, pair_logits, marker_logits = probe(tokens, pts)
+    features = judge.vision(images)
+    dense, pair_logits, marker_logits = probe(features[0], pts)
     target, ok = dense_targets(maps, probe.patch)
     ok = ok * ok.new_tensor(DENSE_EMPHASIS).repeat_interleave(probe.patch**2)
     emphasis = dense.new_tensor(EMPHASIS).float()
@@ -198,11 +218,8 @@ def judge_loss(judge, probe, maps, answers, draw, pairs=128):
     stats = {"loss/dense": loss_dense.detach(), "loss/pairs": loss_pairs.detach(), "loss/marker": loss_marker.detach()}
     loss = loss_dense + loss_pairs + loss_marker
     if answers:
-        logp = judge.logits(images, features=tokens).float().log_softmax(-1)    # (B, M, vocab)
-        two = logp.gather(-1, torch.tensor([judge.answer_ids[m] for m in NAMES], device=rgb.device).expand(B, -1, -1))
-        taught = pair_logits.detach().float().gather(1, pick[..., None].expand(-1, -1, len(NAMES)))[:, 0].sigmoid()
-        first = torch.where(marked_rel == 0, 0.5, (0.5 + 0.5 * marked_rel + taught) / 2)  # (B, M) share of answer one
-        loss_answers = -(torch.stack((first, 1 - first), -1) * two).sum(-1).mean()
+        one = pick[..., None].expand(-1, -1, rel.shape[-1])                     # (B, 1, M)
+        loss_answers = answer_loss(judge, images, features, rel.gather(1, one)[:, 0], pair_logits.gather(1, one)[:, 0])
         stats["loss/answers"] = loss_answers.detach()
         loss = loss + loss_answers
     return loss, stats

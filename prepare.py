@@ -253,8 +253,8 @@ def convert(args):
 def export(args):
     """Scene folder -> annotated photos and JSON lines in the judge release's layout, split by room."""
     for split, name in questions.JSONL.items():
-        rows = questions.build(args.raw, args.pairs, args.size, args.seed, split)
-        path = questions.export(rows, args.raw, args.out, args.size, name)
+        rows = questions.build_questions(args.raw, args.pairs, args.size, args.seed, split)
+        path = questions.write_jsonl(rows, args.raw, args.out, args.size, name)
         said = ", ".join(f"{m} {sum(r['modality'] == m for r in rows)}" for m in questions.MODALITIES)
         print(f"{path}: {len(rows)} questions ({said})")
 

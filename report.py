@@ -13,7 +13,7 @@ import reliability
 from files import write_json
 from grpo import agreement
 from intervals import bootstrap_interval, verdict
-from judge import load_judge
+from judge import ORACLE, load_judge
 from predictor import load_predictor
 from ranks import pick_device
 from relations import NAMES
@@ -96,9 +96,9 @@ def report_judge(args):
     if args.scenes.endswith(".jsonl"):
         rows = questions.read_jsonl(args.scenes)
     else:
-        rows = questions.build(args.scenes, args.pairs, judge.size, args.seed,
+        rows = questions.build_questions(args.scenes, args.pairs, judge.size, args.seed,
                                None if args.split == "all" else args.split, judge.grid)
-    result = reliability.report(judge, rows, args.scenes, HEURISTICS, args.swap_average)
+    result = reliability.judge_figures(judge, rows, args.scenes, HEURISTICS, args.swap_average)
     n = len(rows)
     rooms = len({r["scene"].split(".")[0] for r in rows})
     lines = [(m, HEURISTICS[m][0], str(r["n"]), f"{r['accuracy']:.3f}", f"{r.get('heuristic', np.nan):.3f}",
@@ -128,7 +128,7 @@ def report_wild(cfg, device, start, folder):
     """
     out = Path(cfg.out)
     before, after = (load_predictor(path).to(device) for path in (start, folder))
-    oracle = cfg.judge == questions.ORACLE
+    oracle = cfg.judge == ORACLE
     judge_model = None if oracle else load_judge(cfg.judge or out / "judge").to(device)
     results = []
     for name in ("wild", "synthetic", "broad"):

@@ -27,11 +27,12 @@ from command import run_command, run_stage
 from config import UserError, grpo_settings, parse, plan, stage_settings
 from copies import Networks, compile_velocity, trained_part, update_average
 from dit import DiT, DiTConfig, flow_loss
-from judge import Closed, add_lora, load_judge
-from mini_judge import MiniJudge, Probe, build_mini, judge_loss
+from finetune import add_lora, tuning_gradient
+from judge import ORACLE, LazyJudge, Oracle, build_mini_judge, load_judge
+from mini_judge import MiniSizes, Probe, judge_loss
 from predictor import load_predictor
 from ranks import STREAMS, generator
-from relations import MODALITIES
+from relations import MODALITIES, sample_pairs
 from run import Run, cosine, optimizers
 from watch import Watch, reward_statistics
 
@@ -67,9 +68,9 @@ def train_judge(cfg, device):
     """Train the judge on broad scenes with ground truth; writes OUT/judge (a native transformers folder)."""
     if cfg.scenes:
         return tune_judge(cfg, device)
-    sizes = MiniJudge(cfg.size, cfg.judge_patch, cfg.judge_width, cfg.judge_vision_layers, cfg.judge_text_layers,
+    sizes = MiniSizes(cfg.size, cfg.judge_patch, cfg.judge_width, cfg.judge_vision_layers, cfg.judge_text_layers,
                       cfg.judge_heads)
-    model = build_mini(sizes, generator(cfg.seed, STREAMS["judge"])).to(device)
+    model = build_mini_judge(sizes, generator(cfg.seed, STREAMS["judge"])).to(device)
     probe = Probe(sizes, generator(cfg.seed, STREAMS["judge"], 1)).to(device)
     vision = [*model.model.model.vision_tower.parameters(), *probe.parameters()]
     text = [p for name, p in model.model.named_parameters() if ".vision_tower." not in name]
@@ -126,36 +127,20 @@ def tune_judge(cfg, device):
               flush=True)
 
 
-def tuning_gradient(model, rows, step, cfg, device, run):
-    """Gather the gradient of one step of `tune_judge`, micro-batch by micro-batch; returns its loss."""
-    batch = questions.batch_of(rows, step, cfg.judge_batch, cfg.seed)
-    tokens = sum(len(model.sentences[r["modality"]][not r["first"]]) for r in batch)
-    own = range(ranks.rank(), cfg.judge_batch // cfg.judge_micro, ranks.world())
-    parts = {k: batch[k * cfg.judge_micro:(k + 1) * cfg.judge_micro] for k in own}
-    run.where = [r["id"] for part in parts.values() for r in part]
-    losses = []
-    for k, part in parts.items():
-        images = questions.marked(part, cfg.scenes, model.size).to(device)
-        with torch.random.fork_rng():
-            torch.manual_seed(int(torch.randint(2**62, (1,), generator=generator(cfg.seed, step, k))))
-            with ranks.autocast(cfg.precision, device):
-                total, n = model.sentence_loss(images, [r["modality"] for r in part], [r["first"] for r in part])
-            run.backward(total * (ranks.world() / tokens))                      # `update` averages over the ranks
-        losses.append(total.detach() / n)
-    return sum(losses) / len(losses)
-
-
 def judgements(cfg, device, together=True):
     """Unlabeled training photos and what the judge says of them, asked once and kept in the judgement bank.
 
     together  True when all ranks call: each asks about its share;  False: this one asks what is left
     returns   data.bank.Judgements
     """
-    if cfg.judge == questions.ORACLE:
+    if cfg.judge == ORACLE:
         scenes = data.scene_pool("wild", "train", cfg.photos, cfg.size, device=device).all()
-        pts, prob = questions.oracle_answers(scenes, cfg.bank_pairs, generator(cfg.seed, STREAMS["oracle"]))
-        return Judgements((scenes["rgb"] * 255).round().byte(), pts, prob, [f"wild {i}" for i in range(len(pts))])
-    judge = Closed(cfg.judge or Path(cfg.out) / "judge", device)                # in memory only if the bank asks it
+        names = [f"wild {i}" for i in range(len(scenes["rgb"]))]
+        rng = generator(cfg.seed, STREAMS["oracle"])
+        pts = sample_pairs(len(names), (cfg.size, cfg.size), cfg.bank_pairs, rng, mask=scenes["mask"])
+        prob = Oracle(scenes, rng).ask(scenes["rgb"], pts, names)
+        return Judgements((scenes["rgb"] * 255).round().byte(), pts, prob, names)
+    judge = LazyJudge(cfg.judge or Path(cfg.out) / "judge", device)                # in memory only if the bank asks it
     if judge.size != cfg.size:
         raise UserError(f"train.py: the judge sees {judge.size} px photos and --size is {cfg.size}; "
                         "use one size for both")
@@ -231,7 +216,7 @@ def grpo_folder(cfg):
 def fixed_of(cfg):
     """What a GRPO run may not change when it resumes: settings, and digests of both weights."""
     ranks.divide_batch(cfg.batch, "batch")
-    judge = cfg.judge if cfg.judge == questions.ORACLE else files.weights_digest(cfg.judge or Path(cfg.out) / "judge")
+    judge = cfg.judge if cfg.judge == ORACLE else files.weights_digest(cfg.judge or Path(cfg.out) / "judge")
     return grpo_settings(cfg) | dict(policy_weights=files.weights_digest(start_of(cfg)), judge_weights=judge)
 
 
@@ -293,8 +278,8 @@ def check_inputs(cfg):
             if cfg.replay and not policy.replays:
                 raise UserError(f"train.py: --replay {cfg.replay} needs ground truth for every map that {cfg.policy} "
                                 "predicts, which the procedural scenes have not; use --replay 0")
-        if cfg.judge not in ("", questions.ORACLE):
-            Closed(cfg.judge).digest()
+        if cfg.judge not in ("", ORACLE):
+            LazyJudge(cfg.judge).digest()
     if cfg.scenes and not cfg.scenes.endswith(".jsonl"):
         data.list_scenes(cfg.scenes)
 

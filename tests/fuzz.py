@@ -363,8 +363,8 @@ def make_lists(folder):
     """Questions as JSON lines, a results file, a camera table, cached questions."""
     root = folder / "scenes"
     scene(root)
-    rows = questions.build(root, 2, 24, 0)
-    questions.export(rows, root, folder, 24, "q.jsonl")
+    rows = questions.build_questions(root, 2, 24, 0)
+    questions.write_jsonl(rows, root, folder, 24, "q.jsonl")
     (folder / "cached.json").write_text(json.dumps(dict(key=[str(root), 2, 24, 0, None, 1, 1], rows=rows)))
     (folder / "results.jsonl").write_text("".join(
         json.dumps(dict(name=n, abs_rel=0.1, delta1=0.9, scale=1.0)) + "\n" for n in "abc"))
@@ -374,15 +374,15 @@ def make_lists(folder):
 
 def read_lists(folder, path):
     def cached():
-        rows = questions.cached(path, folder / "scenes", 2, 24, 0, None, False)
-        return questions.marked(rows[:1], folder / "scenes", 24)
+        rows = questions.load_questions(path, folder / "scenes", 2, 24, 0, None, False)
+        return questions.marked_photos(rows[:1], folder / "scenes", 24)
 
     def asked():
-        return questions.marked(questions.read_jsonl(path)[:2], folder, 24)
+        return questions.marked_photos(questions.read_jsonl(path)[:2], folder, 24)
     bench = official.bench_of("nyuv2", "depth")
     return {"q.jsonl": [asked], "cached.json": [cached], "cameras.csv": [lambda: prepare.read_cameras(path)],
             "results.jsonl": [lambda: predictions.read_results(bench, path)]}.get(
-                path.name, [lambda: questions.draw(folder / "scenes", "room.0", 2, 24, 0), asked])
+                path.name, [lambda: questions.draw_questions(folder / "scenes", "room.0", 2, 24, 0), asked])
 
 
 def make_hypersim(folder):
@@ -480,7 +480,7 @@ def read_judge(folder, path):
         opened = judge.load_judge(place)
         if opened.size <= 64:
             opened.ask(torch.zeros(1, 3, opened.size, opened.size), torch.zeros(1, 1, 2, 2, dtype=torch.long))
-    return [lambda: judge.Closed(place), answers]
+    return [lambda: judge.LazyJudge(place), answers]
 
 
 H5PY = importlib.util.find_spec("h5py") is not None                              # `prepare.py hypersim` alone needs it

@@ -279,4 +279,4 @@ def test_400_000_answers_are_under_20_mb_and_are_read(tmp_path):
                 keys=torch.randint(0, 256, (n, 12), generator=rng, dtype=torch.uint8),
                 pts=torch.zeros(40 * n, 2, 2, dtype=torch.int16), prob=torch.rand(40 * n, 4, generator=rng))
     size = sum(p.stat().st_size for p in files(tmp_path))
-    assert len(bank._packed()) == n and size < 20e6 / 4
+    assert len(bank._read_packs()) == n and size < 20e6 / 4

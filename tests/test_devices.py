@@ -18,8 +18,8 @@ from test_train import TINY
 
 import baselines
 import bench
-import checkpoints
 import data
+import families
 import files
 import kernels
 import ranks
@@ -31,7 +31,8 @@ from config import parse
 from copies import frozen_copy
 from dit import DiT, DiTConfig
 from grpo import consistency
-from judge import add_lora, load_judge
+from finetune import add_lora, sentence_loss
+from judge import load_judge
 from predictor import load_predictor, photo_maps
 from relations import NAMES
 from scores import predict_maps
@@ -179,9 +180,8 @@ def test_judges_answer_on_their_device_and_learn(watch, monkeypatch, tmp_path, k
         chat.write_original(tmp_path / "judge")
     else:
         chat.write_qwen(tmp_path / "judge", kind)
-        row = checkpoints.ADAPTERS[kind]
-        monkeypatch.setitem(checkpoints.ADAPTERS, kind, checkpoints.Family(
-            row.system, row.opening, row.image, row.closing, row.pixels, 128))
+        row = families.FAMILIES[kind]
+        monkeypatch.setitem(families.FAMILIES, kind, dataclasses.replace(row, size=128))
     judge = load_judge(tmp_path / "judge", CUDA, dtype=torch.float32)
     rgb = torch.rand(2, 3, judge.size, judge.size).to(CUDA)
     pts = relations.sample_pairs(2, (judge.size,) * 2, 3, seeded()).to(CUDA)
@@ -189,7 +189,7 @@ def test_judges_answer_on_their_device_and_learn(watch, monkeypatch, tmp_path, k
     assert marked(prob) and prob.shape == (2, 3, 4)
     torch.testing.assert_close(judge.score(relations.draw_markers(rgb, pts)[:, 0], "depth"), prob[:, 0, 0])
     add_lora(judge, 2, 4, 0.0, seeded())
-    loss, n = judge.sentence_loss(rgb, ["depth", "albedo"], [True, False])
+    loss, n = sentence_loss(judge, rgb, ["depth", "albedo"], [True, False])
     loss.backward()
     assert marked(loss) and n > 4
 

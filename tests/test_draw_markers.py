@@ -3,8 +3,9 @@ import pytest
 import torch
 
 import kernels
+from judge import build_mini_judge
 from kernels import draw_markers as dm
-from mini_judge import MiniJudge, build_mini
+from mini_judge import MiniSizes
 from relations import draw_markers
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -63,7 +64,7 @@ def test_public_function_really_reaches_the_kernel(triton_path, monkeypatch):
 
 def test_the_judge_answers_the_same_on_both_paths(triton_path):
     rng = torch.Generator().manual_seed(0)
-    judge = build_mini(MiniJudge(16, 4, 32, 1, 1, 2), rng).eval().to(DEVICE)
+    judge = build_mini_judge(MiniSizes(16, 4, 32, 1, 1, 2), rng).eval().to(DEVICE)
     rgb, pts = torch.rand(2, 3, 16, 16, generator=rng).to(DEVICE), case((16, 16), N=6)[1].view(2, 3, 2, 2)
     answers = []
     for path in ("triton", "torch"):

@@ -22,7 +22,8 @@ import scenes
 from config import parse
 from copies import Networks, frozen_copy
 from dit import DiT, DiTConfig, flow_loss
-from mini_judge import MiniJudge, Probe, build_mini, judge_loss
+from judge import build_mini_judge
+from mini_judge import MiniSizes, Probe, judge_loss
 from predictor import Transition
 from ranks import Draw, on_device
 from relations import NAMES
@@ -102,8 +103,8 @@ def test_sd2_unet_and_vae():
 
 
 def test_the_judges_scores_and_its_loss():
-    sizes = MiniJudge(32, 8, 32, 1, 1, 2)
-    judge, probe = build_mini(sizes, seeded()), Probe(sizes, seeded(1))
+    sizes = MiniSizes(32, 8, 32, 1, 1, 2)
+    judge, probe = build_mini_judge(sizes, seeded()), Probe(sizes, seeded(1))
     maps = data.ScenePool("broad", "train", 4, 32).all()
 
     def run(judge, probe, device):
@@ -253,8 +254,8 @@ def test_portions_give_the_loss_and_gradients_of_the_whole():
 
 
 def test_losses_draw_their_numbers_on_the_gpu_and_alike_each_time():
-    sizes = MiniJudge(32, 8, 32, 1, 1, 2)
-    judge, probe = build_mini(sizes, seeded()).to(DEVICE), Probe(sizes, seeded(1)).to(DEVICE)
+    sizes = MiniSizes(32, 8, 32, 1, 1, 2)
+    judge, probe = build_mini_judge(sizes, seeded()).to(DEVICE), Probe(sizes, seeded(1)).to(DEVICE)
     maps = data.ScenePool("broad", "train", 4, 32, device=DEVICE).pick(torch.arange(4), DEVICE)
     policy = predictor_of_ours().to(DEVICE)
     first, second = ([flow_loss(policy, maps, NAMES, Draw(seeded(k), 4)),

@@ -16,20 +16,20 @@ from safetensors.torch import load_file, save_file
 import data
 import judge as judging
 from bank import Bank
-from checkpoints import ADAPTERS
-from judge import load_judge
-from mini_judge import SPECIAL, MiniJudge, Probe, build_mini, class_weights, judge_loss
+from families import FAMILIES, Prompt
+from judge import build_mini_judge, load_judge
+from mini_judge import SPECIAL, MiniSizes, Probe, class_weights, judge_loss
 from questions import true_relations
 from relations import MODALITIES, draw_markers
 
 NAMES = list(MODALITIES)
-SIZES = MiniJudge(size=16, patch=4, width=32, vision_layers=1, text_layers=1, heads=2)
+SIZES = MiniSizes(size=16, patch=4, width=32, vision_layers=1, text_layers=1, heads=2)
 ROUNDING = 1e-5                    # fp32 attention over sequences of another length
 
 
 @pytest.fixture(scope="module")
 def judge():
-    return build_mini(SIZES, seeded()).eval()
+    return build_mini_judge(SIZES, seeded()).eval()
 
 
 @pytest.fixture(scope="module")
@@ -85,25 +85,25 @@ def spaced(judge, sentence):
 # prompt -----------------------------------------------------------------------------------------------------------
 
 def test_the_prompt_is_the_chat_format_with_one_image(judge):
-    head = text_of(judge, judge.head_ids).split()
+    head = text_of(judge, judge.prompt.head).split()
     assert head == ["<|im_start|>", "user", "<img>", *["<IMG_CONTEXT>"] * 16, "</img>"]
     for m in NAMES:
-        block = text_of(judge, judge.blocks[m])
+        block = text_of(judge, judge.prompt.blocks[m])
         assert "<|im_end|> <|im_start|> assistant" in block
 
 
 @pytest.mark.parametrize("m", NAMES)
 def test_the_official_question_appears_word_for_word(judge, m):
-    block = text_of(judge, judge.blocks[m])
+    block = text_of(judge, judge.prompt.blocks[m])
     assert block.startswith(spaced(judge, MODALITIES[m].question) + " <|im_end|>") and "<unk>" not in block
 
 
 @pytest.mark.parametrize("m", NAMES)
 def test_each_answer_is_one_token_and_continues_to_the_official_sentence(judge, m):
-    first, second = judge.answer_ids[m]
+    first, second = judge.prompt.answers[m]
     assert first != second
     for token, sentence in zip((first, second), MODALITIES[m].answers, strict=True):
-        asked = text_of(judge, judge.blocks[m]).split("assistant")[-1].strip()
+        asked = text_of(judge, judge.prompt.blocks[m]).split("assistant")[-1].strip()
         begun = f"{asked} {text_of(judge, [token])}".strip()
         assert (spaced(judge, sentence) + " ").startswith(begun + " ")
 
@@ -124,10 +124,10 @@ def test_a_tokenizer_that_splits_the_answers_is_refused(judge):
             return 1000
 
     with pytest.raises(ValueError, match="one token each"):
-        judging.prompt_ids(Bytes(), "", ADAPTERS["internvl"], 0)
-    assert judging.prompt_ids(Bytes(), "", ADAPTERS["internvl"], 0, text=True)[2] == {}
+        Prompt(Bytes(), "", FAMILIES["internvl"], 0)
+    assert Prompt(Bytes(), "", FAMILIES["internvl"], 0, text=True).answers == {}
     with pytest.raises(ValueError, match="IMG_CONTEXT.*one token"):
-        judging.prompt_ids(Bytes(), "", ADAPTERS["internvl"], 16)
+        Prompt(Bytes(), "", FAMILIES["internvl"], 16)
 
 
 # packing ----------------------------------------------------------------------------------------------------------
@@ -149,7 +149,7 @@ def test_the_order_of_packed_questions_does_not_matter(judge, images):
 def test_packing_equals_the_plain_model_on_one_plain_sequence(judge, images):
     """The model's own forward, with its own mask and positions, over prompt + image tokens."""
     for m in NAMES:
-        ids = torch.tensor([judge.head_ids + judge.blocks[m]]).expand(len(images), -1)
+        ids = torch.tensor([judge.prompt.head + judge.prompt.blocks[m]]).expand(len(images), -1)
         with torch.no_grad():
             out = judge.model(input_ids=ids, pixel_values=(images - judge.mean) / judge.std,
                               attention_mask=torch.ones_like(ids))
@@ -198,7 +198,7 @@ def test_no_pairs_give_no_answers(judge, images):
 
 def test_building_is_seeded_and_leaves_the_global_state_alone(judge, images):
     before = torch.get_rng_state()
-    same, other = build_mini(SIZES, seeded()).eval(), build_mini(SIZES, seeded(1)).eval()
+    same, other = build_mini_judge(SIZES, seeded()).eval(), build_mini_judge(SIZES, seeded(1)).eval()
     Probe(SIZES, seeded(2))
     assert torch.equal(before, torch.get_rng_state())
     assert torch.equal(judge.score(images, "depth"), same.score(images, "depth"))
@@ -309,7 +309,7 @@ def test_class_weights_make_both_answers_count_the_same():
 
 
 def grads(answers, maps):
-    model, probe = build_mini(SIZES, seeded()), Probe(SIZES, seeded(1))
+    model, probe = build_mini_judge(SIZES, seeded()), Probe(SIZES, seeded(1))
     loss, stats = judge_loss(model, probe, maps, answers, seeded(2))
     loss.backward()
     norm = {True: 0.0, False: 0.0}
@@ -333,7 +333,7 @@ def answer_loss(maps, gap, m, taught=0.0):
 
     taught  logit of the first answer that the probe gives every pair
     """
-    model, probe = build_mini(SIZES, seeded()), Probe(SIZES, seeded(1))
+    model, probe = build_mini_judge(SIZES, seeded()), Probe(SIZES, seeded(1))
     with torch.no_grad():
         probe.pairs[-1].weight.zero_()
         probe.pairs[-1].bias.fill_(taught)
@@ -341,7 +341,7 @@ def answer_loss(maps, gap, m, taught=0.0):
     def logits(images, features=None):
         out = torch.full((len(images), 4, len(model.tokenizer)), -30.0)
         for k, name in enumerate(NAMES):
-            first, second = model.answer_ids[name]
+            first, second = model.prompt.answers[name]
             out[:, k, first], out[:, k, second] = (gap / 2, -gap / 2) if name == m else (0.0, 0.0)
         return out
     model.logits = logits
@@ -387,7 +387,7 @@ def test_an_answer_is_taught_half_by_the_truth_and_half_by_the_probe(maps):
 
 
 def test_a_few_steps_on_one_batch_reduce_every_part_of_the_loss(maps):
-    model, probe = build_mini(SIZES, seeded()), Probe(SIZES, seeded(1))
+    model, probe = build_mini_judge(SIZES, seeded()), Probe(SIZES, seeded(1))
     opt = torch.optim.AdamW([*model.parameters(), *probe.parameters()], lr=3e-3)
     small = {k: v[:4] for k, v in maps.items()}
     history = []
@@ -402,7 +402,7 @@ def test_a_few_steps_on_one_batch_reduce_every_part_of_the_loss(maps):
 
 
 def test_the_loss_is_the_same_for_the_same_generator(maps):
-    model, probe = build_mini(SIZES, seeded()), Probe(SIZES, seeded(1))
+    model, probe = build_mini_judge(SIZES, seeded()), Probe(SIZES, seeded(1))
     values = [judge_loss(model, probe, maps, True, seeded(seed))[0].item() for seed in (0, 0, 1)]
     assert values[0] == values[1] != values[2]
 
@@ -410,7 +410,7 @@ def test_the_loss_is_the_same_for_the_same_generator(maps):
 def test_scenes_under_the_open_sky_give_a_finite_loss():
     maps = data.ScenePool("wild", "train", 8, 16).all()
     assert not maps["mask"].all() and maps["depth"].isinf().any()
-    model, probe = build_mini(SIZES, seeded()), Probe(SIZES, seeded(1))
+    model, probe = build_mini_judge(SIZES, seeded()), Probe(SIZES, seeded(1))
     loss, _ = judge_loss(model, probe, maps, True, seeded())
     loss.backward()
     assert loss.isfinite() and all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
@@ -493,6 +493,6 @@ def test_a_bank_is_filled_ahead_of_time_resumed_and_then_read_without_a_judge(fo
     said = capsys.readouterr()
     assert "30 pairs asked, 36 already known" in said.out and "broken.png" in said.err
     monkeypatch.setattr(judging, "load_judge", lambda *_: pytest.fail("opened the judge"))
-    closed = judging.Closed(folder)
-    pts, prob = Bank(tmp_path / "bank", closed).fill(data.Photos(photos, closed.size).images, 6)
-    assert closed.opened is None and prob.shape == (11, 6, 4) and ((prob > 0) & (prob < 1)).all()
+    lazy = judging.LazyJudge(folder)
+    pts, prob = Bank(tmp_path / "bank", lazy).fill(data.Photos(photos, lazy.size).images, 6)
+    assert lazy.opened is None and prob.shape == (11, 6, 4) and ((prob > 0) & (prob < 1)).all()

@@ -29,8 +29,9 @@ import sd2
 import train
 from command import run_command
 from copies import frozen_copy, keep_in_bf16
+from judge import build_mini_judge
 from marigold import VAE, Marigold, Schedule, UNet
-from mini_judge import MiniJudge, build_mini
+from mini_judge import MiniSizes
 from predictor import COEFFICIENTS, ddim_sde_step, load_predictor, sample_ode
 from relations import NAMES
 from scenes import srgb_encode
@@ -979,7 +980,7 @@ def test_a_few_steps_with_a_reward_for_bright_maps_brighten_the_maps(folders, mo
 def inputs(tmp_path_factory):
     """A tiny judge and three photos."""
     root = tmp_path_factory.mktemp("inputs")
-    build_mini(MiniJudge(32, 8, 32, 1, 1, 2), seeded()).eval().save(root / "judge")
+    build_mini_judge(MiniSizes(32, 8, 32, 1, 1, 2), seeded()).eval().save(root / "judge")
     (root / "photos").mkdir()
     for i in range(3):
         Image.fromarray(photo(40 + i, 50)).save(root / "photos" / f"{i}.png")

@@ -204,7 +204,7 @@ def test_interiorverse_frames_become_a_scene(tmp_path, capsys):
     shade = got["irradiance"][0].numpy()
     lit = mask & (got["albedo"][0].numpy() > 0)
     assert np.corrcoef(shade[lit], light[:, crop, 0][lit])[0, 1] > 0.97 and (shade[30:, 40 - crop.start:] == 0).all()
-    rows = questions.draw(tmp_path / "out", name, 8, H, 0)
+    rows = questions.draw_questions(tmp_path / "out", name, 8, H, 0)
     asked = [p for r in rows if r["modality"] == "irradiance" for p in r["pts"]]
     assert asked and not [p for p in asked if p[0] >= 30 and p[1] >= 40 - crop.start]
 
@@ -228,4 +228,4 @@ def test_jsonl_splits_rooms_and_counts(tmp_path, capsys):
              questions.JSONL.items()}
     assert len(sides["train"]) == 3 and len(sides["val"]) == 2 and not sides["train"] & sides["val"]
     rows = questions.read_jsonl(tmp_path / "out" / questions.JSONL["val"])
-    assert torch.isfinite(questions.marked(rows, "", 56)).all()
+    assert torch.isfinite(questions.marked_photos(rows, "", 56)).all()

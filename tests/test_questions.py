@@ -12,7 +12,7 @@ from relations import MODALITIES, draw_markers
 
 
 def test_answers_are_true_balanced_and_off_the_mask(rooms):
-    rows = questions.build(rooms, 6, S, 0)
+    rows = questions.build_questions(rooms, 6, S, 0)
     for m in ("depth", "normal", "irradiance"):
         mine = [r for r in rows if r["modality"] == m]
         assert len(mine) == 36 and sum(r["first"] for r in mine) == 18
@@ -28,10 +28,10 @@ def test_answers_are_true_balanced_and_off_the_mask(rooms):
 
 
 def test_the_same_seed_draws_the_same_and_other_scenes_change_nothing(rooms, tmp_path):
-    again = questions.build(rooms, 4, S, 3)
-    assert again == questions.build(rooms, 4, S, 3) != questions.build(rooms, 4, S, 4)
+    again = questions.build_questions(rooms, 4, S, 3)
+    assert again == questions.build_questions(rooms, 4, S, 3) != questions.build_questions(rooms, 4, S, 4)
     write_scene(tmp_path, "room_2.cam.0", 2)
-    alone = questions.draw(tmp_path, "room_2.cam.0", 4, S, 3)
+    alone = questions.draw_questions(tmp_path, "room_2.cam.0", 4, S, 3)
     assert [r for r in again if r["scene"] == "room_2.cam.0"] == [r for r in alone if r in again]
 
 
@@ -39,7 +39,7 @@ def test_a_black_albedo_is_not_asked_about_its_light(tmp_path):
     albedo = np.full((S, S, 3), 128, np.uint8)
     albedo[:, :48] = 5
     write_scene(tmp_path, "dark", albedo=albedo)
-    asked = [r for r in questions.draw(tmp_path, "dark", 8, S, 0) if r["modality"] == "irradiance"]
+    asked = [r for r in questions.draw_questions(tmp_path, "dark", 8, S, 0) if r["modality"] == "irradiance"]
     assert asked and all(col >= 48 for r in asked for _, col in r["pts"])
 
 
@@ -58,7 +58,7 @@ def test_rooms_are_on_one_side_of_the_split():
 def test_a_scene_without_answers_is_named_and_nothing_is_written(tmp_path, change, words):
     write_scene(tmp_path / "scenes", "odd", **change)
     with pytest.raises(ValueError, match=words):
-        questions.cached(tmp_path / "out" / "q.json", tmp_path / "scenes", 2, S, 0, None, True)
+        questions.load_questions(tmp_path / "out" / "q.json", tmp_path / "scenes", 2, S, 0, None, True)
     assert not (tmp_path / "out").exists()
 
 
@@ -66,12 +66,12 @@ def test_a_missing_map_is_named(tmp_path):
     write_scene(tmp_path, "a")
     (tmp_path / "a_irradiance.png").unlink()
     with pytest.raises(FileNotFoundError, match="a_irradiance.png"):
-        questions.build(tmp_path, 2, S, 0)
+        questions.build_questions(tmp_path, 2, S, 0)
 
 
 def test_json_lines_are_the_released_layout_and_read_back(rooms, tmp_path):
-    rows = questions.build(rooms, 2, S, 0)
-    path = questions.export(rows, rooms, tmp_path, S, questions.JSONL["train"])
+    rows = questions.build_questions(rooms, 2, S, 0)
+    path = questions.write_jsonl(rows, rooms, tmp_path, S, questions.JSONL["train"])
     lines = [json.loads(x) for x in path.read_text().splitlines()]
     assert path.name == "intrinsic_judgement_train.jsonl" and len(lines) == len(rows)
     for line, row in zip(lines, rows, strict=True):
@@ -85,8 +85,8 @@ def test_json_lines_are_the_released_layout_and_read_back(rooms, tmp_path):
         assert line["metadata"]["red_xy"] == row["pts"][0][::-1]
     back = questions.read_jsonl(path)
     assert [(r["modality"], r["first"]) for r in back] == [(r["modality"], r["first"]) for r in rows]
-    images = questions.marked(back[:3], tmp_path, S)
-    assert (images - questions.marked(rows[:3], rooms, S)).abs().max() < 1 / 254
+    images = questions.marked_photos(back[:3], tmp_path, S)
+    assert (images - questions.marked_photos(rows[:3], rooms, S)).abs().max() < 1 / 254
 
 
 def test_the_released_lines_without_sizes_are_read(tmp_path):
@@ -113,9 +113,9 @@ def test_lines_that_leave_the_folder_or_ask_otherwise_are_refused(tmp_path, chan
 
 
 def test_markers_are_drawn_by_the_one_renderer(rooms):
-    row = questions.build(rooms, 1, S, 0)[0]
-    plain = questions.photo(row, rooms, S)
-    assert torch.equal(questions.marked([row], rooms, S),
+    row = questions.build_questions(rooms, 1, S, 0)[0]
+    plain = questions.read_photo(row, rooms, S)
+    assert torch.equal(questions.marked_photos([row], rooms, S),
                        draw_markers(plain[None], torch.tensor(row["pts"])[None, None])[:, 0])
 
 
@@ -127,8 +127,8 @@ def test_passes_follow_each_other_and_see_every_row_once():
 
 def test_questions_are_drawn_once_and_again_for_another_folder(rooms, tmp_path, monkeypatch):
     path = tmp_path / "q.json"
-    first = questions.cached(path, rooms, 2, S, 0, None, True)
-    monkeypatch.setattr(questions, "build", lambda *_: pytest.fail("drawn again"))
-    assert questions.cached(path, rooms, 2, S, 0, None, False) == first
+    first = questions.load_questions(path, rooms, 2, S, 0, None, True)
+    monkeypatch.setattr(questions, "build_questions", lambda *_: pytest.fail("drawn again"))
+    assert questions.load_questions(path, rooms, 2, S, 0, None, False) == first
     monkeypatch.undo()
-    assert questions.cached(path, rooms, 2, S, 1, None, True) != first
+    assert questions.load_questions(path, rooms, 2, S, 1, None, True) != first

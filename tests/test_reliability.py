@@ -9,7 +9,8 @@ from rooms import S
 import eval as evaluation
 import questions
 import reliability
-from mini_judge import MiniJudge, build_mini
+from judge import build_mini_judge
+from mini_judge import MiniSizes
 from scores import HEURISTICS
 
 RULES = HEURISTICS
@@ -17,7 +18,7 @@ RULES = HEURISTICS
 
 @pytest.fixture(scope="module")
 def rows(rooms):
-    return questions.build(rooms, 4, S, 0)
+    return questions.build_questions(rooms, 4, S, 0)
 
 
 class Rule:
@@ -40,7 +41,7 @@ def test_a_knowing_judge_is_right_and_consistent(rows, rooms):
     def knows(red, green, m):
         return {"depth": 0.9, "irradiance": 0.1}.get(m, 0.5) if red[1] < green[1] else {
             "depth": 0.1, "irradiance": 0.9}.get(m, 0.5)
-    got = reliability.report(Rule(knows), rows, rooms, RULES)
+    got = reliability.judge_figures(Rule(knows), rows, rooms, RULES)
     for m in ("depth", "irradiance"):
         assert got[m]["accuracy"] == 1 and got[m]["inconsistent"] == 0 and abs(got[m]["ece"] - 0.1) < 1e-6
     assert got["normal"]["accuracy"] == 0 and got["normal"]["undecided"] == got["normal"]["n"]
@@ -48,17 +49,17 @@ def test_a_knowing_judge_is_right_and_consistent(rows, rooms):
 
 
 def test_a_judge_that_always_says_red_is_half_right_and_found_out(rows, rooms):
-    got = reliability.report(Rule(lambda *_: 0.8), rows, rooms, RULES)
+    got = reliability.judge_figures(Rule(lambda *_: 0.8), rows, rooms, RULES)
     for m in ("depth", "normal", "irradiance"):
         assert got[m]["accuracy"] == 0.5 and got[m]["inconsistent"] == got[m]["always_first"] == 1
         assert abs(got[m]["ece"] - 0.3) < 1e-6
     assert got["albedo"]["inconsistent"] == 0                                   # "same" both times is consistent
-    average = reliability.report(Rule(lambda *_: 0.8), rows, rooms, RULES, swap_average=True)
+    average = reliability.judge_figures(Rule(lambda *_: 0.8), rows, rooms, RULES, swap_average=True)
     assert average["depth"]["undecided"] == average["depth"]["n"]
 
 
 def test_the_mean_of_both_orders():
-    got = reliability.both_orders(np.array([.9, .9]), np.array([.3, .3]), np.array([False, True]))
+    got = reliability.average_orders(np.array([.9, .9]), np.array([.3, .3]), np.array([False, True]))
     np.testing.assert_allclose(got, [.8, .6])
 
 
@@ -71,22 +72,22 @@ def test_calibration_is_the_textbook_s():
 
 
 def test_margins_hold_every_question(rows, rooms):
-    got = reliability.report(Rule(lambda *_: 0.8), rows, rooms, RULES)
+    got = reliability.judge_figures(Rule(lambda *_: 0.8), rows, rooms, RULES)
     assert all(sum(b["n"] for b in r["margins"]) == r["n"] for r in got.values())
     assert sum(r["n"] for r in got.values()) == len(rows)
 
 
 def test_drawn_markers_cannot_be_exchanged(rows, rooms, tmp_path):
-    path = questions.export(rows[:4], rooms, tmp_path, S, "x.jsonl")
+    path = questions.write_jsonl(rows[:4], rooms, tmp_path, S, "x.jsonl")
     lines = questions.read_jsonl(path)
-    got = reliability.report(Rule(lambda *_: 0.8), lines, tmp_path, RULES)
+    got = reliability.judge_figures(Rule(lambda *_: 0.8), lines, tmp_path, RULES)
     assert "inconsistent" not in got["depth"]
     with pytest.raises(ValueError, match="drawn markers"):
-        reliability.report(Rule(lambda *_: 0.8), lines, tmp_path, RULES, swap_average=True)
+        reliability.judge_figures(Rule(lambda *_: 0.8), lines, tmp_path, RULES, swap_average=True)
 
 
 def test_the_command_prints_and_writes_every_figure(rooms, tmp_path, capsys):
-    build_mini(MiniJudge(size=32, patch=4, width=32, vision_layers=1, text_layers=1, heads=2),
+    build_mini_judge(MiniSizes(size=32, patch=4, width=32, vision_layers=1, text_layers=1, heads=2),
                torch.Generator().manual_seed(0)).save(tmp_path / "judge")
     evaluation.main(["--dataset", "judge", "--scenes", str(rooms), "--judge", str(tmp_path / "judge"), "--pairs", "2",
                      "--json", str(tmp_path / "j.json"), "--swap-average"])

@@ -29,7 +29,8 @@ from command import run_command
 from config import UserError, parse
 from copies import frozen_copy, keep_in_bf16
 from dit import DiT, DiTConfig
-from relations import MODALITIES
+from judge import PAPER_ACCURACY, Oracle
+from relations import MODALITIES, sample_pairs
 from run import NotFinite, Run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -378,12 +379,14 @@ def test_the_ranking_loss_and_its_anchor_pull_the_right_way(run):
 
 def test_an_oracle_is_as_often_right_as_the_papers_judge():
     maps = data.ScenePool("wild", "train", 24, 32).all()
-    pts, prob = questions.oracle_answers(maps, 200, torch.Generator().manual_seed(0))
+    rng = torch.Generator().manual_seed(0)
+    pts = sample_pairs(24, (32, 32), 200, rng, mask=maps["mask"])
+    prob = Oracle(maps, rng).ask(maps["rgb"], pts, [f"wild {i}" for i in range(24)])
     truth = questions.true_relations(maps, pts)
     for k, m in enumerate(NAMES):
         asked = truth[..., k] != 0
         right = ((prob[..., k] > 0.5) == (truth[..., k] > 0))[asked].float().mean()
-        assert abs(right - questions.PAPER_ACCURACY[m]) < 0.02 and (prob[..., k][~asked] == 0.5).all()
+        assert abs(right - PAPER_ACCURACY[m]) < 0.02 and (prob[..., k][~asked] == 0.5).all()
 
 
 @pytest.mark.parametrize("flags, words", [

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 import judge as judging
 import questions
 import train
+from finetune import LORA_TARGETS
 from judge import load_judge
 
 
@@ -58,7 +59,7 @@ def test_the_export_is_the_base_plus_the_adapter(tuned, place):
     assert (merged.score(images, "depth") - base.score(images, "depth")).abs().max() > 1e-3
     about = json.loads((tuned / "adapter" / "adapter_config.json").read_text())
     assert (about["r"], about["lora_alpha"], about["lora_dropout"], about["peft_type"]) == (16, 32.0, 0.05, "LORA")
-    assert judging.Closed(tuned / "adapter").digest() == load_judge(tuned / "adapter").digest()
+    assert judging.LazyJudge(tuned / "adapter").digest() == load_judge(tuned / "adapter").digest()
 
 
 def test_a_stopped_run_resumes_to_the_same_weights(tuned, place):
@@ -79,8 +80,8 @@ def test_two_processes_take_the_same_steps(tuned, place):
 
 
 def test_json_lines_can_be_trained_on(place, tmp_path):
-    rows = questions.build(place / "scenes", 1, 56, 0)
-    path = questions.export(rows[:8], place / "scenes", tmp_path / "lines", 56, questions.JSONL["train"])
+    rows = questions.build_questions(place / "scenes", 1, 56, 0)
+    path = questions.write_jsonl(rows[:8], place / "scenes", tmp_path / "lines", 56, questions.JSONL["train"])
     train.main(flags(place, tmp_path / "run", "--scenes", str(path), "--judge-passes", "1"))
     assert (tmp_path / "run" / "judge" / "model.safetensors").is_file()
 
@@ -103,5 +104,5 @@ def test_the_paper_preset_is_the_judge_release():
     want = dict(judge_rank=16, judge_alpha=32.0, judge_dropout=0.05, judge_lr=4e-5, judge_decay=0.01, judge_warmup=0.03,
                 judge_batch=16, judge_micro=4, judge_passes=5.0, size=512)
     assert {k: getattr(cfg, k) for k in want} == want
-    assert sorted(judging.LORA_TARGETS) == sorted(
+    assert sorted(LORA_TARGETS) == sorted(
         ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])

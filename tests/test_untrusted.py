@@ -297,7 +297,7 @@ def test_sizes_of_a_judge_are_refused_before_it_is_built(copy, folder, part, nam
     (folder / "config.json").write_text(json.dumps(config | ({part: config[part] | change} if part else change)))
     refused(lambda: judge.load_judge(folder))
     if folder.name == "original" or value != 2**24:
-        refused(lambda: judge.Closed(folder))
+        refused(lambda: judge.LazyJudge(folder))
 
 
 def tar_with(path, **fields):
@@ -364,7 +364,8 @@ def test_a_jsonl_cannot_name_a_picture_outside_its_folder(tmp_path):
     Image.new("RGB", (24, 24)).save(outside)
     root = tmp_path / "root"
     fuzz.scene(root / "scenes")
-    questions.export(questions.build(root / "scenes", 1, 24, 0)[:1], root / "scenes", root, 24, "q.jsonl")
+    rows = questions.build_questions(root / "scenes", 1, 24, 0)
+    questions.write_jsonl(rows[:1], root / "scenes", root, 24, "q.jsonl")
     (root / "link.png").symlink_to(outside)
     (root / "folder").symlink_to(tmp_path)
     for name in ("loop", "pool"):
@@ -438,13 +439,13 @@ def test_a_bad_photo_with_an_odd_name_is_one_line(odd_names, tiny, tmp_path, cap
 def test_scenes_with_odd_names_become_questions_and_back(tmp_path):
     for name in ("two words.0", "naïve 写真.1", "line\nbreak\u2028.2"):
         fuzz.scene(tmp_path / "scenes", name)
-    rows = questions.build(tmp_path / "scenes", 1, 24, 0)
-    path = questions.export(rows, tmp_path / "scenes", tmp_path / "out", 24, "q.jsonl")
+    rows = questions.build_questions(tmp_path / "scenes", 1, 24, 0)
+    path = questions.write_jsonl(rows, tmp_path / "scenes", tmp_path / "out", 24, "q.jsonl")
     text = "\n".join(json.dumps(json.loads(line), ensure_ascii=False) for line in path.read_text().splitlines())
     path.write_text(text)                                                       # as another program may write it
     again = questions.read_jsonl(path)
     assert [(r["scene"], r["first"]) for r in again] == [(r["scene"], r["first"]) for r in rows]
-    assert questions.marked(again, None, 24).shape == (len(rows), 3, 24, 24)
+    assert questions.marked_photos(again, None, 24).shape == (len(rows), 3, 24, 24)
 
 
 def test_every_photo_has_maps_of_its_own():

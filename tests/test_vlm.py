@@ -1,4 +1,5 @@
-"""checkpoints.py: tiny judges in the true layouts load to the same logits; every trap and every refusal."""
+"""vlm.py: tiny judges in the true layouts load to the same logits; every trap and every refusal."""
+import dataclasses
 import json
 import math
 
@@ -9,12 +10,15 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import arithmetic
-import checkpoints
+import families
 import judge as judging
 import lora
-from checkpoints import SYSTEM
-from judge import convert_internvl, load_judge
+import vlm
+from families import SYSTEM, read_answer
+from finetune import LORA_TARGETS, add_lora, sentence_loss
+from judge import load_judge
 from relations import MODALITIES
+from vlm import convert_internvl
 
 NAMES = list(MODALITIES)
 ROUNDING = 2e-5                    # fp32 logits of size 1-5 over sequences of another length or padding
@@ -83,13 +87,13 @@ def test_unmerged_lora_is_folded_with_the_scale_given(original):
 
 def test_the_prompt_is_the_official_one_word_for_word(original):
     judge = load_judge(original[0])
-    text = judge.tokenizer.decode(judge.head_ids)
+    text = judge.tokenizer.decode(judge.prompt.head)
     assert text == f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n<img>{'<IMG_CONTEXT>' * 4}</img>\n"
     assert SYSTEM.startswith("你是书生·万象，英文名是InternVL，") and len(SYSTEM) == 58
     for m in NAMES:
         row = MODALITIES[m]
         want = f"{row.question}<|im_end|>\n<|im_start|>assistant\n{row.prefix}"
-        assert judge.tokenizer.decode(judge.blocks[m]) == want
+        assert judge.tokenizer.decode(judge.prompt.blocks[m]) == want
 
 
 def test_no_question_on_stdin_and_no_torchvision(original, monkeypatch):
@@ -104,21 +108,21 @@ def test_no_question_on_stdin_and_no_torchvision(original, monkeypatch):
 
 def test_positions_of_448_px_become_512_px_by_bicubic_interpolation():
     table = torch.randn(1, 1025, 8, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
-    got = checkpoints.resize_positions(table, 36)
+    got = vlm.resize_positions(table, 36)
     assert got.shape == (1, 1297, 8) and got.dtype == torch.bfloat16 and torch.equal(got[:, 0], table[:, 0])
     grid = table[0, 1:].float().view(32, 32, 8).permute(2, 0, 1)[None]
     want = F.interpolate(grid, (36, 36), mode="bicubic")[0].permute(1, 2, 0).reshape(1296, 8).to(torch.bfloat16)
-    assert torch.equal(got[0, 1:], want) and torch.equal(checkpoints.resize_positions(table, 32), table)
+    assert torch.equal(got[0, 1:], want) and torch.equal(vlm.resize_positions(table, 32), table)
 
 
 def test_a_base_of_another_tile_size_is_opened_at_the_size_asked_for(tmp_path, original):
     """56 px: 4 x 4 patches, 4 image tokens; 84 px: 6 x 6 patches, 9 image tokens."""
     folder, model = original
     judge = load_judge(folder, size=84)
-    assert (judge.size, judge.head_ids.count(judge.model.config.image_token_id)) == (84, 9)
+    assert (judge.size, judge.prompt.head.count(judge.model.config.image_token_id)) == (84, 9)
     big = chat.network(model.config.text_config.vocab_size, 84)
     state = model.state_dict()
-    state[checkpoints.POSITIONS] = checkpoints.resize_positions(state[checkpoints.POSITIONS], 6)
+    state[vlm.POSITIONS] = vlm.resize_positions(state[vlm.POSITIONS], 6)
     big.load_state_dict(state)
     images = images_of(84)
     want = reference(big, judge, images, "normal")[:, -1]
@@ -151,7 +155,7 @@ def test_a_tied_native_folder_gets_its_head_from_the_embedding(original, tmp_pat
     _, model = original
     model.save_pretrained(tmp_path)
     chat.write_tokenizer(tmp_path)
-    state = {checkpoints.native_name(k): v for k, v in load_file(tmp_path / "model.safetensors").items()}
+    state = {vlm.native_name(k): v for k, v in load_file(tmp_path / "model.safetensors").items()}
     del state["lm_head.weight"]
     save_file(state, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"first: lm_head.weight"):
@@ -165,12 +169,12 @@ def test_a_tied_native_folder_gets_its_head_from_the_embedding(original, tmp_pat
 
 def test_the_shapes_of_the_released_judge():
     """877 native tensors and 3,712,916,480 weights at 512 px; the official LoRA has 29,933,568."""
-    made = checkpoints.native_config(arithmetic.JUDGE)
-    assert checkpoints.set_tile(made) == 36 and made.image_seq_length == 324
+    made = vlm.native_config(arithmetic.JUDGE)
+    assert vlm.set_tile(made) == 36 and made.image_seq_length == 324
     with torch.device("meta"):
         model = chat.InternVLForConditionalGeneration(made)
     assert len(model.state_dict()) == 877 and sum(p.numel() for p in model.parameters()) == 3_712_916_480
-    names = judging.LORA_TARGETS
+    names = LORA_TARGETS
     adapted = [m for path, m in model.model.language_model.named_modules() if path.split(".")[-1] in names]
     assert len(names) == 7 and len(adapted) == 7 * 36
     assert sum(16 * (m.in_features + m.out_features) for m in adapted) == 29_933_568
@@ -183,7 +187,7 @@ def test_the_shapes_of_the_released_judge():
     (dict(llm_config=dict(architectures=["InternLM2ForCausalLM"])), "got llm_config.architectures 'InternLM2For"),
     (dict(vision_config=dict(patch_size=14)), "got no vision_config.image_size"),
     (dict(model_type="qwen2", llm_config=None), "got model_type 'qwen2'"),
-    (dict(model_type="llava", llm_config=None), "add a row to checkpoints.ADAPTERS")])
+    (dict(model_type="llava", llm_config=None), "add a row to families.FAMILIES")])
 def test_a_config_that_is_no_such_judge_is_named(tmp_path, change, words):
     chat.write_original(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text()) | change
@@ -254,9 +258,8 @@ def judge(request, original, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     chat.write_qwen(folder, request.param)
     with pytest.MonkeyPatch.context() as patch:
-        row = checkpoints.ADAPTERS[request.param]
-        small = checkpoints.Family(row.system, row.opening, row.image, row.closing, row.pixels, 128)
-        patch.setitem(checkpoints.ADAPTERS, request.param, small)
+        row = families.FAMILIES[request.param]
+        patch.setitem(families.FAMILIES, request.param, dataclasses.replace(row, size=128))
         yield load_judge(folder)
 
 
@@ -268,7 +271,7 @@ def test_four_packed_questions_equal_four_padded_prefills_and_single_ones(judge)
         rows = [(i, m) for i in range(2) for m in NAMES]
         padded = judge.prefill(images[[i for i, _ in rows]], [m for _, m in rows]).view_as(packed)
         single = torch.stack([torch.cat([judge.prefill(images[i:i + 1], [m]) for m in NAMES]) for i in range(2)])
-    assert len({len(judge.blocks[m]) for m in NAMES}) > 1 and packed.std() > 0.1
+    assert len({len(judge.prompt.blocks[m]) for m in NAMES}) > 1 and packed.std() > 0.1
     assert (packed - padded).abs().max() < 5 * ROUNDING and (padded - single).abs().max() < 5 * ROUNDING
 
 
@@ -276,10 +279,10 @@ def test_logits_are_those_of_the_family_s_own_forward(judge):
     images = images_of(judge.size, 2)
     pixels = (images - judge.mean) / judge.std
     for m in NAMES:
-        ids = torch.tensor([judge.head_ids + judge.blocks[m]]).expand(2, -1)
+        ids = torch.tensor([judge.prompt.head + judge.prompt.blocks[m]]).expand(2, -1)
         given = dict(pixel_values=pixels)
-        if judge.kind != "internvl":
-            patches, grid = judging.patchify(pixels, judge.model.config.vision_config)
+        if judge.model.config.model_type != "internvl":
+            patches, grid = families.patchify(pixels, judge.model.config.vision_config)
             given = dict(pixel_values=patches, image_grid_thw=grid,
                          mm_token_type_ids=(ids == judge.model.config.image_token_id).int())
         with torch.no_grad():
@@ -289,14 +292,14 @@ def test_logits_are_those_of_the_family_s_own_forward(judge):
 
 def test_forty_pairs_cost_one_vision_pass_one_prefill_and_no_decoding(judge):
     images, calls = images_of(judge.size, 1).expand(40, -1, -1, -1), []
-    eye = judge._eye()
+    eye = judge.family.eye(judge.model)
     hooks = [m.register_forward_hook(lambda m, a, kw, out, n=name: calls.append((n, kw or a)), with_kwargs=True)
              for name, m in (("eye", eye), ("text", judge.model.model.language_model), ("head", judge.model.lm_head))]
     judge.score(images, "depth")
     for h in hooks:
         h.remove()
     assert [name for name, _ in calls] == ["eye", "text", "head"]
-    assert calls[1][1]["inputs_embeds"].shape[:2] == (40, len(judge.head_ids) + len(judge.blocks["depth"]))
+    assert calls[1][1]["inputs_embeds"].shape[:2] == (40, len(judge.prompt.head) + len(judge.prompt.blocks["depth"]))
     assert calls[2][1][0].shape[:-1].numel() == 40                                  # the vocabulary at one token each
 
 
@@ -306,25 +309,25 @@ def test_generated_text_begins_with_the_most_likely_word(judge):
         said = judge.say(images, m, tokens=1)
         asked = f"{MODALITIES[m].question}<|im_end|>\n<|im_start|>assistant\n"
         ids = judge.tokenizer(asked, add_special_tokens=False).input_ids
-        stem = judge.blocks[m]
-        judge.blocks[m] = ids
+        stem = judge.prompt.blocks[m]
+        judge.prompt.blocks[m] = ids
         with torch.no_grad():
             best = judge.logits(images, (m,))[:, 0].argmax(-1)
-        judge.blocks[m] = stem
+        judge.prompt.blocks[m] = stem
         assert said == [judge.tokenizer.decode([i], skip_special_tokens=True).strip() for i in best]
 
 
 @pytest.mark.parametrize("kind, patch", [("qwen2_5_vl", 14), ("qwen3_vl", 16)])
 def test_patches_are_those_of_transformers_image_processor(kind, patch):
     processor = pytest.importorskip("transformers.models.qwen2_vl.image_processing_pil_qwen2_vl")
-    mean, std = checkpoints.ADAPTERS[kind].pixels
+    mean, std = families.FAMILIES[kind].pixels
     size = 4 * patch
     photo = (images_of(size, 1) * 255).round()
     made = processor.Qwen2VLImageProcessorPil(image_mean=mean, image_std=std, patch_size=patch, min_pixels=1)(
         photo[0].byte().permute(1, 2, 0).numpy(), return_tensors="pt", do_resize=False)
     vision = type("Vision", (), dict(patch_size=patch, spatial_merge_size=2, temporal_patch_size=2))
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (mean, std))
-    patches, grid = judging.patchify((photo / 255 - mean) / std, vision)
+    patches, grid = families.patchify((photo / 255 - mean) / std, vision)
     torch.testing.assert_close(patches, made["pixel_values"], rtol=1e-5, atol=1e-5)
     assert torch.equal(grid, made["image_grid_thw"])
 
@@ -340,8 +343,8 @@ def test_the_score_is_the_probability_of_red_and_of_yes(judge):
     images = images_of(judge.size, 2)
     for m in NAMES:
         with torch.no_grad():
-            two = judge.prefill(images, [m, m])[:, judge.answer_ids[m]]
-        words = [judge.tokenizer.decode([i]).strip() for i in judge.answer_ids[m]]
+            two = judge.prefill(images, [m, m])[:, judge.prompt.answers[m]]
+        words = [judge.tokenizer.decode([i]).strip() for i in judge.prompt.answers[m]]
         assert words == (["Yes", "No"] if m == "albedo" else ["red", "green"])
         assert (judge.score(images, m) - two.softmax(-1)[:, 0]).abs().max() < ROUNDING
 
@@ -355,11 +358,11 @@ def test_bf16_scores_stay_near_fp32(original):
 
 
 def test_text_that_is_not_the_official_wording_is_unsure():
-    assert judging.understood("The red point has a surface more facing", "normal") == 1.0
-    assert judging.understood("The green point has", "normal") == 0.0
-    assert judging.understood("No, the red and green points have different base colors.", "albedo") == 0.0
+    assert read_answer("The red point has a surface more facing", "normal") == 1.0
+    assert read_answer("The green point has", "normal") == 0.0
+    assert read_answer("No, the red and green points have different base colors.", "albedo") == 0.0
     for said in ("No idea" * 0, "red", "The redder point", "the compared points", "Not the same"):
-        assert judging.understood(said, "albedo" if said == "Not the same" else "normal") == 0.5
+        assert read_answer(said, "albedo" if said == "Not the same" else "normal") == 0.5
 
 
 def test_a_judge_that_cannot_be_scored_answers_by_text(original, monkeypatch):
@@ -369,16 +372,16 @@ def test_a_judge_that_cannot_be_scored_answers_by_text(original, monkeypatch):
     assert judge.ask(images_of(56, 1), torch.tensor([[[[3, 3], [30, 30]]]])).tolist() == [[[1.0] * 4]]
 
 
-# digest, closed judges, adapters ----------------------------------------------------------------------------------
+# digest, lazy judges, adapters ------------------------------------------------------------------------------------
 
-def test_a_closed_judge_has_the_digest_of_the_opened_one_and_stays_closed(original, monkeypatch):
+def test_a_lazy_judge_has_the_digest_of_the_opened_one_and_stays_closed(original, monkeypatch):
     monkeypatch.setattr(judging, "load_judge", lambda *_: pytest.fail("opened"))
-    closed = judging.Closed(original[0])
+    lazy = judging.LazyJudge(original[0])
     monkeypatch.undo()
     judge = load_judge(original[0])
-    assert closed.digest() == judge.digest() and (closed.size, closed.grid) == (judge.size, judge.grid)
+    assert lazy.digest() == judge.digest() and (lazy.size, lazy.grid) == (judge.size, judge.grid)
     pts = torch.tensor([[[[10, 12], [40, 44]]]])
-    assert torch.equal(closed.ask(images_of(56, 1), pts), judge.ask(images_of(56, 1), pts))
+    assert torch.equal(lazy.ask(images_of(56, 1), pts), judge.ask(images_of(56, 1), pts))
 
 
 def test_the_digest_of_a_saved_judge_is_that_of_its_tensors(original, tmp_path):
@@ -391,7 +394,7 @@ def test_the_digest_of_a_saved_judge_is_that_of_its_tensors(original, tmp_path):
 
 def test_a_peft_folder_opens_as_its_base_with_the_adapter_merged(original, tmp_path):
     judge = load_judge(original[0])
-    judging.add_lora(judge, 4, 8, 0.0, torch.Generator().manual_seed(0))
+    add_lora(judge, 4, 8, 0.0, torch.Generator().manual_seed(0))
     with torch.no_grad():
         for layer in lora.adapters(judge.model).values():
             layer.lora_B.normal_(generator=torch.Generator().manual_seed(1))
@@ -406,7 +409,7 @@ def test_a_peft_folder_opens_as_its_base_with_the_adapter_merged(original, tmp_p
 def test_peft_itself_reads_the_adapter(original, tmp_path):
     peft = pytest.importorskip("peft")
     judge = load_judge(original[0])
-    judging.add_lora(judge, 4, 8, 0.05, torch.Generator().manual_seed(0))
+    add_lora(judge, 4, 8, 0.05, torch.Generator().manual_seed(0))
     with torch.no_grad():
         for layer in lora.adapters(judge.model).values():
             layer.lora_B.normal_(generator=torch.Generator().manual_seed(1))
@@ -423,7 +426,7 @@ def test_the_loss_is_the_cross_entropy_of_the_whole_sentence_and_its_end(origina
     folder, model = original
     judge, images = load_judge(folder), images_of(56, 2)
     for m, first in (("depth", True), ("albedo", False)):
-        loss, count = judge.sentence_loss(images, [m, m], [first, first])
+        loss, count = sentence_loss(judge, images, [m, m], [first, first])
         row = MODALITIES[m]
         answer = judge.tokenizer(row.answers[0 if first else 1] + "<|im_end|>", add_special_tokens=False).input_ids
         tail = row.answers[0 if first else 1][len(row.prefix):] + "<|im_end|>"
@@ -435,18 +438,18 @@ def test_the_loss_is_the_cross_entropy_of_the_whole_sentence_and_its_end(origina
 def test_a_mixed_batch_has_the_loss_of_its_rows(original):
     judge, images = load_judge(original[0]), images_of(56, 3)
     names, first = ["depth", "albedo", "irradiance"], [True, False, False]
-    loss, count = judge.sentence_loss(images, names, first)
-    parts = [judge.sentence_loss(images[i:i + 1], names[i:i + 1], first[i:i + 1]) for i in range(3)]
+    loss, count = sentence_loss(judge, images, names, first)
+    parts = [sentence_loss(judge, images[i:i + 1], names[i:i + 1], first[i:i + 1]) for i in range(3)]
     assert count == sum(n for _, n in parts)
     assert math.isclose(loss.item(), sum(p.item() for p, _ in parts), rel_tol=1e-4)
 
 
 def test_lora_trains_the_seven_linears_of_the_language_model_alone(original):
     judge = load_judge(original[0])
-    paths = judging.add_lora(judge, 4, 8, 0.05, torch.Generator().manual_seed(0))
-    assert {p.rsplit(".", 1)[1] for p in paths} == set(judging.LORA_TARGETS) and len(paths) == 14
+    paths = add_lora(judge, 4, 8, 0.05, torch.Generator().manual_seed(0))
+    assert {p.rsplit(".", 1)[1] for p in paths} == set(LORA_TARGETS) and len(paths) == 14
     assert all(p.startswith("model.language_model.layers.") for p in lora.adapters(judge.model))
-    loss, _ = judge.sentence_loss(images_of(56, 2), ["depth", "albedo"], [True, True])
+    loss, _ = sentence_loss(judge, images_of(56, 2), ["depth", "albedo"], [True, True])
     loss.backward()
     learning = [name for name, p in judge.model.named_parameters() if p.requires_grad]
     assert all(".lora_" in name for name in learning) and len(learning) == 28
@@ -457,8 +460,8 @@ def test_checkpointing_gives_the_same_gradient(original):
     grads = []
     for on in (False, True):
         judge = load_judge(original[0])
-        judging.add_lora(judge, 4, 8, 0.0, torch.Generator().manual_seed(0), checkpointing=on)
+        add_lora(judge, 4, 8, 0.0, torch.Generator().manual_seed(0), checkpointing=on)
         judge.train()
-        judge.sentence_loss(images_of(56, 2), ["depth", "albedo"], [True, True])[0].backward()
+        sentence_loss(judge, images_of(56, 2), ["depth", "albedo"], [True, True])[0].backward()
         grads.append([p.grad for p in judge.model.parameters() if p.requires_grad])
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*grads, strict=True))

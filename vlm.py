@@ -4,12 +4,11 @@ folders   original InternVL chat (config.json has llm_config; merged, or with un
           Qwen2.5-VL, Qwen3-VL; one safetensors file or shards with an index; a hub id is downloaded first
 traps     the original is untied, the native default ties; a position table of 1025 rows is 448 px, 1297 rows 512 px;
           AutoTokenizer would ask on stdin for a folder with auto_map; VLM processors need torchvision, so pixels are
-          prepared by hand (judge.py) at one square tile
+          prepared by hand (families.py) at one square tile
 Source: OpenGVLab/InternVL2_5-4B's config.json and tensor names; transformers' InternVL classes.
 """
 import hashlib
 import re
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -28,34 +27,11 @@ from transformers import (
 
 import files
 import lora
+from families import FAMILIES
 from untrusted import Refusing, Tensors, fits, read_json, refuse, sober, whole
 
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-SYSTEM = ("你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的"
-          "多模态大语言模型。")
 TILE = 1 << 12                        # px, largest side of a tile
 PATTERNS = ["*.safetensors", "*.json", "merges.txt"]
-
-
-@dataclass(frozen=True)
-class Family:
-    """One row of the adapter table: what a network's chat format and pixels look like."""
-
-    system: str      # text of the system turn ("": none)
-    opening: str     # before the image
-    image: str       # one image token, repeated
-    closing: str     # between image and question
-    pixels: tuple    # mean, std
-    size: int = 0    # px, side of the tile where config.json does not fix it
-
-
-QWEN = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
-ADAPTERS = {  # model_type: row. The judge compares the answer words of relations.MODALITIES in every family
-    "internvl": Family(SYSTEM, "<img>", "<IMG_CONTEXT>", "</img>\n", IMAGENET),
-    "qwen2_5_vl": Family("You are a helpful assistant.", *QWEN, CLIP, 504),
-    "qwen3_vl": Family("", *QWEN, ((0.5,) * 3, (0.5,) * 3), 512),
-}
 
 RENAMES = [  # original InternVL chat name -> native name in memory
     (r"language_model\.lm_head\.", "lm_head."),
@@ -76,7 +52,8 @@ DISK_RENAMES = [  # names on the disk of a native InternVL folder -> in memory
     (r"(?=vision_tower\.|multi_modal_projector\.)", "model."),
 ]
 POSITIONS = "model.vision_tower.embeddings.position_embeddings"
-EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
+EMBEDDING = "model.language_model.embed_tokens.weight"
+HEAD = "lm_head.weight"
 
 
 def _rename(key, rules):
@@ -97,7 +74,8 @@ def merge_lora(state, scale):
 
     raises  ValueError naming an adapter without its base, or half an adapter
     """
-    plain, low = {}, {}
+    plain = {}
+    low = {}
     for key, value in state.items():
         name = re.sub(r"^(language_model|vision_model)\.base_model\.model\.", r"\1.", key)
         found = re.fullmatch(r"(.+)\.lora_([AB])\.(?:default\.)?weight", name)
@@ -108,11 +86,10 @@ def merge_lora(state, scale):
     for path, pair in low.items():
         weight = f"{path}.weight"
         if set(pair) != {"A", "B"} or weight not in plain:
-            raise ValueError(f"checkpoints.py: got adapter {path!r} with lora_{', lora_'.join(sorted(pair))} and "
+            raise ValueError(f"vlm.py: got adapter {path!r} with lora_{', lora_'.join(sorted(pair))} and "
                              f"{'its' if weight in plain else 'no'} base weight; want lora_A, lora_B and base_layer; "
                              "fetch the checkpoint again")
-        base = plain[weight]
-        plain[weight] = (base.float() + scale * pair["B"].float() @ pair["A"].float()).to(base.dtype)
+        plain[weight] = lora.merge_low_rank(plain[weight], pair["A"], pair["B"], scale)
     return plain
 
 
@@ -127,7 +104,7 @@ def convert_internvl(state_dict, lora_scale=2.0):
     for key, value in merge_lora(state_dict, lora_scale).items():
         name = _rename(key, RENAMES)
         if name is None:
-            raise ValueError(f"checkpoints.py: got tensor {key!r}; want names of an InternVL chat checkpoint with a "
+            raise ValueError(f"vlm.py: got tensor {key!r}; want names of an InternVL chat checkpoint with a "
                              "Qwen2 language model; use another checkpoint")
         layer = re.fullmatch(r"(model\.vision_tower\.encoder\.layer\.\d+\.)(.+?)(\.weight|\.bias)?", name)
         if layer is None:
@@ -138,7 +115,7 @@ def convert_internvl(state_dict, lora_scale=2.0):
         elif layer[2] in VISION_RENAMES:
             out[layer[1] + VISION_RENAMES[layer[2]] + (layer[3] or "")] = value
         else:
-            raise ValueError(f"checkpoints.py: got tensor {key!r}; want attn, mlp, norm1, norm2, ls1, ls2 in a vision "
+            raise ValueError(f"vlm.py: got tensor {key!r}; want attn, mlp, norm1, norm2, ls1, ls2 in a vision "
                              "layer; use another checkpoint")
     return out
 
@@ -161,20 +138,20 @@ def native_config(old, where="config.json"):
     absent = [k for k in ("llm_config", "vision_config") if not isinstance(old.get(k), dict)]
     absent += [f"vision_config.{k}" for k in ("image_size", "patch_size") if k not in old.get("vision_config", ())]
     if absent:
-        raise ValueError(f"checkpoints.py: {where}: got no {absent[0]}; want the config.json of an InternVL chat model")
-    llm, eye = old["llm_config"], old["vision_config"]
+        raise ValueError(f"vlm.py: {where}: got no {absent[0]}; want the config.json of an InternVL chat model")
+    llm = old["llm_config"]
+    eye = old["vision_config"]
     kind = (llm.get("architectures") or ["Qwen2ForCausalLM" if llm.get("model_type") == "qwen2" else "?"])[0]
     checks = [("ps_version", old.get("ps_version"), "v2"), ("select_layer", old.get("select_layer", -1), -1),
               ("llm_config.architectures", kind, "Qwen2ForCausalLM")]
     for name, got, want in checks:
         if got != want:
-            raise ValueError(f"checkpoints.py: {where}: got {name} {got!r}, want {want!r}; "
+            raise ValueError(f"vlm.py: {where}: got {name} {got!r}, want {want!r}; "
                              "use an InternVL2.5 chat checkpoint with a Qwen2 language model (1B or 4B)")
-    keep = lambda source, *names: {k: source[k] for k in names if k in source}  # noqa: E731
     scaling = dict(llm.get("rope_scaling") or {})
     kind = scaling.pop("type", scaling.pop("rope_type", "default"))
     rope = scaling | dict(rope_theta=llm.get("rope_theta", 1e6), rope_type=kind)
-    text = Qwen2Config(rope_parameters=rope, tie_word_embeddings=False, **keep(
+    text = Qwen2Config(rope_parameters=rope, tie_word_embeddings=False, **_pick(
         llm, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
         "num_key_value_heads", "hidden_act", "max_position_embeddings", "rms_norm_eps", "initializer_range",
         "attention_dropout", "use_sliding_window", "sliding_window", "max_window_layers", "bos_token_id",
@@ -183,7 +160,7 @@ def native_config(old, where="config.json"):
     vision = InternVLVisionConfig(
         image_size=[size] * 2, patch_size=[eye["patch_size"]] * 2, attention_bias=eye.get("qkv_bias", True),
         use_qk_norm=eye.get("qk_normalization", False), layer_scale_init_value=eye.get("initializer_factor", 0.1),
-        use_mean_pooling=True, hidden_dropout_prob=eye.get("dropout", 0.0), **keep(
+        use_mean_pooling=True, hidden_dropout_prob=eye.get("dropout", 0.0), **_pick(
             eye, "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act",
             "layer_norm_eps", "norm_type", "attention_dropout", "initializer_range"))
     return InternVLConfig(
@@ -191,11 +168,15 @@ def native_config(old, where="config.json"):
         image_seq_length=0, image_token_id=0, vision_feature_layer=-1, tie_word_embeddings=False)
 
 
+def _pick(source, *names):
+    return {k: source[k] for k in names if k in source}
+
+
 def read_config(folder):
     """config.json of a folder as a dict. raises FileNotFoundError, ValueError."""
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"checkpoints.py: got no config.json in {folder}; want a judge folder written by "
+        raise FileNotFoundError(f"vlm.py: got no config.json in {folder}; want a judge folder written by "
                                 "`python train.py --stage judge`, an InternVL chat folder or a native one")
     return sober(read_json(path), path)
 
@@ -210,7 +191,7 @@ def weight_files(folder):
     names = sorted(set(names.values()))
     for name in names:
         if Path(name).name != name or not (folder / name).is_file():
-            raise FileNotFoundError(f"checkpoints.py: got no {name} in {folder}; want the weights that config.json "
+            raise FileNotFoundError(f"vlm.py: got no {name} in {folder}; want the weights that config.json "
                                     "belongs to, as safetensors; fetch them again")
     return [folder / name for name in names]
 
@@ -232,23 +213,23 @@ def load_tokenizer(folder):
         return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
     for name in ("vocab.json", "merges.txt"):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"checkpoints.py: got neither tokenizer.json nor {name} in {folder}; "
+            raise FileNotFoundError(f"vlm.py: got neither tokenizer.json nor {name} in {folder}; "
                                     "want the tokenizer's files; fetch them again")
     return Qwen2Tokenizer.from_pretrained(folder)
 
 
 def family_of(folder, config):
-    """model_type of a folder, one of ADAPTERS. raises ValueError for another kind of model."""
+    """The row of FAMILIES for a folder's config.json (a dict). raises ValueError for another kind of model."""
     kind = config.get("model_type")
     kind = "internvl" if kind == "internvl_chat" and "llm_config" in config else kind
-    if kind not in ADAPTERS:
-        raise ValueError(f"checkpoints.py: got model_type {config.get('model_type')!r} in {folder}; want "
-                         f"{', '.join(map(repr, ADAPTERS))} or 'internvl_chat'; a judge needs images: add a row to "
-                         "checkpoints.ADAPTERS for another vision-language model")
-    return kind
+    if kind not in FAMILIES:
+        raise ValueError(f"vlm.py: got model_type {config.get('model_type')!r} in {folder}; want "
+                         f"{', '.join(map(repr, FAMILIES))} or 'internvl_chat'; a judge needs images: add a row to "
+                         "families.FAMILIES for another vision-language model")
+    return FAMILIES[kind]
 
 
-def outline(folder, config):
+def network_config(folder, config):
     """The network's configuration object, native, from a folder's config.json (a dict)."""
     if "llm_config" in config:
         made = native_config(config, Path(folder, "config.json"))
@@ -259,34 +240,37 @@ def outline(folder, config):
 
 def set_tile(config, size=0):
     """Give an InternVL config a tile of `size` px (0: the one it has); returns the number of patches along a side."""
-    vision, ratio = config.vision_config, config.downsample_ratio
+    vision = config.vision_config
+    ratio = config.downsample_ratio
     size = size or vision.image_size[0]
     side = size // vision.patch_size[0]                                         # 512 px: 36 patches of 14, 8 px unseen
-    whole(size, 1, TILE, "tile size", "checkpoints.py")
+    whole(size, 1, TILE, "tile size", "vlm.py")
     if not side or not 0 < ratio <= 1 or (side * ratio) % 1:
-        raise ValueError(f"checkpoints.py: got tile size {size}, {side} patches a side; want a multiple of "
+        raise ValueError(f"vlm.py: got tile size {size}, {side} patches a side; want a multiple of "
                          f"{int(1 / ratio)} patches of {vision.patch_size[0]} px, such as 448 or 512 px")
-    vision.image_size, config.image_seq_length = [size] * 2, int(side * ratio) ** 2
+    vision.image_size = [size] * 2
+    config.image_seq_length = int(side * ratio) ** 2
     return side
 
 
-def _internvl(folder, config, tokenizer, size):
+def _open_internvl(folder, config, tokenizer, size):
     """Network of an InternVL folder in either layout, weights as stored."""
-    state, tied = dict(_tensors(folder)), config.get("llm_config", {}).get("tie_word_embeddings", False)
+    state = dict(_tensors(folder))
+    tied = config.get("llm_config", {}).get("tie_word_embeddings", False)
     if "llm_config" in config:
         ranks = {len(v) for k, v in state.items() if k.endswith("lora_A.default.weight")}
         if len(ranks) > 1:
-            raise ValueError(f"checkpoints.py: got LoRA ranks {sorted(ranks)} in {folder}; want one; merge it first")
+            raise ValueError(f"vlm.py: got LoRA ranks {sorted(ranks)} in {folder}; want one; merge it first")
         state = convert_internvl(state)                                         # InternVL's own wrapper: alpha = 2 r
     else:
         state = {native_name(k): v for k, v in state.items()}
-    config = outline(folder, config)
+    config = network_config(folder, config)
     tied = tied or config.tie_word_embeddings or config.text_config.tie_word_embeddings
     if tied and HEAD not in state and EMBEDDING in state:
         state[HEAD] = state[EMBEDDING].clone()
     config.tie_word_embeddings = config.text_config.tie_word_embeddings = False
     side = set_tile(config, size)
-    config.image_token_id = tokenizer.convert_tokens_to_ids(ADAPTERS["internvl"].image)
+    config.image_token_id = tokenizer.convert_tokens_to_ids(FAMILIES["internvl"].image)
     if POSITIONS in state and state[POSITIONS].ndim == 3:
         state[POSITIONS] = resize_positions(state[POSITIONS], side)
     with torch.device("meta"):
@@ -297,15 +281,16 @@ def _internvl(folder, config, tokenizer, size):
     return model
 
 
-def _other(folder, config):
+def _open_native(folder, config):
     """Network of any other native folder that transformers knows, weights as stored.
 
     transformers gets the config and the tensors, not the folder, where it would also follow an adapter_config.json
     """
-    state, config = dict(_tensors(folder)), outline(folder, config)
+    state = dict(_tensors(folder))
+    config = network_config(folder, config)
     network = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
     with torch.device("meta"):
-        fits(network._from_config(config), state, f"checkpoints.py: {folder}")
+        fits(network._from_config(config), state, f"vlm.py: {folder}")
     model, found = network.from_pretrained(None, config=config, state_dict=state, output_loading_info=True,
                                            dtype="auto")
     wrong = [str(k) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for k in found.get(kind, ())]
@@ -315,26 +300,52 @@ def _other(folder, config):
     return model
 
 
-def locate(name):
+def find_folders(name):
     """Folders of a judge: (folder of the weights, adapter folder or None); a hub id is downloaded."""
     folder = files.hub_folder(name, PATTERNS)
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
         if not base or not isinstance(base, str):
-            raise ValueError(f"checkpoints.py: {folder} is an adapter that names no base model; "
-                             "open the merged folder beside it")
+            raise ValueError(f"vlm.py: {folder} is an adapter that names no base; open the merged folder beside it")
         return files.hub_folder(base, PATTERNS), folder
     return folder, None
 
 
-def describe(folder, config):
+def read_about(folder, family):
     """judge.json of a folder, or what its family implies: dict system, grid (see judge.Judge), size (0: config's)."""
     extra = Path(folder) / "judge.json"
-    implied = dict(system=ADAPTERS[family_of(folder, config)].system, grid=1, size=0)
+    implied = dict(system=family.system, grid=1, size=0)
     about = implied | (read_json(extra) if extra.is_file() else {})
     if not isinstance(about["system"], str):
         refuse(extra, f"system = {about['system']!r}", "a text")
     return about | {k: whole(about[k], least, TILE, k, extra) for k, least in (("grid", 1), ("size", 0))}
+
+
+def refuse_damage(folder):
+    """With-block in which a checkpoint's folder is read: what its damage raises becomes one line."""
+    return Refusing(f"vlm.py: {folder}", "a checkpoint that cannot be read", "a whole one",
+                    keep=(ValueError, FileNotFoundError))
+
+
+def _read_texts(folder, adapter):
+    """What is not weights: config.json as a dict, its family, the tokenizer, judge.json."""
+    config = read_config(folder)
+    family = family_of(folder, config)
+    return config, family, load_tokenizer(folder), read_about(adapter or folder, family)
+
+
+def read_outline(name):
+    """All of a checkpoint but its weights: (network config, tokenizer, dict of system and grid).
+
+    raises  as open_network
+    """
+    folder, adapter = find_folders(name)
+    with refuse_damage(folder):
+        config, family, tokenizer, about = _read_texts(folder, adapter)
+        made = network_config(folder, config)
+        if family.internvl_files:
+            set_tile(made, about["size"])
+        return made, tokenizer, {k: about[k] for k in ("system", "grid")}
 
 
 def open_network(name, size=0):
@@ -343,49 +354,47 @@ def open_network(name, size=0):
     size    px of the tile, if not the checkpoint's own (InternVL only: the position table is resized)
     raises  FileNotFoundError, ValueError: one line that names the file or the key
     """
-    folder, adapter = locate(name)
-    with damaged(folder):
-        return _open_network(folder, adapter, size)
-
-
-def damaged(folder):
-    """With-block in which a checkpoint's folder is read: what its damage raises becomes one line."""
-    return Refusing(f"checkpoints.py: {folder}", "a checkpoint that cannot be read", "a whole one",
-                    keep=(ValueError, FileNotFoundError))
-
-
-def _open_network(folder, adapter, size):
-    config = read_config(folder)
-    kind, tokenizer = family_of(folder, config), load_tokenizer(folder)
-    about = describe(adapter or folder, config)
-    size = size or about.pop("size")
-    model = _internvl(folder, config, tokenizer, size) if kind == "internvl" else _other(folder, config)
-    if adapter:
-        lora.load_adapter(model, adapter)
-        lora.merge(model)
-    return model.requires_grad_(True), tokenizer, {k: about[k] for k in ("system", "grid")}
+    folder, adapter = find_folders(name)
+    with refuse_damage(folder):
+        config, family, tokenizer, about = _read_texts(folder, adapter)
+        if family.internvl_files:
+            network = _open_internvl(folder, config, tokenizer, size or about["size"])
+        else:
+            network = _open_native(folder, config)
+        if adapter:
+            lora.load_adapter(network, adapter)
+            lora.merge(network)
+        return network.requires_grad_(True), tokenizer, {k: about[k] for k in ("system", "grid")}
 
 
 @cache
 def files_digest(name, start):
     """Hex SHA-256 over `start` (bytes), then name and bytes of every tensor of a checkpoint, streamed from disk."""
-    folder, adapter = locate(name)
+    folder, adapter = find_folders(name)
     h = hashlib.sha256(start)
     config = read_config(folder)
-    rename = native_name if family_of(folder, config) == "internvl" and "llm_config" not in config else str
+    rename = native_name if family_of(folder, config).internvl_files and "llm_config" not in config else str
     places = {}
     for path in weight_files(folder):
         with Tensors(path) as f:
             places |= {rename(key): (path, key) for key in f.keys()}  # noqa: SIM118
     for key, (path, on_disk) in sorted(places.items()):
         with Tensors(path) as f:
-            update(h, key, f.get_tensor(on_disk))
+            _hash_tensor(h, key, f.get_tensor(on_disk))
     if adapter:
         h.update(Path(adapter, "adapter_model.safetensors").read_bytes())
     return h.hexdigest()
 
 
-def update(h, name, tensor):
+def _hash_tensor(h, name, tensor):
     """Add one named tensor to a hash."""
     h.update(name.encode())
     h.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+
+
+def network_digest(network, start):
+    """As files_digest, of a network in memory."""
+    h = hashlib.sha256(start)
+    for name, tensor in sorted(network.state_dict().items()):
+        _hash_tensor(h, name, tensor)
+    return h.hexdigest()
