@@ -19,12 +19,26 @@ PREFIX = "base_model.model."
 REFUSED = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform")
 
 
-class Adapted(nn.Module):
-    """A frozen nn.Linear `base` plus its adapter; `active` False gives the base alone."""
+def merge_low_rank(weight, A, B, scale):
+    """Weight of the linear layer that a layer and its adapter amount to: W + scale B A, computed in float32.
+
+    weight   (out, in)  of the layer alone, any float dtype;  A (r, in), B (out, r)
+    scale    alpha / r
+    returns  (out, in) in the dtype of `weight`
+    """
+    return (weight.float() + scale * B.float() @ A.float()).to(weight.dtype)
+
+
+class LoRALinear(nn.Module):
+    """A frozen nn.Linear `base` plus a trainable adapter; with `active` False it computes what `base` does."""
 
     def __init__(self, base, r, alpha, dropout=0.0, rng=None):
         super().__init__()
-        self.base, self.r, self.alpha, self.dropout, self.active = base.requires_grad_(False), r, alpha, dropout, True
+        self.base = base.requires_grad_(False)
+        self.r = r
+        self.alpha = alpha
+        self.dropout = dropout
+        self.active = True
         self.train(base.training)
         like = dict(dtype=torch.float32, device=base.weight.device)
         bound = 1 / math.sqrt(base.in_features)                                 # kaiming_uniform(a = sqrt 5)
@@ -39,15 +53,18 @@ class Adapted(nn.Module):
         low = F.linear(F.dropout(x, self.dropout, self.training).to(self.lora_A.dtype), self.lora_A)
         return y + (self.alpha / self.r * F.linear(low, self.lora_B)).to(y.dtype)
 
-    def merged(self):
-        """Weight of the equivalent linear layer, (out, in) in the dtype of the base; the product is taken in fp32."""
-        return (self.base.weight.float() + self.alpha / self.r * self.lora_B.float() @ self.lora_A.float()).to(
-            self.base.weight.dtype)
+    def merged_weight(self):
+        """Weight (out, in) of the equivalent nn.Linear, in the dtype of the base."""
+        return merge_low_rank(self.base.weight, self.lora_A, self.lora_B, self.alpha / self.r)
 
 
 def adapters(network):
-    """Adapted layers of a network: dict path -> Adapted."""
-    return {path: m for path, m in network.named_modules() if isinstance(m, Adapted)}
+    """The layers of a network that have an adapter: dict path -> LoRALinear."""
+    return {path: m for path, m in network.named_modules() if isinstance(m, LoRALinear)}
+
+
+def _path_ends_in(path, target):
+    return path == target or path.endswith(f".{target}")
 
 
 def inject(network, targets, r, alpha, dropout=0.0, rng=None):
@@ -55,16 +72,15 @@ def inject(network, targets, r, alpha, dropout=0.0, rng=None):
 
     raises  ValueError when a target matches no linear layer
     """
-    matches = lambda path, t: path == t or path.endswith(f".{t}")               # noqa: E731
     found = [path for path, m in network.named_modules()
-             if isinstance(m, nn.Linear) and any(matches(path, t) for t in targets)]
+             if isinstance(m, nn.Linear) and any(_path_ends_in(path, t) for t in targets)]
     for t in targets:
-        if not any(matches(path, t) for path in found):
+        if not any(_path_ends_in(path, t) for path in found):
             raise ValueError(f"lora.inject: got target {t!r}, which names no linear layer of "
                              f"{type(network).__name__}; want the end of a module path")
     network.requires_grad_(False)
     for path in found:
-        _replace(network, path, Adapted(network.get_submodule(path), r, alpha, dropout, rng))
+        _replace(network, path, LoRALinear(network.get_submodule(path), r, alpha, dropout, rng))
     return found
 
 
@@ -83,7 +99,7 @@ def merge(network):
     """Fold all adapters into their linear layers, in place."""
     for path, layer in adapters(network).items():
         with torch.no_grad():
-            layer.base.weight.copy_(layer.merged())
+            layer.base.weight.copy_(layer.merged_weight())
         _replace(network, path, layer.base)
 
 
@@ -97,7 +113,7 @@ def merged_state(network):
         if path in found:                                                       # lora_A, lora_B
             continue
         if last == "base" and parent in found:
-            state[f"{parent}.{name}"] = found[parent].merged() if name == "weight" else value
+            state[f"{parent}.{name}"] = found[parent].merged_weight() if name == "weight" else value
         else:
             state[key] = value
     return state
