@@ -24,7 +24,7 @@ import torch
 import data
 import formats
 import metrics
-from scenes import srgb_encode
+from relations import srgb_encode
 
 LISTS = Path(__file__).parent / "lists"
 ETH3D_SIZE = (4032, 6048)             # rows, columns of every depth map; the files have no header

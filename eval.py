@@ -27,9 +27,8 @@ from files import write_json
 from judge import load_judge
 from predictor import NAMES, load_predictor, sample_ode
 from questions import true_relations
-from relations import at_points, margin, sample_pairs
+from relations import at_points, margin, sample_pairs, srgb_decode
 from runtime import generator, pick_device, run_command
-from scenes import srgb_decode
 
 PROCEDURAL = ("synthetic", "broad", "wild")
 PAIRS = 24                        # per image and modality

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 
 import lora
 from files import hub_folder, load_strict, replace_file, write_json, write_text
-from scenes import srgb_encode
+from relations import srgb_encode
 from sd2 import LATENT_SCALE, VAE, UNet, check_config
 from untrusted import Refusing, fits, read_json, read_tensors, refuse, sober, whole
 

@@ -22,8 +22,8 @@ import data
 import formats
 import protocols
 from predictor import load_predictor, predict_photo
+from relations import srgb_decode
 from runtime import pick_device
-from scenes import srgb_decode
 
 
 @dataclass(frozen=True)

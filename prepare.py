@@ -27,9 +27,8 @@ import data
 import formats
 import questions
 from config import Parser
-from relations import LUMA
+from relations import LUMA, srgb_encode
 from runtime import UserError, run_command
-from scenes import srgb_encode
 from untrusted import Refusing, limit, refuse
 
 FRAME = {"color": "final", "diffuse_reflectance": "final", "diffuse_illumination": "final", "depth_meters": "geometry",

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 import benchmarks
 import data
 import metrics
-from scenes import srgb_encode
+from relations import srgb_encode
 
 # task: {metric: (text, better, times)}; times: factor between the mean and the printed number
 METRICS = {

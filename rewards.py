@@ -20,8 +20,7 @@ import grpo
 import runtime
 from kernels.pair_credit import pair_credit
 from kernels.pair_reward import pair_reward
-from relations import MODALITIES
-from scenes import srgb_decode
+from relations import MODALITIES, srgb_decode
 
 FORM = dict(hard="hard", confidence="hard", soft="soft", brier="brier")
 

@@ -12,10 +12,11 @@ out, and `broad`, domain-randomised for the judge, contains both in every row an
 Every number of scene i of a domain is a hash of (domain, i, draw), so a scene is bit-identical in any batch on one
 device; on another it is equal up to rounding, which moves an edge or a texture by a pixel here and there.
 """
-
 import math
 
 import torch
+
+from relations import srgb_decode, srgb_encode
 
 DOMAINS = ("synthetic", "broad", "wild")
 SPLITS = {"train": 0, "val": 1 << 40, "test": 2 << 40}
@@ -88,16 +89,6 @@ def scene_ids(split, n, start=0):
         raise ValueError(f"scenes.py: split got {split!r}, want one of {', '.join(SPLITS)}")
     assert 0 <= start and start + n <= SPLIT_IDS, f"{n} scenes from {start} leave the id range of {split}"
     return torch.arange(n) + (SPLITS[split] + start)
-
-
-def srgb_encode(x):
-    """Linear to sRGB-encoded, both [0, 1] (IEC 61966-2-1, piecewise)."""
-    return torch.where(x <= .0031308, 12.92 * x, 1.055 * x.clamp(min=.0031308) ** (1 / 2.4) - .055)
-
-
-def srgb_decode(x):
-    """sRGB-encoded to linear, both [0, 1]; inverse of srgb_encode."""
-    return torch.where(x <= .04045, x / 12.92, ((x.clamp(min=.04045) + .055) / 1.055) ** 2.4)
 
 
 def tonemap(linear, tone):

@@ -16,7 +16,7 @@ from PIL import Image
 
 import benchmarks
 import data
-from scenes import srgb_decode, srgb_encode
+from relations import srgb_decode, srgb_encode
 
 SIDE = 64
 

@@ -31,7 +31,7 @@ import train
 from marigold import VAE, Marigold, Schedule, UNet
 from mini_judge import MiniJudge, build_mini
 from predictor import NAMES, load_predictor, sample_ode
-from scenes import srgb_encode
+from relations import srgb_encode
 
 PARITY = 1e-5                      # fp32 against diffusers, maps in [0, 1] or [-1, 1]
 UNIT = 5e-5                        # the same for normals: divided by lengths down to 0.1 or so

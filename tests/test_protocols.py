@@ -12,7 +12,7 @@ from PIL import Image
 
 import metrics
 import protocols
-from scenes import srgb_decode
+from relations import srgb_decode
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 RNG = np.random.default_rng(0)
