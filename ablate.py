@@ -17,7 +17,6 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-import data
 import eval as evaluation
 import files
 import runtime
@@ -25,6 +24,7 @@ import train
 from arithmetic import counted
 from config import PRESETS, Config, Parser
 from plots import Line, figure
+from pools import scene_pool
 from predictor import load_predictor
 from untrusted import read_json
 
@@ -114,7 +114,7 @@ def run_row(job):
     figures = dict(row=row, seed=seed, steps=steps, photos=steps * cfg.batch, key=key,
                    about=runtime.about(), start=evaluation.diagnose(before, cfg.size, cfg.eval_steps, cfg.val_images))
     for domain in ("wild", "synthetic"):
-        maps = data.scene_pool(domain, args.split, cfg.eval_images, cfg.size).all()
+        maps = scene_pool(domain, args.split, cfg.eval_images, cfg.size).all()
         pairs = evaluation.eval_pairs(maps, evaluation.PAIRS, 1, 0)
         values = [evaluation.score(evaluation.predict(p, maps["rgb"], cfg.eval_steps, 0), maps, pairs)
                   for p in (before, after)]

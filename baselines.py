@@ -37,7 +37,7 @@ def ranking(policy, ref, rows, cfg, rng):
 
 
 def supervised(policy, truth, rows, rng):
-    """Flow-matching loss on the true maps of the photos: truth is their data.ScenePool; returns as `ranking`."""
+    """Flow-matching loss on the true maps of the photos: truth is their pools.ScenePool; returns as `ranking`."""
     with rows.amp:
         loss = policy.loss(truth.pick(rows.picked, rows.rgb.device), rows.names, rng)
     return loss, {"loss/flow": loss.detach()}

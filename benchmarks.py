@@ -21,9 +21,9 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import torch
 
-import data
 import formats
 import metrics
+from photos import find_images, read_rgb
 from relations import srgb_encode
 
 LISTS = Path(__file__).parent / "lists"
@@ -247,7 +247,7 @@ def _item(bench, name):
 def items(bench, files):
     """Every image of the official protocol, in its order: a list of dict role -> relative name."""
     if bench.dataset == "photos":
-        found = data.find_images(files.path) if files.index is None else []
+        found = find_images(files.path) if files.index is None else []
         root = files.path if files.path.is_dir() else files.path.parent
         return [_item(bench, str(p.relative_to(root))) for p in found]
     if bench.dataset == "mit":
@@ -568,7 +568,7 @@ def _load_iid(bench, files, item):
 
 def _load_surface(bench, files, item):
     root = files.path if files.path.is_dir() else files.path.parent
-    rgb = data.read_rgb(root / item["rgb"])
+    rgb = read_rgb(root / item["rgb"])
     return dict(photos=[rgb], size=tuple(rgb.shape[1:]))
 
 

@@ -16,7 +16,6 @@ import torch
 from tqdm import tqdm
 
 import benchmarks
-import data
 import metrics
 import predictions
 import protocols
@@ -25,6 +24,8 @@ import reliability
 from config import Parser
 from files import write_json
 from judge import load_judge
+from pictures import panel, save_png
+from pools import ScenePool, scene_batch, scene_pool
 from predictor import NAMES, load_predictor, sample_ode
 from questions import true_relations
 from relations import at_points, margin, sample_pairs, srgb_decode
@@ -186,7 +187,7 @@ def diagnose(policy, size, steps, n=24, seed=0, batch=64):
     """
     out = {}
     for domain in ("wild", "synthetic"):
-        maps = data.scene_pool(domain, "val", n, size).all()
+        maps = scene_pool(domain, "val", n, size).all()
         pred = predict(policy, maps["rgb"], steps, seed, batch)
         values = score(pred, maps, eval_pairs(maps, PAIRS, 1, seed), warn=False)
         out |= {f"{domain}/{k}": float(np.nanmean(v)) for k, v in values.items()}
@@ -354,7 +355,7 @@ def benchmark_panels(bench, source, files, items, rows, n, path):
         tiles += [(title, shown[0][1]), *shown[1:]]
         columns = len(shown)
     if tiles:
-        print(f"  pictures: {data.save_png(path, data.panel(tiles, columns))}")
+        print(f"  pictures: {save_png(path, panel(tiles, columns))}")
 
 
 def evaluate_benchmarks(args):
@@ -563,10 +564,10 @@ def evaluate_procedural(args):
     asked = args.judge not in ("", "none") or (not args.judge and place.is_dir())
     judge = load_judge(place, device) if asked else None
     if args.dataset == "scenes":
-        maps = data.scene_batch(args.data, size)
+        maps = scene_batch(args.data, size)
         maps["depth"] = maps["depth"] + 1                                       # affine in [0, 1]: no zero to divide by
     else:
-        maps = data.ScenePool(args.dataset, "test", args.images, size).all()
+        maps = ScenePool(args.dataset, "test", args.images, size).all()
     pairs, steps = eval_pairs(maps, PAIRS, 1, args.seed), args.denoise_steps or 10
     pred = [predict(p, maps["rgb"], steps, args.seed) for p in (policy, base) if p is not None]
     values = [score(p, maps, pairs) for p in pred]

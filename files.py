@@ -37,7 +37,12 @@ def write_json(path, value):
 
 def write_text(path, text):
     """Write a text file, UTF-8, atomically and durably."""
-    replace_file(path, lambda part: part.write_text(text, encoding="utf-8"))
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path, content):
+    """Write a file atomically and durably. raises OSError naming it."""
+    replace_file(path, lambda part: part.write_bytes(content))
 
 
 def replace_file(path, write):
@@ -46,7 +51,7 @@ def replace_file(path, write):
     raises  OSError naming the file
     """
     path = Path(path)
-    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
+    part = path.with_name(f"{uuid.uuid4().hex}.part")                           # the name of `path` may fill 255 bytes
     with _Writing(path):
         try:
             write(part)
@@ -57,13 +62,14 @@ def replace_file(path, write):
             part.unlink(missing_ok=True)
 
 
-def replace_files(folder, write, last):
+def replace_files(folder, write, last, part="unfinished"):
     """write(another folder), all of it to the disk, then each file into `folder`: `last` is there when all others are.
 
+    part    name of that other folder, which lies in `folder`; what a killed writer left under the same name is removed
     raises  OSError naming the folder; nothing in it has changed then, unless renaming itself failed
     """
     folder = Path(folder)
-    part = folder / "unfinished"                                                # one name: a killed writer's is found
+    part = folder / part
     with _Writing(folder):
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)

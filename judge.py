@@ -26,13 +26,14 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 import checkpoints
-import data
 import lora
 from bank import Bank
 from checkpoints import ADAPTERS, SYSTEM, convert_internvl  # noqa: F401
 from config import Parser
 from files import replace_files, write_json
 from kernels.draw_markers import mark_photos
+from photos import as_bytes, find_images, read_rgb
+from pictures import save_png
 from relations import MODALITIES, draw_markers
 from runtime import pick_device, rank, run_command, world
 
@@ -422,17 +423,17 @@ class Closed:
 def fill_bank(folder, images, judge, pairs, device):
     """Ask about every photo of a folder ahead of time; this rank's share of them. Returns a Bank with its counts.
 
-    Resumes where it stopped; a photo that cannot be read is named and skipped, as data.Photos does.
+    Resumes where it stopped; a photo that cannot be read is named and skipped, as Photos does.
     """
     bank, chunk = Bank(folder, judge), 8
-    paths = data.find_images(images)[rank()::world()]
+    paths = find_images(images)[rank()::world()]
     bar = tqdm(range(0, len(paths), chunk), desc=f"bank, process {rank() + 1} of {world()}", unit="8 photos",
                mininterval=1.0)
     for i in bar:
         photos = []
         for path in paths[i:i + chunk]:
             try:
-                photos.append(data.as_bytes(data.read_rgb(path), judge.size))
+                photos.append(as_bytes(read_rgb(path), judge.size))
             except (ValueError, OSError) as error:
                 tqdm.write(f"skipped: {error}", file=sys.stderr)
         if photos:
@@ -476,7 +477,7 @@ def main(argv=None):
         bank = fill_bank(args.bank, args.image, Closed(args.model, device), args.pairs, device)
         print(f"bank: {bank.asked} pairs asked, {bank.known} already known; {bank.folder}")
         return
-    rgb = data.read_rgb(args.image)
+    rgb = read_rgb(args.image)
     H, W = rgb.shape[-2:]
     for name in ("red", "green"):
         x, y = getattr(args, name)
@@ -488,7 +489,7 @@ def main(argv=None):
     pts = (xy.flip(-1) * judge.size // torch.tensor([H, W])) // judge.grid * judge.grid + judge.grid // 2
     marked = draw_markers(small, pts.to(device)[None, None])[:, 0]
     if args.save:
-        data.save_png(args.save, marked[0].cpu().numpy())
+        save_png(args.save, marked[0].cpu().numpy())
     asked, judge.text = NAMES if args.all else (args.modality,), len(judge.answer_ids) < len(NAMES)
     prob = judge.ask(small, pts.to(device)[None, None])[0, 0].tolist()
     for m in asked:

@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import benchmarks
-import data
 import formats
 import protocols
+from photos import resize_long
 from predictor import load_predictor, predict_photo
 from relations import srgb_decode
 from runtime import pick_device
@@ -98,7 +98,7 @@ def network(path, args):
 
     def read(bench, files, item):
         sample, res = benchmarks.load(bench, files, item, axes=True), resolution(bench)
-        sample["photos"] = [data.resize_long(x, res) if 0 < res < max(x.shape[1:]) else x for x in sample["photos"]]
+        sample["photos"] = [resize_long(x, res) if 0 < res < max(x.shape[1:]) else x for x in sample["photos"]]
         return sample
 
     def maps(bench, sample):
@@ -167,7 +167,7 @@ def results_file(bench, source, files, items, out):
     """JSONL of results per image; its name changes with the data, the predictions, the settings and this code."""
     code = [(Path(__file__).parent / f"{name}.py").read_text()
             for name in ("metrics", "protocols", "benchmarks", "formats", "predictions", "predictor", "marigold", "sd2",
-                         "data", "scenes", "relations")]
+                         "photos", "relations")]
     stamps = [[files.stamp(f) for role, f in item.items() if role != "name"] for item in items]
     key = hashlib.sha256(repr((code, stamps, files.where("x"), source.key(bench, items))).encode()).hexdigest()[:16]
     return Path(out, "eval", f"{bench.dataset}-{bench.task}-{key}.jsonl")

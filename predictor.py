@@ -30,11 +30,12 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-import data
 import lora
 from config import Parser
 from files import load_strict, write_json, write_tensors
 from marigold import Marigold
+from photos import find_images, read_rgb, resize_long
+from pictures import panel, picture_of, save_map, save_png
 from relations import MODALITIES, relative_depth
 from runtime import average, normal, pick_device, run_command, share, world
 from untrusted import LAYERS, read_json, read_tensors, refuse, whole
@@ -203,7 +204,7 @@ class DiT(nn.Module):
         returns         dict modality -> (C, H, W)
         """
         weight, out = next(self.parameters()), {}
-        small = data.resize_long(rgb, processing_res or self.size, self.multiple)[None].to(weight)
+        small = resize_long(rgb, processing_res or self.size, self.multiple)[None].to(weight)
         for m in self.modalities:
             rng = torch.Generator().manual_seed(seed)
             maps = sample_ode(self, small.expand(ensemble, -1, -1, -1), m, steps or 10, rng)
@@ -355,7 +356,7 @@ def main(argv=None):
     args = p.parse_args(argv)
     p.at_least(args, 0, "denoise_steps", "processing_res", "vae_tile")
     p.at_least(args, 1, "ensemble_size")
-    paths = data.find_images(args.images)
+    paths = find_images(args.images)
     device = pick_device(args.device, "predictor.py")
     policy = load_predictor(args.checkpoint).to(device)
     policy.vae_tile = args.vae_tile
@@ -364,7 +365,7 @@ def main(argv=None):
     bad, root, done = 0, Path(args.images), set()
     for path in tqdm(paths, desc="photos", disable=len(paths) < 3):
         try:
-            rgb = data.read_rgb(path)
+            rgb = read_rgb(path)
         except (ValueError, OSError) as error:
             if len(paths) == 1:
                 raise
@@ -376,10 +377,10 @@ def main(argv=None):
         name = output_name(path.relative_to(root) if root.is_dir() else Path(path.name), done)
         done.add(name)
         for (m, value), own in zip(maps.items(), native.values(), strict=True):
-            data.save_map(args.out, name, m, value.numpy(), own.numpy())
-        shown = {k: torch.from_numpy(data.display(k, v.numpy())) for k, v in dict(photo=rgb, **maps).items()}
-        tiles = [(k, data.resize_long(v, min(512, max(v.shape[-2:]))).numpy()) for k, v in shown.items()]
-        data.save_png(Path(args.out) / f"{name}_panel.png", data.panel(tiles))
+            save_map(args.out, name, m, value.numpy(), own.numpy())
+        shown = {k: torch.from_numpy(picture_of(k, v.numpy())) for k, v in dict(photo=rgb, **maps).items()}
+        tiles = [(k, resize_long(v, min(512, max(v.shape[-2:]))).numpy()) for k, v in shown.items()]
+        save_png(Path(args.out) / f"{name}_panel.png", panel(tiles))
     if bad == len(paths):
         raise ValueError(f"none of {bad} images in {args.images} could be read; want JPEG or PNG photos")
     print(f"{len(paths) - bad} of {len(paths)} photos -> {args.out} ({bad} unreadable, named above)" if bad else

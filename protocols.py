@@ -13,8 +13,8 @@ import torch
 from PIL import Image, ImageDraw
 
 import benchmarks
-import data
 import metrics
+from pictures import colour_map
 from relations import srgb_encode
 
 # task: {metric: (text, better, times)}; times: factor between the mean and the printed number
@@ -241,8 +241,7 @@ def _bar(error, top):
     error = np.where(known, error, 0)
     bar = np.repeat(np.linspace(1, 0, H)[:, None], max(4, W // 24), 1)          # top of the bar = largest error
     both = np.concatenate([np.clip(error / max(top, 1e-12), 0, 1), np.zeros((H, 2)), bar], 1)
-    knots = np.linspace(0, 1, len(data.ANCHORS))
-    colour = np.stack([np.interp(both, knots, data.ANCHORS[:, c]) for c in range(3)])
+    colour = colour_map(both)
     colour[:, :, W:W + 2] = 1
     colour[:, :, :W][:, ~known] = 0.5
     return colour
@@ -250,8 +249,7 @@ def _bar(error, top):
 
 def _depths(depth, mask, low, high):
     t = np.where(mask, np.clip((depth - low) / max(high - low, 1e-6), 0, 1), 0)
-    knots = np.linspace(0, 1, len(data.ANCHORS))
-    return np.stack([np.interp(t, knots, data.ANCHORS[:, c]) for c in range(3)]) * mask
+    return colour_map(t) * mask
 
 
 def _small(x, side=384):

@@ -18,7 +18,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import data
+import photos
+import pictures
+import pools
 from files import write_json
 from relations import LUMA, MODALITIES, draw_markers, margin, relation, sample_pairs
 from runtime import generator
@@ -61,9 +63,9 @@ def split_of(scene, share=SHARE):
 def draw(folder, scene, n, size, seed, grid=1):
     """Up to n questions per modality about one scene, drawn at `size` px: list of rows.
 
-    raises  ValueError: normals zero everywhere, constant depth; as data.read_scene
+    raises  ValueError: normals zero everywhere, constant depth; as pools.read_scene
     """
-    maps = data.read_scene(folder, scene, size)
+    maps = pools.read_scene(folder, scene, size)
     where = f"questions.py: {scene}_%s.png in {str(folder)!r}"
     if not maps["mask"].any():
         raise ValueError(f"{where % 'normal'}: got all-zero normals, want (n + 1) / 2; they mark every pixel invalid")
@@ -107,14 +109,14 @@ def balance(rows, seed):
 
 def build(folder, n, size, seed, split=None, grid=1):
     """Rows of all scenes of a folder (of one split), balanced, sorted by scene. raises as draw; ValueError: no row."""
-    scenes = [s for s in data.list_scenes(folder) if split in (None, split_of(s))]
+    scenes = [s for s in pools.list_scenes(folder) if split in (None, split_of(s))]
     bar = tqdm(scenes, desc=f"{split or 'all'} questions", unit="scene", leave=False, disable=len(scenes) < 50)
     return balance([row for scene in bar for row in draw(folder, scene, n, size, seed, grid)], seed)
 
 
 def cached(path, folder, n, size, seed, split, write, grid=1):
     """`build`, kept in a file: drawn once for all ranks and resumptions. `write` False: only read it."""
-    key = [str(folder), n, size, seed, split, grid, len(data.list_scenes(folder))]
+    key = [str(folder), n, size, seed, split, grid, len(pools.list_scenes(folder))]
     if Path(path).is_file():
         kept = read_json(path)
         if kept.get("key") == key:
@@ -129,9 +131,9 @@ def cached(path, folder, n, size, seed, split, write, grid=1):
 def photo(row, folder, size):
     """The unmarked photo of a row, or the marked one of a JSONL file: (3, size, size)."""
     if "image" in row:
-        rgb = data.read_rgb(row["image"])
+        rgb = photos.read_rgb(row["image"])
         return F.interpolate(rgb[None], (size, size), mode="bilinear", antialias=True)[0].clamp(0, 1)
-    return data.fit(data.read_rgb(Path(folder, f"{row['scene']}_rgb.png")), size)
+    return photos.fit_square(photos.read_rgb(Path(folder, f"{row['scene']}_rgb.png")), size)
 
 
 def marked(rows, folder, size):
@@ -152,7 +154,7 @@ def export(rows, folder, out, size, name):
     lines = []
     for row in tqdm(rows, desc=name, unit="photo", leave=False, disable=len(rows) < 200):
         picture = f"images/{row['id']}.png"
-        data.save_png(out / picture, marked([row], folder, size)[0].numpy())
+        pictures.save_png(out / picture, marked([row], folder, size)[0].numpy())
         m, (red, green) = MODALITIES[row["modality"]], row["pts"]
         answer = m.answers[0 if row["first"] else 1]
         lines.append(dict(

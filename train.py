@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 
 import baselines
-import data
 import eval as evaluation
 import files
 import grpo
@@ -33,6 +32,9 @@ from config import Config, parse
 from grpo_step import Rows, explore, mean, surrogate
 from judge import Closed, add_lora, load_judge
 from mini_judge import MiniJudge, Probe, build_mini, judge_loss
+from photos import Photos, read_first_rgb
+from pictures import panel, picture_of, save_png
+from pools import ScenePool, list_scenes, scene_pool
 from predictor import NAMES, DiT, DiTConfig, compile_velocity, flow_loss, load_predictor
 from relations import MODALITIES
 from runtime import Run, UserError, cosine, ema_update, optimizers
@@ -77,7 +79,7 @@ def base(cfg, device):
     run = Run(Path(cfg.out) / "base", settings(cfg, *DIT_SETTINGS, prefix="base_"), cfg.seed, cfg.base_steps,
               dict(policy=policy, average=average), opts, cfg.save_every, cfg.keep)
     if run.start < run.steps:
-        scenes = data.ScenePool("synthetic", "train", cfg.base_scenes, cfg.size, device=device)
+        scenes = ScenePool("synthetic", "train", cfg.base_scenes, cfg.size, device=device)
     for step in run.loop("base", cfg.stop_at):
         rng = run.rng(step, SEEDS["base"])
         maps, run.where = drawn(scenes, cfg.base_batch, rng, device)
@@ -106,7 +108,7 @@ def judge(cfg, device):
     run = Run(Path(cfg.out) / "judge", settings(cfg, "size", prefix="judge_"), cfg.seed, cfg.judge_steps,
               dict(judge=model, probe=probe), opts, cfg.save_every, cfg.keep)
     if run.start < run.steps:
-        scenes = data.ScenePool("broad", "train", cfg.judge_scenes, cfg.size, device=device)
+        scenes = ScenePool("broad", "train", cfg.judge_scenes, cfg.size, device=device)
     for step in run.loop("judge", cfg.stop_at):
         rng = run.rng(step, SEEDS["judge"])
         maps, run.where = drawn(scenes, cfg.judge_batch, rng, device)
@@ -191,15 +193,15 @@ def judged_photos(cfg, device, shared=True):
     returns  photos (n, 3, S, S) uint8, pts (n, P, 2, 2), prob (n, P, M) from the judgement bank, names (n)
     """
     if cfg.judge == questions.ORACLE:
-        scenes = data.scene_pool("wild", "train", cfg.photos, cfg.size, device=device).all()
+        scenes = scene_pool("wild", "train", cfg.photos, cfg.size, device=device).all()
         pts, prob = questions.oracle_answers(scenes, cfg.bank_pairs, runtime.generator(cfg.seed, SEEDS["oracle"]))
         return (scenes["rgb"] * 255).round().byte(), pts, prob, [f"wild {i}" for i in range(len(pts))]
     if cfg.images:
-        found = data.Photos(cfg.images, cfg.size, cfg.photos)
+        found = Photos(cfg.images, cfg.size, cfg.photos)
         photos, names = found.images, found.names
         what = f"{len(photos)} photos of {cfg.images} ({len(found.skipped)} unreadable)"
     else:
-        pool = data.ScenePool("wild", "train", cfg.photos, cfg.size, keys=("rgb",), device=device)
+        pool = ScenePool("wild", "train", cfg.photos, cfg.size, keys=("rgb",), device=device)
         photos = (pool.all()["rgb"] * 255).round().byte()
         names, what = [f"wild {i}" for i in range(len(photos))], f"{len(photos)} procedural wild photos"
     count = dict(photos_min=len(photos), photos_max=len(photos))
@@ -302,8 +304,8 @@ def tune(cfg, device):
     inside, left = [p.detach().clone() for p in averaged.parameters()], float(bool(drifted))
     if run.start < run.steps and not drifted:
         photos, bank_pts, bank_prob, names = judged_photos(cfg, device)
-        replay = data.scene_pool("synthetic", "train", cfg.base_scenes, cfg.size, device=device) if cfg.replay else None
-        truth = data.scene_pool("wild", "train", cfg.photos, cfg.size, device=device) if (
+        replay = scene_pool("synthetic", "train", cfg.base_scenes, cfg.size, device=device) if cfg.replay else None
+        truth = scene_pool("wild", "train", cfg.photos, cfg.size, device=device) if (
             cfg.method == "supervised") else None
     for step in () if drifted else run.loop("grpo", cfg.stop_at):
         rng, began = run.rng(step, SEEDS["grpo"]), time.perf_counter()
@@ -362,7 +364,7 @@ def report_wild(cfg, device):
     judge_model = None if oracle else load_judge(cfg.judge or out / "judge").to(device)
     results = []
     for name in ("wild", "synthetic", "broad"):
-        maps = data.ScenePool(name, "test", cfg.eval_images, cfg.size).all()
+        maps = ScenePool(name, "test", cfg.eval_images, cfg.size).all()
         pairs = evaluation.eval_pairs(maps, evaluation.PAIRS, 1, 0)
         pred = [evaluation.predict(p, maps["rgb"], cfg.eval_steps, 0, cfg.micro or 64) for p in (before, after)]
         values = [evaluation.score(p, maps, pairs) for p in pred]
@@ -418,8 +420,8 @@ def save_panel(path, rgb, before, after, truth=None, labels=None, rows=4):
                     value = maps[m][i]
                     if word == "truth" and m == "depth":                        # sky as far as the farthest surface
                         value = value.masked_fill(~truth["mask"][i], value[truth["mask"][i]].max())
-                    tiles.append((f"{m} {word}", data.display(m, value.numpy())))
-    data.save_png(path, data.panel(tiles, columns=len(tiles) // min(rows, len(rgb))))
+                    tiles.append((f"{m} {word}", picture_of(m, value.numpy())))
+    save_png(path, panel(tiles, columns=len(tiles) // min(rows, len(rgb))))
 
 
 def main(argv=None):
@@ -487,7 +489,7 @@ def check_inputs(cfg):
     """Open everything the user named, so that a wrong path fails now and not after hours. raises as the readers do."""
     if cfg.stage in ("all", "grpo"):
         if cfg.images:
-            data.first_readable(cfg.images)
+            read_first_rgb(cfg.images)
         if cfg.policy:
             policy = load_predictor(cfg.policy)
             for flag, maps in (("depth_normal", {"depth", "normal"}), ("shading", {"albedo", "irradiance"})):
@@ -503,7 +505,7 @@ def check_inputs(cfg):
         if cfg.judge not in ("", questions.ORACLE):
             Closed(cfg.judge).digest()
     if cfg.scenes and not cfg.scenes.endswith(".jsonl"):
-        data.list_scenes(cfg.scenes)
+        list_scenes(cfg.scenes)
 
 
 def print_plan(preset, cfg):

@@ -41,11 +41,13 @@ from PIL import Image
 from test_marigold import SMALL, VAE_CONFIG, ZERO_SNR, fill, index_of, text_parts, unet_config
 
 import benchmarks
-import data
 import formats
 import judge
 import lora
 import marigold
+import photos
+import pictures
+import pools
 import predictions
 import prepare
 import questions
@@ -290,17 +292,17 @@ def make_pictures(folder):
 def read_pictures(folder, path):
     """Every decoder of pictures, each by itself."""
     content = path.read_bytes()
-    return [lambda: data.read_rgb(path)] + [
+    return [lambda: photos.read_rgb(path)] + [
         lambda decode=decode: decode(content, repr(str(path)))
         for decode in (formats.decode_rgb, formats.decode_gray, formats.decode_png_linear)]
 
 
 def scene(folder, name="room.0"):
     maps = official.pool()
-    for m in data.MAPS:
+    for m in pools.MAPS:
         x = maps[m][0][..., :24, :24]
         x = (x + 1) / 2 if m == "normal" else x
-        data.save_png(folder / f"{name}_{m}.png",
+        pictures.save_png(folder / f"{name}_{m}.png",
                       Image.fromarray((x.clip(0, 20) * 3000).astype(np.uint16)) if m == "depth" else x)
 
 
@@ -485,7 +487,7 @@ def read_judge(folder, path):
 H5PY = importlib.util.find_spec("h5py") is not None                              # `prepare.py hypersim` alone needs it
 READERS = {
     "pictures": Reader(6, make_pictures, read_pictures),
-    "scenes": Reader(1, scene, lambda folder, path: [lambda: data.read_scene(folder, "room.0", 16)]),
+    "scenes": Reader(1, scene, lambda folder, path: [lambda: pools.read_scene(folder, "room.0", 16)]),
     "npy": Reader(4, make_arrays, lambda folder, path: [lambda: formats.decode_npy(path.read_bytes(), str(path))]),
     "exr": Reader(3, make_exr, lambda folder, path: [lambda: formats.decode_exr(path.read_bytes(), str(path))]),
     "tar": Reader(3, make_tar, read_tar),

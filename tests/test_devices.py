@@ -17,7 +17,6 @@ from test_train import TINY
 import baselines
 import bench
 import checkpoints
-import data
 import eval as evaluation
 import files
 import grpo
@@ -31,6 +30,7 @@ import train
 from config import parse
 from grpo_step import Rows, explore, surrogate
 from judge import add_lora, load_judge
+from pools import ScenePool, scene_pool
 from predictor import NAMES, DiT, DiTConfig, load_predictor
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py runs on the GPU that is there")
@@ -123,7 +123,7 @@ def test_a_step_of_grpo_stays_on_its_device(watch, flags):
         assert parts["policy/ratio_min"] == parts["policy/ratio_max"] == 1
         assert all(map(marked, (taken[0].x_next, advantage[0], stats["reward"], parts["policy/kl"], rows.pts)))
     else:
-        truth = data.scene_pool("wild", "train", 5, 16, device=CUDA)
+        truth = scene_pool("wild", "train", 5, 16, device=CUDA)
         loss, _ = baselines.loss(policy, ref, truth, rows, cfg, rng, backward)
     assert marked(loss) and loss.isfinite() and all(map(marked, gathered))
     assert policy.head.weight.grad.abs().sum() > 0
@@ -198,20 +198,20 @@ def test_rendered_scenes_and_their_pool_are_the_same_on_any_device(watch):
     made, there = scenes.render("broad", ids, 16), scenes.render("broad", ids.to(CUDA), 16)
     assert all(map(marked, there.values())) and not any(map(marked, made.values()))
     assert all((made[k] == there[k].cpu()).float().mean() > 0.99 for k in made)
-    pool = data.ScenePool("broad", "train", 9, 16, device=CUDA)
+    pool = ScenePool("broad", "train", 9, 16, device=CUDA)
     assert all(map(marked, pool.maps.values())) and not any(map(marked, pool.all().values()))
     watch.waits.clear()
     picked = pool.pick(torch.tensor([3, 0, 3]), CUDA)
     assert all(map(marked, picked.values())) and not sum(watch.waits.values())
     assert all(torch.equal(picked[k][1].cpu(), pool.all()[k][0]) for k in picked)
-    mean = lambda z: [z[k].double().cpu().nan_to_num(posinf=0).mean() for k in data.ScenePool.KEYS]     # noqa: E731
-    torch.testing.assert_close(mean(data.ScenePool("broad", "train", 9, 16).all()), mean(pool.all()), rtol=1e-2,
+    mean = lambda z: [z[k].double().cpu().nan_to_num(posinf=0).mean() for k in ScenePool.KEYS]     # noqa: E731
+    torch.testing.assert_close(mean(ScenePool("broad", "train", 9, 16).all()), mean(pool.all()), rtol=1e-2,
                                atol=1e-3)
 
 
 def test_a_pool_that_does_not_fit_stays_on_the_cpu(watch, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (60_000, 1 << 40))        # 6,912 bytes a scene
-    small, large = (data.ScenePool("wild", "train", n, 16, device=CUDA) for n in (3, 4))
+    small, large = (ScenePool("wild", "train", n, 16, device=CUDA) for n in (3, 4))
     assert all(map(marked, small.maps.values())) and not any(map(marked, large.maps.values()))
     assert all(map(marked, large.pick(torch.tensor([1]), CUDA).values()))
 

@@ -15,7 +15,6 @@ from expect import seeded
 from safetensors.torch import load_file
 from test_train import TINY, log
 
-import data
 import grpo
 import relations
 import runtime
@@ -23,6 +22,7 @@ import scenes
 from config import parse
 from grpo_step import Rows, explore, surrogate
 from mini_judge import MiniJudge, Probe, build_mini, judge_loss
+from pools import ScenePool
 from predictor import NAMES, DiT, DiTConfig, flow_loss
 from train import companions
 
@@ -102,7 +102,7 @@ def test_sd2_unet_and_vae():
 def test_the_judges_scores_and_its_loss():
     sizes = MiniJudge(32, 8, 32, 1, 1, 2)
     judge, probe = build_mini(sizes, seeded()), Probe(sizes, seeded(1))
-    maps = data.ScenePool("broad", "train", 4, 32).all()
+    maps = ScenePool("broad", "train", 4, 32).all()
 
     def run(judge, probe, device):
         here = {k: v.to(device) for k, v in maps.items()}
@@ -127,7 +127,7 @@ def test_rendered_scenes_but_for_pixels_at_edges():
 
 @pytest.mark.parametrize("m", NAMES)
 def test_relations_and_pairs(m):
-    maps = data.ScenePool("wild", "train", 4, 32).all()
+    maps = ScenePool("wild", "train", 4, 32).all()
     pts = relations.sample_pairs(4, (32, 32), 200, seeded(3), mask=maps["mask"])
     here, there = relations.relation(maps[m], pts, m), relations.relation(maps[m].to(DEVICE), pts.to(DEVICE), m)
     assert (here == there.cpu()).float().mean() > 0.995 and len(here.unique()) > 1
@@ -257,7 +257,7 @@ def test_portions_give_the_loss_and_gradients_of_the_whole():
 def test_losses_draw_their_numbers_on_the_gpu_and_alike_each_time():
     sizes = MiniJudge(32, 8, 32, 1, 1, 2)
     judge, probe = build_mini(sizes, seeded()).to(DEVICE), Probe(sizes, seeded(1)).to(DEVICE)
-    maps = data.ScenePool("broad", "train", 4, 32, device=DEVICE).pick(torch.arange(4), DEVICE)
+    maps = ScenePool("broad", "train", 4, 32, device=DEVICE).pick(torch.arange(4), DEVICE)
     policy = predictor_of_ours().to(DEVICE)
     first, second = ([flow_loss(policy, maps, NAMES, seeded(k)), judge_loss(judge, probe, maps, True, seeded(k))[0]]
                      for k in (1, 1))

@@ -134,8 +134,8 @@ def test_pictures_show_best_and_worst_first(tmp_path, capsys, monkeypatch):
         depth = np.load(path)
         np.save(path, (depth + amount * rng.standard_normal(depth.shape)).astype(np.float32))
     shown = []
-    real = evaluation.data.panel
-    monkeypatch.setattr(evaluation.data, "panel", lambda tiles, columns: shown.extend(tiles) or real(tiles, columns))
+    real = evaluation.panel
+    monkeypatch.setattr(evaluation, "panel", lambda tiles, columns: shown.extend(tiles) or real(tiles, columns))
     numbers(tmp_path, *flags, "--panels", 3)
     titles = [label for label, _ in shown[::4]]
     assert [t.split(":")[0] for t in titles] == ["best", "worst", "best"]
@@ -154,7 +154,7 @@ def test_every_task_has_a_picture(bench, tmp_path):
     tiles = protocols.pictures(bench, source.predict(bench, sample), sample)
     assert len(tiles) >= 2 and all(x.shape[0] == 3 and np.isfinite(x).all() for _, x in map(
         lambda t: (t[0], np.asarray(t[1])), tiles))
-    evaluation.data.panel(tiles)
+    evaluation.panel(tiles)
 
 
 # networks ---------------------------------------------------------------------------------------------------------

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import torch
 
-import data
 import metrics
 import rewards
 from config import Config
+from pools import ScenePool
 from relations import MODALITIES, agreement, relation, sample_pairs
 
 NAMES = list(MODALITIES)
@@ -25,7 +25,7 @@ def case(m, seed=0, B=3, G=4, P=12):
 
 @pytest.fixture(scope="module")
 def scenes():
-    return data.ScenePool("synthetic", "val", 6, 32).all()
+    return ScenePool("synthetic", "val", 6, 32).all()
 
 
 # agreement --------------------------------------------------------------------------------------------------------

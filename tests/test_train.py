@@ -17,7 +17,6 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import baselines
-import data
 import grpo
 import grpo_step
 import predictor
@@ -25,6 +24,7 @@ import questions
 import runtime
 import train
 from config import parse
+from pools import ScenePool
 from predictor import DiT, DiTConfig
 from relations import MODALITIES
 
@@ -362,7 +362,7 @@ def test_the_ranking_loss_and_its_anchor_pull_the_right_way(run):
 
 
 def test_an_oracle_is_as_often_right_as_the_papers_judge():
-    maps = data.ScenePool("wild", "train", 24, 32).all()
+    maps = ScenePool("wild", "train", 24, 32).all()
     pts, prob = questions.oracle_answers(maps, 200, torch.Generator().manual_seed(0))
     truth = questions.true_relations(maps, pts)
     for k, m in enumerate(NAMES):

@@ -22,10 +22,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import benchmarks
-import data
 import formats
 import judge
 import lora
+import photos
+import pictures
 import predictor
 import questions
 import runtime
@@ -166,7 +167,7 @@ def test_quantised_weights_are_refused(copy):
 def test_postscript_under_the_name_of_a_photo_is_not_given_to_its_interpreter(tmp_path, monkeypatch):
     (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 12\n%%EndComments\nshowpage\n")
     monkeypatch.setattr("subprocess.Popen", lambda *a, **k: pytest.fail("a program was started"))
-    refused(lambda: data.read_rgb(tmp_path / "a.png"), "not an image")
+    refused(lambda: photos.read_rgb(tmp_path / "a.png"), "not an image")
 
 
 # bombs ------------------------------------------------------------------------------------------------------------
@@ -199,7 +200,7 @@ def test_a_picture_that_announces_or_repeats_too_much_is_refused(tmp_path, name)
     content = bombs()[name]
     (tmp_path / name).write_bytes(content)
     assert len(content) < 4 << 20
-    refused(lambda: data.read_rgb(tmp_path / name), repr(str(tmp_path / name)))
+    refused(lambda: photos.read_rgb(tmp_path / name), repr(str(tmp_path / name)))
     for decode in (formats.decode_rgb, formats.decode_gray, formats.decode_png_linear):
         refused(lambda d=decode: d(content, "here"), "here: got")
 
@@ -210,7 +211,7 @@ def test_a_photo_at_the_limit_stays_below_two_gigabytes(tmp_path, monkeypatch):
     monkeypatch.setattr(fuzz, "MEMORY", 3 * fuzz.MEMORY // 16)
     assert 4 * 5000 * 4000 == untrusted.PIXELS
     with fuzz.bounded():
-        assert fuzz.outcome(lambda: data.read_rgb(tmp_path / "a.png")) == "valid"
+        assert fuzz.outcome(lambda: photos.read_rgb(tmp_path / "a.png")) == "valid"
 
 
 def npy(header):
@@ -406,7 +407,7 @@ def test_maps_of_photos_with_odd_names_are_written_under_their_names(odd_names, 
 
 def test_photos_with_odd_names_are_judged_evaluated_and_trained_on(odd_names, tiny, tmp_path, capsys):
     import eval as evaluation
-    assert sorted(data.Photos(odd_names, 8).names) == sorted(NAMES)
+    assert sorted(photos.Photos(odd_names, 8).names) == sorted(NAMES)
     judge.main([str(odd_names), "--bank", str(tmp_path / "bank"), "--pairs", "2", "--model", str(tiny / "original")])
     assert f"{2 * len(NAMES)} pairs asked" in capsys.readouterr().out
     args = ["--dataset", "photos", "--data", str(odd_names), "--checkpoint", str(tiny / "predictor"),
@@ -429,7 +430,7 @@ def test_a_bad_photo_with_an_odd_name_is_one_line(odd_names, tiny, tmp_path, cap
     lines = [x for x in capsys.readouterr().err.split("\n") if "cannot read" in x]
     assert stop.value.code == 2 and len(lines) == len(NAMES) and all("not an image" in x for x in lines)
     (odd_names / "gone.png").symlink_to("nowhere")
-    data.save_png(odd_names / "good.png", np.zeros((3, 16, 16)))
+    pictures.save_png(odd_names / "good.png", np.zeros((3, 16, 16)))
     predictor.main([str(odd_names), "--checkpoint", str(tiny / "predictor"), "--out", str(tmp_path / "o")])
     assert len(list((tmp_path / "o").iterdir())) == 10
 
