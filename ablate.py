@@ -23,10 +23,10 @@ import runtime
 import train
 from arithmetic import counted
 from config import PRESETS, Config, Parser
+from files import read_json
 from plots import Line, figure
 from pools import scene_pool
 from predictor import load_predictor
-from untrusted import read_json
 
 PAPER = dict(credit="global", rollout="full", tail=0, noise_blocks="1", reward="hard", tau="0.1", norm="group",
              modalities="one", balance=0, window=0, jitter=1, mine=0, clip=1e-4, credit_growth=0.0)

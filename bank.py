@@ -22,9 +22,8 @@ import torch
 from tqdm import tqdm
 
 import relations
-from files import read_tensors, write_tensors
+from files import DamageGuard, read_checked, write_tensors
 from relations import MODALITIES, sample_pairs
-from untrusted import Refusing
 
 PACK = 64                         # single entries written by one call that are worth a pack
 
@@ -62,7 +61,7 @@ class Bank:
 
     def _load(self, path):
         try:
-            return self._checked(read_tensors(path)[0], path)
+            return self._checked(read_checked(path)[0], path)
         except FileNotFoundError:
             return None
         except ValueError as error:
@@ -73,8 +72,8 @@ class Bank:
             return None
 
     def _checked(self, entry, path):
-        """An entry or a pack as it was read. raises Refused for tensors that are neither."""
-        with Refusing(path, "no judgements", "pts, prob, in a pack also keys, counts", "remove it"):
+        """An entry or a pack as it was read. raises Refusal for tensors that are neither."""
+        with DamageGuard(path, "no judgements", "pts, prob, in a pack also keys, counts", "remove it"):
             pts, prob, n = entry["pts"], entry["prob"], len(entry["prob"])
             good = (pts.dtype == torch.int16 and pts.shape == (n, 2, 2) and prob.shape == (n, len(MODALITIES))
                     and ((pts >= 0) & (pts < self.judge.size)).all() and ((prob >= 0) & (prob <= 1)).all())

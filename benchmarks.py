@@ -23,6 +23,7 @@ import torch
 
 import formats
 import metrics
+from files import decode_json
 from photos import find_images, read_rgb
 from relations import srgb_encode
 
@@ -483,7 +484,7 @@ def _fits(where, measure, *args):
 
 def _load_whdr(bench, files, item):
     rgb = _chw(formats.decode_rgb(files.read(item["rgb"]), files.where(item["rgb"])))
-    judgements = formats.decode_json(files.read(item["judgements"]), files.where(item["judgements"]))
+    judgements = decode_json(files.read(item["judgements"]), files.where(item["judgements"]))
     _fits(files.where(item["judgements"]), metrics.whdr, np.ones((8, 8, 3)), judgements)
     return dict(photos=[rgb], judgements=judgements, size=tuple(rgb.shape[1:]))
 

@@ -10,10 +10,8 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors.torch import save_file
 
-from files import replace_file, write_json
-from untrusted import read_json, read_tensors, refuse, whole
+from files import bounded_integer, read_json, read_tensors, refuse, write_json, write_weights
 
 PREFIX = "base_model.model."
 REFUSED = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform")
@@ -121,12 +119,11 @@ def merged_state(network):
 
 def save_adapter(network, folder, base="", task=None):
     """Write the adapters in PEFT layout; `base` names the base model, `task` is PEFT's task_type. raises OSError."""
-    folder, found = Path(folder), adapters(network)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = Path(folder)
+    found = adapters(network)
     one = next(iter(found.values()))
-    tensors = {f"{PREFIX}{path}.{k}.weight": getattr(m, k).detach().cpu().contiguous()
-               for path, m in found.items() for k in ("lora_A", "lora_B")}
-    replace_file(folder / "adapter_model.safetensors", lambda part: save_file(tensors, part, metadata={"format": "pt"}))
+    write_weights(folder / "adapter_model.safetensors", {
+        f"{PREFIX}{path}.{k}.weight": getattr(m, k) for path, m in found.items() for k in ("lora_A", "lora_B")})
     write_json(folder / "adapter_config.json", dict(
         peft_type="LORA", task_type=task, base_model_name_or_path=base, r=one.r, lora_alpha=one.alpha,
         lora_dropout=one.dropout, target_modules=sorted(found), bias="none", inference_mode=True, fan_in_fan_out=False,
@@ -143,7 +140,8 @@ def load_adapter(network, folder):
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"lora.load_adapter: got no {name} in {folder}; want a PEFT adapter folder")
-    cfg, state = read_json(folder / "adapter_config.json"), read_tensors(folder / "adapter_model.safetensors")
+    cfg = read_json(folder / "adapter_config.json")
+    state = read_tensors(folder / "adapter_model.safetensors")
     odd = [k for k in REFUSED if cfg.get(k)]
     if cfg.get("peft_type") != "LORA" or odd:
         raise ValueError(f"lora.load_adapter: got {cfg.get('peft_type')!r} with {odd or 'no further options'} in "
@@ -155,7 +153,9 @@ def load_adapter(network, folder):
     if wrong:
         raise ValueError(f"lora.load_adapter: {len(wrong)} of {len(state)} keys in {folder} match no linear layer "
                          f"(first: {wrong[0]}); was it trained from another base?")
-    r, alpha, dropout = whole(cfg.get("r"), 1, 1 << 14, "r", where), cfg.get("lora_alpha"), cfg.get("lora_dropout", 0.0)
+    r = bounded_integer(cfg.get("r"), 1, 1 << 14, "r", where)
+    alpha = cfg.get("lora_alpha")
+    dropout = cfg.get("lora_dropout", 0.0)
     for name, value, most in (("lora_alpha", alpha, 1e6), ("lora_dropout", dropout, 1)):
         if not isinstance(value, (int, float)) or not 0 <= value <= most:
             refuse(where, f"{name} = {value!r}", f"a number in 0..{most:g}", "copy it again")

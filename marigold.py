@@ -24,10 +24,22 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 import lora
-from files import hub_folder, load_strict, replace_file, write_json, write_text
+from files import (
+    DamageGuard,
+    bounded_integer,
+    check_weights,
+    hub_folder,
+    load_strict,
+    plain_config,
+    read_json,
+    read_tensors,
+    refuse,
+    replace_file,
+    write_json,
+    write_text,
+)
 from relations import srgb_encode
 from sd2 import LATENT_SCALE, VAE, UNet, check_config
-from untrusted import Refusing, fits, read_json, read_tensors, refuse, sober, whole
 
 MODALITY = {"albedo": "albedo", "shading": "irradiance", "irradiance": "irradiance", "depth": "depth",
             "normals": "normal"}                                                # target name: modality
@@ -60,8 +72,8 @@ class Schedule:
             raise ValueError(f"marigold: scheduler_config.json has timestep_spacing = {self.spacing!r}, which is not "
                              "implemented; want 'trailing' or 'leading'")
         where = "marigold: scheduler_config.json"
-        whole(n, 2, STEPS, "num_train_timesteps", where)
-        whole(config.get("steps_offset", 0), 0, n - 1, "steps_offset", where)
+        bounded_integer(n, 2, STEPS, "num_train_timesteps", where)
+        bounded_integer(config.get("steps_offset", 0), 0, n - 1, "steps_offset", where)
         if not 0 < config["beta_start"] <= config["beta_end"] < 1:
             refuse(where, f"beta {config['beta_start']}..{config['beta_end']}", "0 < beta_start <= beta_end < 1")
         root = np.linspace(config["beta_start"] ** 0.5, config["beta_end"] ** 0.5, n)
@@ -119,8 +131,8 @@ class Marigold(nn.Module):
             raise ValueError(f"marigold: targets {self.targets} with a U-Net of {got[0]} -> {got[1]} channels; want "
                              f"{n + 4} -> {n}: four for each target and four for the photo")
         self.modalities = tuple(MODALITY[name] for name in self.targets if name in MODALITY)
-        self.size = whole(about.get("default_processing_resolution") or 768, 1, EDGE, "default_processing_resolution",
-                          "marigold: model_index.json")
+        self.size = bounded_integer(about.get("default_processing_resolution") or 768, 1, EDGE,
+                                    "default_processing_resolution", "marigold: model_index.json")
         self.steps = about.get("default_denoising_steps") or 4
         self.multiple, self.vae_tile, self.exploration = vae.scale, 0, "ddim"
 
@@ -277,7 +289,7 @@ class Marigold(nn.Module):
 
         raises  FileNotFoundError: a file is missing; ValueError: what is not implemented, or keys that do not fit
         """
-        with Refusing(f"marigold: {path}", "a checkpoint that cannot be read", "a whole diffusers folder",
+        with DamageGuard(f"marigold: {path}", "a checkpoint that cannot be read", "a whole diffusers folder",
                       keep=(ValueError, FileNotFoundError)):
             return cls._load(path, dtype)
 
@@ -388,7 +400,7 @@ def empty_prompt(folder, width):
         config = CLIPTextConfig.from_dict(_json(folder / "text_encoder" / "config.json"))
         state = _state(folder / "text_encoder", "model")
         with torch.device("meta"):
-            fits(CLIPTextModel(config), state, folder / "text_encoder")
+            check_weights(CLIPTextModel(config), state, folder / "text_encoder")
         encoder, found = CLIPTextModel.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32,
                                                        output_loading_info=True)
         wrong = [str(k) for kind in ("missing_keys", "mismatched_keys", "unexpected_keys") for k in found[kind]
@@ -411,7 +423,7 @@ def _json(path):
     if not path.is_file():
         raise FileNotFoundError(f"marigold: got no {path.name} in {path.parent}; want a diffusers-layout folder, such "
                                 "as a download of prs-eth/marigold-iid-lighting-v1-1")
-    return sober(read_json(path), path)
+    return plain_config(read_json(path), path)
 
 
 def _state(folder, stem):

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 import formats
-from untrusted import Refusing, limit, refuse
+from files import DamageGuard, limit, refuse
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 SMALLEST = 8                                    # px: a photo with a shorter side is refused
@@ -35,7 +35,7 @@ def open_image(path, max_pixels=None):
     if path.stat().st_size > most:
         refuse(where, f"{path.stat().st_size} bytes", f"at most {most}", "remove it, or raise --max-pixels")
     image, wide = formats.open_picture(path.read_bytes(), where, SMALLEST, max_pixels)
-    with Refusing(where, "a damaged image", "a whole one"):
+    with DamageGuard(where, "a damaged image", "a whole one"):
         ImageOps.exif_transpose(image, in_place=True)
     image.info["wide"] = wide
     return image
@@ -58,7 +58,7 @@ def read_rgb(path, max_pixels=None):
             raise ValueError(f"photos.py: cannot read {str(path)!r}: got {image.mode} values outside 0..65535, "
                              "want 8- or 16-bit; convert it")
         return torch.from_numpy(gray).expand(3, -1, -1).contiguous()
-    with Refusing(f"photos.py: cannot read {str(path)!r}", "a damaged image", "a whole one"):
+    with DamageGuard(f"photos.py: cannot read {str(path)!r}", "a damaged image", "a whole one"):
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

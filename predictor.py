@@ -32,13 +32,12 @@ from tqdm import tqdm
 
 import lora
 from config import Parser
-from files import load_strict, write_json, write_tensors
+from files import LAYERS, bounded_integer, load_strict, read_json, read_tensors, refuse, write_json, write_tensors
 from marigold import Marigold
 from photos import find_images, read_rgb, resize_long
 from pictures import panel, picture_of, save_map, save_png
 from relations import MODALITIES, relative_depth
 from runtime import average, normal, pick_device, run_command, share, world
-from untrusted import LAYERS, read_json, read_tensors, refuse, whole
 
 DATA_STD = 0.5                     # s, standard deviation of maps in [-1, 1]
 ARCHITECTURE = "reasonx-dit"
@@ -250,7 +249,7 @@ def load_predictor(path):
                          f"want the sizes {', '.join(sorted(known))}")
     cfg, where = DiTConfig(**sizes), f"predictor.load_predictor: {path}"
     for name, value in asdict(cfg).items():
-        whole(value, 1, LAYERS if "layers" in name else LARGEST, name, where)
+        bounded_integer(value, 1, LAYERS if "layers" in name else LARGEST, name, where)
     if cfg.width % (4 * cfg.heads) or cfg.size % cfg.patch:
         refuse(where, f"width {cfg.width}, heads {cfg.heads}, size {cfg.size}, patch {cfg.patch}",
                "a width in multiples of 4 heads, a size in multiples of the patch", "use another checkpoint")

@@ -25,13 +25,12 @@ from tqdm import tqdm
 import formats
 import questions
 from config import Parser
-from files import replace_files
+from files import DamageGuard, limit, refuse, replace_files
 from photos import fit_square
 from pictures import save_png
 from pools import MAPS
 from relations import LUMA, srgb_encode
 from runtime import UserError, run_command
-from untrusted import Refusing, limit, refuse
 
 FRAME = {"color": "final", "diffuse_reflectance": "final", "diffuse_illumination": "final", "depth_meters": "geometry",
          "normal_cam": "geometry"}
@@ -49,7 +48,7 @@ def read_hdf5(path):
     if not path.is_file():
         raise FileNotFoundError(f"prepare.py: no {path.name} in {str(path.parent)!r}; fetch that folder again")
     where = f"prepare.py: {str(path)!r}"
-    with Refusing(where, "an HDF5 file that cannot be read", "a whole one"), h5py.File(path, "r") as f:
+    with DamageGuard(where, "an HDF5 file that cannot be read", "a whole one"), h5py.File(path, "r") as f:
         found = f["dataset"]
         if not isinstance(f.get("dataset", getlink=True), h5py.HardLink) or found.is_virtual or found.external:
             refuse(where, "an array that lies in another file", "one in its own")

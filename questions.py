@@ -21,10 +21,9 @@ from tqdm import tqdm
 import photos
 import pictures
 import pools
-from files import write_json
+from files import DamageGuard, decode_json, path_inside, read_json, refuse, write_json
 from relations import LUMA, MODALITIES, draw_markers, margin, relation, sample_pairs
 from runtime import generator
-from untrusted import Refusing, decode_json, inside, read_json, refuse
 
 BLACK = 0.1                       # encoded luma (1 % linear) of an albedo that shows no light
 DRAWN = 24                        # candidates per wanted question
@@ -182,7 +181,7 @@ def read_jsonl(path):
     for number, line in enumerate(path.read_bytes().split(b"\n"), 1):            # a name may hold other line breaks
         where = f"questions.py: {str(path)!r} line {number}"
         if line.strip():
-            with Refusing(where, "no sample", "id, image and two conversations", "edit the line"):
+            with DamageGuard(where, "no sample", "id, image and two conversations", "edit the line"):
                 rows.append(_row(decode_json(line, where), path.parent, number, where))
     if not rows:
         raise ValueError(f"questions.py: {str(path)!r} is empty; want one sample a line; export it again")
@@ -192,7 +191,7 @@ def read_jsonl(path):
 def _row(entry, root, number, where):
     known = {m.question: (name, m.answers) for name, m in MODALITIES.items()}
     picture, (asked, said) = entry["image"], (c["value"] for c in entry["conversations"])
-    place = inside(root, picture, f"{where}: image")
+    place = path_inside(root, picture, f"{where}: image")
     name, answers = known.get(asked.removeprefix("<image>\n"), (None, ()))
     if name is None or said not in answers:
         refuse(where, repr(asked if name is None else said), "an official question and answer (relations.MODALITIES)",

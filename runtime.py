@@ -34,7 +34,18 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from files import FULL, LOCKED, read_log, read_tensors, refused, strict, sync, write_json, write_tensors, write_text
+from files import (
+    FULL,
+    LOCKED,
+    finite_json,
+    read_checked,
+    read_log,
+    sync,
+    system_error,
+    write_json,
+    write_tensors,
+    write_text,
+)
 
 CHECKPOINT = "checkpoint.safetensors"
 PATIENCE = timedelta(hours=1)     # for a rank that is busy alone (evaluation, bank); a dead one is noticed at once
@@ -386,7 +397,7 @@ class Run:
         found, damage = self.checkpoints(), ""
         for path in found:
             try:
-                flat, header = read_tensors(path)
+                flat, header = read_checked(path)
             except ValueError as error:
                 damage = damage or str(error)
                 if rank() == 0:
@@ -568,7 +579,7 @@ class Run:
             return
         row = numbers(values)
         with open(self.folder / "metrics.jsonl", "a") as f:
-            f.write(json.dumps(strict(dict(step=step, seconds=round(time.time() - self.began, 2), **row)),
+            f.write(json.dumps(finite_json(dict(step=step, seconds=round(time.time() - self.began, 2), **row)),
                                allow_nan=False) + "\n")
         self.bar.set_postfix_str("  ".join(f"{k} {row[k]:.3g}" for k in show if k in row), refresh=False)
 
@@ -580,7 +591,7 @@ def _score(figures):
 
 def _line(error):
     """What to print of an error that has a remedy, in one line; "" for a bug, which keeps its traceback."""
-    text, error = " ".join(str(error).split()), refused(error) or error
+    text, error = " ".join(str(error).split()), system_error(error) or error
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
         asked = re.search(r"(?:tried to allocate|Tried to allocate) ([\d.]+ \w+)", text)
         return (f"out of memory{f' ({asked[1]} more were wanted)' if asked else ''}; what is on the disk is whole; "

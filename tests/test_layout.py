@@ -12,28 +12,25 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted([*ROOT.glob("*.py"), *(ROOT / "kernels").glob("*.py")])
 NAMES = {p.stem for p in ROOT.glob("*.py")} | {"kernels"}
 LAYERS = {  # module: project modules it may import; a module that is not listed fails
-    "untrusted": set(), "relations": set(), "scenes": {"relations"}, "metrics": set(), "files": set(),
-    "runtime": {"files"},
-    "config": {"untrusted"}, "lora": {"files", "runtime", "untrusted"}, "sd2": set(), "kernels": {"relations"},
-    "formats": {"untrusted"},
-    "photos": {"formats", "untrusted"}, "pools": {"photos", "scenes"}, "pictures": {"files"},
-    "benchmarks": {"photos", "formats", "metrics", "relations"},
+    "relations": set(), "scenes": {"relations"}, "metrics": set(), "files": set(),
+    "runtime": {"files"}, "config": {"files"}, "lora": {"files"}, "sd2": set(), "kernels": {"relations"},
+    "formats": {"files"},
+    "photos": {"formats", "files"}, "pools": {"photos", "scenes"}, "pictures": {"files"},
+    "benchmarks": {"photos", "files", "formats", "metrics", "relations"},
     "protocols": {"benchmarks", "pictures", "metrics", "relations"},
     "grpo": {"kernels", "relations"},
     "rewards": {"grpo", "kernels", "relations", "runtime"},
-    "bank": {"relations", "files", "runtime", "untrusted"},
-    "checkpoints": {"lora", "files", "runtime", "untrusted"},
-    "prepare": {"config", "photos", "pictures", "pools", "files", "formats", "questions", "relations", "runtime",
-                "untrusted"},
-    "questions": {"photos", "pictures", "pools", "relations", "files", "runtime", "untrusted"},
+    "bank": {"relations", "files", "runtime"},
+    "checkpoints": {"lora", "files", "runtime"},
+    "prepare": {"config", "photos", "pictures", "pools", "files", "formats", "questions", "relations", "runtime"},
+    "questions": {"photos", "pictures", "pools", "relations", "files", "runtime"},
     "reliability": {"questions", "relations"},
     "judge": {"relations", "scenes", "metrics", "config", "files", "runtime", "photos", "pictures", "lora", "kernels",
               "checkpoints", "bank"},
     "mini_judge": {"judge", "questions", "relations", "runtime"},
     "predictor": {"relations", "scenes", "metrics", "config", "files", "runtime", "photos", "pictures", "lora",
-                  "kernels", "marigold", "untrusted"},
-    "marigold": {"relations", "scenes", "metrics", "config", "files", "runtime", "lora", "kernels", "sd2",
-                 "untrusted"},
+                  "kernels", "marigold"},
+    "marigold": {"relations", "scenes", "metrics", "config", "files", "runtime", "lora", "kernels", "sd2"},
     "predictions": {"benchmarks", "photos", "formats", "protocols", "predictor", "relations", "runtime"},
     "grpo_step": {"grpo", "predictor", "rewards", "runtime"},
     "baselines": {"predictor", "rewards"},
@@ -112,8 +109,8 @@ def test_no_pickle_and_no_remote_code(path):
 
 UNSAFE = {"extract", "extractall", "unpack_archive", "import_module", "__import__", "fromstring", "memmap", "ZipFile"}
 PLACES = {  # call: the modules that may make it, since they check what they read or wrote it themselves
-    "json.loads": {"untrusted", "runtime", "files", "predictions"}, "json.load": set(), "load_file": {"untrusted"},
-    "safe_open": {"untrusted", "files"}, "Image.open": {"formats"}, "tarfile.open": {"formats"},
+    "json.loads": {"files", "runtime", "predictions"}, "json.load": set(), "load_file": set(),
+    "safe_open": {"files"}, "Image.open": {"formats"}, "tarfile.open": {"formats"},
     "h5py.File": {"prepare"}, "torch.load": set(), "snapshot_download": {"files"}}
 
 
