@@ -55,6 +55,7 @@ from bank import Bank
 from predictor import DiT, DiTConfig, load_predictor
 from relations import MODALITIES
 from runtime import UserError
+from schedule import Schedule
 from sd2 import VAE, UNet
 
 SECONDS, MEMORY = 10, 2 << 30         # of one input: CPU time (six times as much by the clock), bytes of address space
@@ -442,7 +443,7 @@ def make_marigold(folder):
     text_parts(folder / "text")
     parts = fill(UNet(unet_config(1) | SMALL)), fill(VAE(VAE_CONFIG | dict(layers_per_block=1)))
     text = marigold.empty_prompt(folder / "text", 12)
-    model = marigold.Marigold(*parts, marigold.Schedule(ZERO_SNR), text, index_of("depth"), folder / "text")
+    model = marigold.Marigold(*parts, Schedule(ZERO_SNR), text, index_of("depth"), folder / "text")
     model.save(folder / "model")
     (folder / "model" / "README.md").unlink()
     shutil.rmtree(folder / "text")

@@ -30,7 +30,7 @@ LAYERS = {  # module: project modules it may import; a module that is not listed
     "mini_judge": {"judge", "questions", "relations", "runtime"},
     "predictor": {"relations", "scenes", "metrics", "config", "files", "runtime", "photos", "pictures", "lora",
                   "kernels", "marigold"},
-    "marigold": {"relations", "scenes", "metrics", "config", "files", "runtime", "lora", "kernels", "sd2"},
+    "schedule": {"files", "sd2"}, "marigold": {"files", "lora", "relations", "schedule", "sd2"},
     "predictions": {"benchmarks", "photos", "formats", "protocols", "predictor", "relations", "runtime"},
     "grpo_step": {"grpo", "predictor", "rewards", "runtime"},
     "baselines": {"predictor", "rewards"},

@@ -17,6 +17,8 @@ import predictions
 import protocols
 from predictor import DiT, DiTConfig, load_predictor, predict_photo
 from runtime import run_command
+from schedule import Schedule
+from sd2 import VAE, UNet
 
 every = pytest.mark.parametrize("bench", benchmarks.BENCHMARKS, ids=lambda b: f"{b.dataset}-{b.task}")
 
@@ -225,7 +227,7 @@ def test_the_weights_key_sees_what_no_weight_shows():
     with torch.random.fork_rng():
         model, keys = tiny_marigold(), []
     keys.append(predictions.weights_key(model))
-    model.schedule = marigold.Schedule({**model.schedule.config, "timestep_spacing": "leading"})
+    model.schedule = Schedule({**model.schedule.config, "timestep_spacing": "leading"})
     keys.append(predictions.weights_key(model))
     model.about["target_properties"]["albedo"]["prediction_space"] = "srgb"
     keys.append(predictions.weights_key(model))
@@ -527,7 +529,7 @@ def tiny_marigold(kind="MarigoldIntrinsicsPipeline", n=3):
     about = dict(_class_name=kind, target_properties=dict(target_names=["albedo", "shading", "residual"], **spaces),
                  default_denoising_steps=1)
     torch.manual_seed(0)
-    return marigold.Marigold(marigold.UNet(unet), marigold.VAE(vae), marigold.Schedule(schedule),
+    return marigold.Marigold(UNet(unet), VAE(vae), Schedule(schedule),
                              torch.randn(1, 2, 24), about).eval()
 
 
