@@ -280,7 +280,7 @@ class Marigold(nn.Module):
         if lora.adapters(self.unet):
             lora.save_adapter(self.unet, folder / "lora", base=str(about.get("base", "")))
         files.write_text(folder / "README.md", self._card(about))
-        files.write_json(folder / "model_index.json", self.about)               # last: no reader opens a folder without it
+        files.write_json(folder / "model_index.json", self.about)               # last: readers look for it first
 
     def _card(self, about):
         """Model card in the hub's format."""

@@ -98,7 +98,7 @@ class ScenePool:
         self.maps = {}
         chunk = max(1, (512 * 32 * 32 if device.type == "cpu" else scenes.CHUNK["cuda"]) // size**2)
         for i in tqdm(range(0, n, chunk), desc=f"{domain} scenes", leave=False, disable=n <= 1000):
-            maps = scenes.render(domain, scenes.scene_ids(split, min(chunk, n - i), i).to(device), size)
+            maps = scenes.render_scenes(domain, scenes.scene_ids(split, min(chunk, n - i), i).to(device), size)
             maps = {k: maps[k] if k == "mask" else maps[k].half() for k in keys}
             if i == 0:
                 home = self._home(n * sum(v[0].nbytes for v in maps.values()), device)

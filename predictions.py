@@ -166,8 +166,8 @@ def source_of(path, args):
 def results_file(bench, source, files, items, out):
     """JSONL of results per image; its name changes with the data, the predictions, the settings and this code."""
     code = [(Path(__file__).parent / f"{name}.py").read_text()
-            for name in ("metrics", "protocols", "benchmarks", "formats", "predictions", "predictor", "marigold", "schedule", "sd2",
-                         "photos", "relations")]
+            for name in ("metrics", "protocols", "benchmarks", "formats", "predictions", "predictor", "marigold",
+                         "schedule", "sd2", "photos", "relations")]
     stamps = [[files.stamp(f) for role, f in item.items() if role != "name"] for item in items]
     key = hashlib.sha256(repr((code, stamps, files.where("x"), source.key(bench, items))).encode()).hexdigest()[:16]
     return Path(out, "eval", f"{bench.dataset}-{bench.task}-{key}.jsonl")

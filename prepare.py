@@ -154,7 +154,10 @@ def _fit_nearest(x, size):
 
 
 def hypersim_frame(scene, camera, frame, cameras, out, size):
-    """Convert one HyperSim frame. scene: its folder ai_VVV_NNN; camera cam_XX; frame IIII. raises as the readers."""
+    """Convert one HyperSim frame. scene: its folder ai_VVV_NNN; camera cam_XX; frame IIII.
+
+    raises  FileNotFoundError, ValueError; UserError without h5py
+    """
     where = f"prepare.py: {scene.name} {camera} frame {frame}"
     maps = {m: read_hdf5(scene / "images" / f"scene_{camera}_{part}_hdf5" / f"frame.{frame}.{m}.hdf5")
             for m, part in FRAME.items()}
@@ -254,13 +257,13 @@ def convert(args):
           f"{len(skipped)} skipped, of {len(frames)}")
 
 
-def export(args):
+def write_questions(args):
     """Scene folder -> annotated photos and JSON lines in the judge release's layout, split by room."""
     for split, name in questions.JSONL.items():
         rows = questions.build(args.raw, args.pairs, args.size, args.seed, split)
         path = questions.export(rows, args.raw, args.out, args.size, name)
-        said = ", ".join(f"{m} {sum(r['modality'] == m for r in rows)}" for m in questions.MODALITIES)
-        print(f"{path}: {len(rows)} questions ({said})")
+        counts = ", ".join(f"{m} {sum(r['modality'] == m for r in rows)}" for m in questions.MODALITIES)
+        print(f"{path}: {len(rows)} questions ({counts})")
 
 
 def main(argv=None):
@@ -283,7 +286,10 @@ def main(argv=None):
     p.at_least(args, 1, "size", "pairs")
     if not args.raw.is_dir():
         raise FileNotFoundError(f"prepare.py: no folder {str(args.raw)!r}; want the downloaded data; check the path")
-    (export if args.what == "jsonl" else convert)(args)
+    if args.what == "jsonl":
+        write_questions(args)
+    else:
+        convert(args)
 
 
 if __name__ == "__main__":

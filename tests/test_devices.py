@@ -195,7 +195,7 @@ def test_a_predictor_of_ours_and_the_figures_take_photos_from_the_cpu(watch, tmp
 def test_rendered_scenes_and_their_pool_are_the_same_on_any_device(watch):
     """Here the devices compute alike; on a GPU numbers differ by rounding (test_gpu.py)."""
     ids = scenes.scene_ids("train", 9)
-    made, there = scenes.render("broad", ids, 16), scenes.render("broad", ids.to(CUDA), 16)
+    made, there = scenes.render_scenes("broad", ids, 16), scenes.render_scenes("broad", ids.to(CUDA), 16)
     assert all(map(marked, there.values())) and not any(map(marked, made.values()))
     assert all((made[k] == there[k].cpu()).float().mean() > 0.99 for k in made)
     pool = ScenePool("broad", "train", 9, 16, device=CUDA)

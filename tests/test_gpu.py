@@ -117,8 +117,8 @@ def test_the_judges_scores_and_its_loss():
 def test_rendered_scenes_but_for_pixels_at_edges():
     ids = scenes.scene_ids("train", 6)
     for domain in scenes.DOMAINS:
-        here, there = scenes.render(domain, ids, 64), scenes.render(domain, ids.to(DEVICE), 64)
-        alone = scenes.render(domain, ids[3:4].to(DEVICE), 64)
+        here, there = scenes.render_scenes(domain, ids, 64), scenes.render_scenes(domain, ids.to(DEVICE), 64)
+        alone = scenes.render_scenes(domain, ids[3:4].to(DEVICE), 64)
         for k in here:
             assert there[k].device.type == DEVICE.type and torch.equal(alone[k], there[k][3:4]), k
             same = torch.isclose(there[k].cpu().double(), here[k].double(), rtol=1e-3, atol=1e-3)
