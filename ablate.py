@@ -18,7 +18,6 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 import baselines
-import data
 import files
 import ranks
 import report
@@ -28,10 +27,11 @@ import watch
 from arithmetic import counted
 from command import run_command
 from config import ESTIMATORS, PRESETS, Config, Parser, UserError
+from files import read_json
 from plots import Line, figure
+from pools import scene_pool
 from predictor import load_predictor
 from run import about
-from untrusted import read_json
 
 STEPS = [  # (row, flags that it adds to the row above)
     ("paper", ESTIMATORS["paper"] | dict(tau="0.1", clip=1e-4)),
@@ -78,7 +78,7 @@ def learn(cfg, device, row):
     if row == "ranking loss":
         ways = dict(sample=baselines.sample_nothing, gradient=baselines.ranking_gradient)
     if row == "supervised":
-        truth = data.scene_pool("wild", "train", cfg.photos, cfg.size, device=device)
+        truth = scene_pool("wild", "train", cfg.photos, cfg.size, device=device)
         ways = dict(sample=baselines.sample_nothing, gradient=baselines.supervised_gradient(truth))
     train.train_grpo(cfg, device, **ways)
 
@@ -128,7 +128,7 @@ def run_row(job):
     figures = dict(row=row, seed=seed, steps=steps, photos=steps * cfg.batch, key=key,
                    about=about(), start=watch.diagnose(before, cfg.size, cfg.eval_steps, cfg.val_images))
     for domain in ("wild", "synthetic"):
-        maps = data.scene_pool(domain, args.split, cfg.eval_images, cfg.size).all()
+        maps = scene_pool(domain, args.split, cfg.eval_images, cfg.size).all()
         pairs = scores.eval_pairs(maps, scores.PAIRS, 1, 0)
         values = [scores.score_maps(scores.predict_maps(p, maps["rgb"], cfg.eval_steps, 0), maps, pairs)
                   for p in (before, after)]

@@ -23,14 +23,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import data
 import relations
 from config import UserError
-from files import read_tensors, write_tensors
+from files import DamageGuard, read_checked, write_tensors
+from photos import as_bytes, find_images, read_rgb
 from ranks import barrier, combine_numbers, rank, world
 from relations import MODALITIES, sample_pairs
-from runtime import rank, world
-from untrusted import Refusing
 
 PACK = 64                         # single entries that one call must write before it packs them
 BLOCK = 16                        # pairs of a photo that are drawn at a time
@@ -82,7 +80,7 @@ class Bank:
 
     def _load(self, path):
         try:
-            return self._check(read_tensors(path)[0], path)
+            return self._check(read_checked(path)[0], path)
         except FileNotFoundError:
             return None
         except ValueError as error:
@@ -94,7 +92,7 @@ class Bank:
 
     def _check(self, entry, path):
         """An entry or a pack as it was read. raises Refused for tensors that are neither."""
-        with Refusing(path, "no judgements", "pts, prob, in a pack also keys, counts", "remove it"):
+        with DamageGuard(path, "no judgements", "pts, prob, in a pack also keys, counts", "remove it"):
             pts = entry["pts"]
             prob = entry["prob"]
             n = len(prob)
@@ -201,18 +199,18 @@ def _length(entry):
 def fill_bank(folder, images, judge, pairs, device):
     """Ask about every photo of a folder ahead of time; this rank's share of them. Returns a Bank with its counts.
 
-    Resumes where it stopped; a photo that cannot be read is named and skipped, as data.Photos does.
+    Resumes where it stopped; a photo that cannot be read is named and skipped, as Photos does.
     """
     bank = Bank(folder, judge)
     chunk = 8
-    paths = data.find_images(images)[rank()::world()]
+    paths = find_images(images)[rank()::world()]
     bar = tqdm(range(0, len(paths), chunk), desc=f"bank, process {rank() + 1} of {world()}", unit="8 photos",
                mininterval=1.0)
     for i in bar:
         photos = []
         for path in paths[i:i + chunk]:
             try:
-                photos.append(data.as_bytes(data.read_rgb(path), judge.size))
+                photos.append(as_bytes(read_rgb(path), judge.size))
             except (ValueError, OSError) as error:
                 tqdm.write(f"skipped: {error}", file=sys.stderr)
         if photos:

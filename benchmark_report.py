@@ -5,11 +5,11 @@ import numpy as np
 from tqdm import tqdm
 
 import benchmarks
-import data
 import predictions
 import protocols
 from benchmark_table import ABOUT, BENCHMARKS, MissingData, choose_benchmarks, missing_page
 from intervals import bootstrap_interval, verdict
+from pictures import panel, save_png
 from report import format_interval, format_number, print_table
 
 NAN = float("nan")
@@ -116,7 +116,7 @@ def save_benchmark_panel(bench, source, files, items, rows, n, path):
         title = f"{'best' if rank % 2 == 0 else 'worst'}: {name} {format_number(rows[i][name])}, {items[i]['name']}"
         tiles += [(title, shown[0][1]), *shown[1:]]
     if tiles:
-        print(f"  pictures: {data.save_png(path, data.panel(tiles, len(shown)))}")
+        print(f"  pictures: {save_png(path, panel(tiles, len(shown)))}")
 
 
 def open_benchmark(bench, path, limit):

@@ -19,12 +19,13 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import torch
 
-import data
 import formats
 import metrics
 import surface
 from benchmark_table import MIT_LIGHTS, MissingData, missing_page
-from scenes import srgb_encode
+from files import decode_json
+from photos import find_images, read_rgb
+from relations import srgb_encode
 
 LISTS = Path(__file__).parent / "lists"
 ETH3D_SIZE = (4032, 6048)             # rows, columns of every depth map; the files have no header
@@ -71,7 +72,7 @@ def _item(bench, name):
 def list_items(bench, files):
     """Every image of the official protocol, in its order: a list of dict role -> relative name."""
     if bench.dataset == "photos":
-        found = data.find_images(files.path) if files.index is None else []
+        found = find_images(files.path) if files.index is None else []
         root = files.path if files.path.is_dir() else files.path.parent
         return [_item(bench, str(p.relative_to(root))) for p in found]
     if bench.dataset == "mit":
@@ -281,7 +282,7 @@ def _fits(where, measure, *args):
 
 def _load_whdr(bench, files, item):
     rgb = _chw(formats.decode_rgb(files.read(item["rgb"]), files.where(item["rgb"])))
-    judgements = formats.decode_json(files.read(item["judgements"]), files.where(item["judgements"]))
+    judgements = decode_json(files.read(item["judgements"]), files.where(item["judgements"]))
     _fits(files.where(item["judgements"]), metrics.whdr, np.ones((8, 8, 3)), judgements)
     return dict(photos=[rgb], judgements=judgements, size=tuple(rgb.shape[1:]))
 
@@ -366,7 +367,7 @@ def _load_iid(bench, files, item):
 
 def _load_surface(bench, files, item):
     root = files.path if files.path.is_dir() else files.path.parent
-    rgb = data.read_rgb(root / item["rgb"])
+    rgb = read_rgb(root / item["rgb"])
     return dict(photos=[rgb], size=tuple(rgb.shape[1:]))
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 
 from config import UserError
-from files import FULL, LOCKED, refused
+from files import FULL, LOCKED, system_error
 from ranks import is_first_to_fail, is_joined, is_lost_peer, shutdown
 from run import NotFinite, Run
 
@@ -19,7 +19,7 @@ from run import NotFinite, Run
 def _line(error):
     """What to print of an error that has a remedy, in one line; "" for a bug, which keeps its traceback."""
     text = " ".join(str(error).split())
-    error = refused(error) or error
+    error = system_error(error) or error
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
         asked = re.search(r"(?:tried to allocate|Tried to allocate) ([\d.]+ \w+)", text)
         return (f"out of memory{f' ({asked[1]} more were wanted)' if asked else ''}; what is on the disk is whole; "

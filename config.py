@@ -11,7 +11,7 @@ import re
 import sys
 from dataclasses import dataclass
 
-import untrusted
+import files
 
 
 class UserError(Exception):
@@ -180,8 +180,8 @@ class Parser(argparse.ArgumentParser):
 
     def limits(self):
         """Add the flags of a command that reads pictures."""
-        self.add_argument("--max-pixels", type=int, default=untrusted.PIXELS,
-                          help=f"refuse a photo or map of more pixels before it is decoded [{untrusted.PIXELS}]")
+        self.add_argument("--max-pixels", type=int, default=files.PIXELS,
+                          help=f"refuse a photo or map of more pixels before it is decoded [{files.PIXELS}]")
 
     def parse_args(self, *args):
         """As ArgumentParser's; the limit on pictures is set."""
@@ -189,7 +189,7 @@ class Parser(argparse.ArgumentParser):
         if (most := getattr(found, "max_pixels", None)) is not None:
             if most < 1:
                 self.error(f"--max-pixels {most}: want at least 1")
-            untrusted.allow(most)
+            files.set_max_pixels(most)
         return found
 
     def at_least(self, args, least, *names):
@@ -225,7 +225,7 @@ def parse(argv=None):
     wrong = problem(cfg, preset)
     if wrong:
         p.error(wrong)
-    untrusted.allow(cfg.max_pixels)
+    files.set_max_pixels(cfg.max_pixels)
     return preset, cfg, dry_run
 
 

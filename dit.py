@@ -19,11 +19,10 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import lora
-from files import load_strict, write_json, write_tensors
+from files import LAYERS, bounded_integer, load_strict, read_json, read_tensors, refuse, write_json, write_tensors
 from positions import grid_positions
 from ranks import mean_over_ranks
 from relations import NAMES, relative_depth
-from untrusted import LAYERS, read_json, read_tensors, refuse, whole
 
 DATA_STD = 0.5                     # s, standard deviation of maps in [-1, 1]
 ARCHITECTURE = "reasonx-dit"
@@ -221,7 +220,7 @@ def _sizes(found, folder):
                          f"want the sizes {', '.join(sorted(known))}")
     cfg = DiTConfig(**found)
     for name, value in asdict(cfg).items():
-        whole(value, 1, LAYERS if "layers" in name else LARGEST, name, where)
+        bounded_integer(value, 1, LAYERS if "layers" in name else LARGEST, name, where)
     if cfg.width % (4 * cfg.heads) or cfg.size % cfg.patch:
         refuse(where, f"width {cfg.width}, heads {cfg.heads}, size {cfg.size}, patch {cfg.patch}",
                "a width in multiples of 4 heads, a size in multiples of the patch", "use another checkpoint")

@@ -12,12 +12,12 @@ import sys
 from pathlib import Path
 
 import benchmark_report
-import data
 from benchmark_table import DATASETS, MissingData
 from command import run_command
 from config import Parser
 from files import write_json
 from judge import load_judge
+from pools import ScenePool, scene_batch
 from predictor import load_predictor
 from ranks import pick_device
 from relations import NAMES
@@ -62,10 +62,10 @@ def evaluate_scenes(args):
     asked = args.judge not in ("", "none") or (not args.judge and place.is_dir())
     judge = load_judge(place, device) if asked else None
     if args.dataset == "scenes":
-        maps = data.scene_batch(args.data, size)
+        maps = scene_batch(args.data, size)
         maps["depth"] = maps["depth"] + 1                                       # affine in [0, 1]: no zero to divide by
     else:
-        maps = data.ScenePool(args.dataset, "test", args.images, size).all()
+        maps = ScenePool(args.dataset, "test", args.images, size).all()
     pairs = eval_pairs(maps, PAIRS, 1, args.seed)
     pred = [predict_maps(policy, maps["rgb"], args.denoise_steps or 10, args.seed) for policy in policies]
     values = [score_maps(p, maps, pairs) for p in pred]

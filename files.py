@@ -1,6 +1,9 @@
-"""Files are whole or absent: atomic, durable writes, checksums, JSON that is JSON; weights from a folder or the hub.
+"""Files: written whole or not at all, and read as if a stranger had made them.
 
-A kill, a full disk or a power cut leaves the old file or the new one. No pickle anywhere.
+writing   a kill, a full disk or a power cut leaves the old file or the new one, never a part
+reading   a reader returns a valid result or raises one line that names the file: a Refusal (a ValueError) or
+          FileNotFoundError. Nothing is unpickled or executed; a size that a file announces is compared with a limit
+          or with the bytes that are there before it is used; no name inside a file leads out of its folder
 """
 import errno
 import hashlib
@@ -9,44 +12,72 @@ import math
 import os
 import re
 import shutil
+import struct
+import tarfile
+import tokenize
 import uuid
+import warnings
+import zlib
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LOCKED = (errno.EROFS, errno.EACCES, errno.EPERM)
+PIXELS = 80_000_000                   # of a photo or map, 1.5 GB while it is read; --max-pixels
+JSON_BYTES = 1 << 27                  # a tokenizer of 260,000 words has 33 MB
+SIZE = 1 << 24                        # largest number in a network's config
+LAYERS = 256                          # largest number of layers
+# what readers raise on a damaged file: OSError (cut off), SyntaxError (PNG structure), the others (absurd fields)
+BROKEN = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, ArithmeticError, AttributeError,
+          AssertionError, NotImplementedError, RecursionError, struct.error, zlib.error, tokenize.TokenError,
+          tarfile.TarError, SafetensorError, StrictDataclassError, Image.DecompressionBombError)
+# what tensors are made of; torch has narrower floats that it can neither copy nor convert
+DTYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"}
+# keys of a config with which transformers would load code, kernels or other files
+LOADING = ("auto_map", "attn_implementation", "_attn_implementation", "_attn_implementation_internal",
+           "experts_implementation", "_experts_implementation", "transformers_weights", "fusion_config",
+           "kernel_config")
+
+limit = dict(pixels=PIXELS)
 
 
-def strict(value):
-    """The value with non-finite floats as null, which JSON has and NaN it has not."""
+def finite_json(value):
+    """A value as JSON can hold it: NaN and infinities, which JSON does not know, become null."""
     if isinstance(value, dict):
-        return {k: strict(v) for k, v in value.items()}
+        return {k: finite_json(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [strict(v) for v in value]
+        return [finite_json(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_json(path, value):
-    """Write strict JSON atomically."""
-    write_text(path, json.dumps(strict(value), indent=1, allow_nan=False))
+    """Write a JSON file atomically and durably; see finite_json."""
+    write_text(path, json.dumps(finite_json(value), indent=1, allow_nan=False))
 
 
 def write_text(path, text):
     """Write a text file, UTF-8, atomically and durably."""
-    replace_file(path, lambda part: part.write_text(text, encoding="utf-8"))
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path, content):
+    """Write a file atomically and durably. raises OSError naming it."""
+    replace_file(path, lambda part: part.write_bytes(content))
 
 
 def replace_file(path, write):
-    """write(another name), to the disk, rename: a kill, a full disk or a power cut leaves the old file or the new one.
+    """Call write(path of a temporary file), wait until it is on the disk, then rename it to `path`.
 
-    raises  OSError naming the file
+    raises  OSError naming `path`, which has not changed then
     """
     path = Path(path)
-    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
+    part = path.with_name(f"{uuid.uuid4().hex}.part")                           # the name of `path` may fill 255 bytes
     with _Writing(path):
         try:
             write(part)
@@ -57,13 +88,15 @@ def replace_file(path, write):
             part.unlink(missing_ok=True)
 
 
-def replace_files(folder, write, last):
-    """write(another folder), all of it to the disk, then each file into `folder`: `last` is there when all others are.
+def replace_files(folder, write, last, part="unfinished"):
+    """Call write(a temporary folder), wait until all of it is on the disk, then move its files into `folder`.
 
-    raises  OSError naming the folder; nothing in it has changed then, unless renaming itself failed
+    last    name of the file that is moved last: where it is, all others are
+    part    name of the temporary folder, in `folder`; what a killed writer left under this name is removed
+    raises  OSError naming the folder; nothing in it has changed then, unless the moving itself failed
     """
     folder = Path(folder)
-    part = folder / "unfinished"                                                # one name: a killed writer's is found
+    part = folder / part
     with _Writing(folder):
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
@@ -83,9 +116,9 @@ def replace_files(folder, write, last):
 
 
 class _Writing:
-    """With-block of a write: what the system refuses becomes an OSError that names `path`, whichever library says it.
+    """With-block of a write: an error of the system becomes an OSError that names `path`, whichever library raises it.
 
-    Rust's (safetensors, tokenizers) have exceptions of their own, the last a bare Exception.
+    The Rust libraries (safetensors, tokenizers) raise exceptions of their own, tokenizers a bare Exception.
     """
 
     def __init__(self, path):
@@ -95,13 +128,13 @@ class _Writing:
         return self
 
     def __exit__(self, kind, error, trace):
-        cause = refused(error)
+        cause = system_error(error)
         if cause:
             raise OSError(cause.errno, cause.strerror or str(cause), str(self.path)) from None
 
 
-def refused(error):
-    """The OSError that an error is, or tells of in Rust's words "(os error N)"; None for others."""
+def system_error(error):
+    """The OSError that an error is, or that a Rust library reports as "(os error N)"; None for other errors."""
     code = re.search(r"\(os error (\d+)\)", str(error)) if type(error) in (SafetensorError, Exception) else None
     if code:
         return OSError(int(code[1]), os.strerror(int(code[1])))
@@ -127,19 +160,11 @@ def write_tensors(path, tensors, **header):
     replace_file(path, lambda part: save_file(tensors, part, metadata=header))
 
 
-def read_tensors(path):
-    """Tensors and header of a file of `write_tensors`.
-
-    raises  FileNotFoundError; ValueError for a file that is cut short or of which any bit has changed
-    """
-    try:
-        with safe_open(path, "pt") as f:
-            header, tensors = dict(f.metadata() or {}), {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
-    if header.pop("sha256", None) != _checksum(tensors, header):
-        raise ValueError(f"{path} is damaged: its checksum is another")
-    return tensors, header
+def write_weights(path, tensors):
+    """Write a safetensors file as diffusers and PEFT do, atomically; its folder is made. raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    replace_file(path, lambda part: save_file(tensors, part, metadata={"format": "pt"}))
 
 
 def _checksum(tensors, header):
@@ -151,8 +176,79 @@ def _checksum(tensors, header):
     return h.hexdigest()
 
 
+class Refusal(ValueError):
+    """What a reader says of a file that it does not accept, in one line that names it."""
+
+
+def set_max_pixels(n):
+    """Set the largest photo or map that any reader opens (--max-pixels)."""
+    limit["pixels"] = n
+    Image.MAX_IMAGE_PIXELS = max(n, PIXELS)                                     # Pillow's own; it also bounds drawing
+
+
+def refuse(where, got, want, do="fetch it again"):
+    """Raise a Refusal: where, what was found, what is wanted, what to do."""
+    raise Refusal(f"{where}: got {got}, want {want}; {do}")
+
+
+def one_line(error):
+    """An error's text on one line, at most 160 characters."""
+    return " ".join(str(error).split())[:160] or type(error).__name__
+
+
+class DamageGuard:
+    """With-block around the readers of other libraries: whatever a damaged file makes them raise becomes a Refusal.
+
+    keep   errors that pass as they are. Rust libraries raise a bare Exception, or a PanicException
+    """
+
+    def __init__(self, where, got, want, do="fetch it again", keep=(Refusal, FileNotFoundError)):
+        self.words = (where, got, want, do)
+        self.keep = keep
+        self.quiet = warnings.catch_warnings()
+
+    def __enter__(self):
+        self.quiet.__enter__()
+        warnings.simplefilter("ignore")                                         # odd metadata may stay
+        return self
+
+    def __exit__(self, kind, error, trace):
+        self.quiet.__exit__(kind, error, trace)
+        if kind is None or isinstance(error, self.keep):
+            return
+        no_memory = isinstance(error, RuntimeError) and "memory" in str(error).lower()
+        from_rust = kind is Exception or kind.__name__ == "PanicException"
+        if not no_memory and (from_rust or isinstance(error, (*BROKEN, RuntimeError, ImportError))):
+            where, got, want, do = self.words
+            raise Refusal(f"{where}: got {got} ({one_line(error)}), want {want}; {do}") from error
+
+
+def decode_json(content, where):
+    """JSON bytes -> the value they hold. raises Refusal: not JSON, too large, nested too deeply."""
+    if len(content) > JSON_BYTES:
+        refuse(where, f"{len(content)} bytes of JSON", f"at most {JSON_BYTES}", "shorten it")
+    with DamageGuard(where, "a file that is not JSON", "the official one"):
+        return json.loads(content)
+
+
+def read_json(path, want="one object"):
+    """A JSON file that holds one object -> dict.
+
+    raises  FileNotFoundError; Refusal: as decode_json, or another value than an object
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"got no {path.name} in {str(path.parent)!r}; want {want}; fetch it again")
+    if path.stat().st_size > JSON_BYTES:
+        refuse(path, f"{path.stat().st_size} bytes of JSON", f"at most {JSON_BYTES}", "shorten it")
+    found = decode_json(path.read_bytes(), str(path))
+    if not isinstance(found, dict):
+        refuse(path, f"JSON that is a {type(found).__name__}", want)
+    return found
+
+
 def read_log(path):
-    """Rows of a metrics.jsonl up to the first that is not whole (a kill, a full disk); none where there is no file."""
+    """Rows of a metrics.jsonl up to the first that is incomplete (a kill, a full disk); [] where there is no file."""
     rows = []
     for line in Path(path).read_text().splitlines() if Path(path).exists() else ():
         try:
@@ -160,6 +256,103 @@ def read_log(path):
         except ValueError:
             break
     return rows
+
+
+class Tensors:
+    """With-block that opens a safetensors file without reading it: keys(), get_tensor(name), metadata().
+
+    keep    errors that pass as they are
+    raises  Refusal for a damaged file, or for tensors of other types than DTYPES
+    """
+
+    def __init__(self, path, keep=(Refusal, FileNotFoundError)):
+        self.guard = DamageGuard(path, "a safetensors file that cannot be read", "a whole one", keep=keep)
+        with self.guard:
+            self.file = safe_open(path, "pt")
+            for name in self.file.keys():  # noqa: SIM118
+                dtype = self.file.get_slice(name).get_dtype()
+                if dtype not in DTYPES:
+                    refuse(path, f"{name[:80]!r} of {dtype}", "floats of 16 to 64 bits, integers or bool", "convert it")
+
+    def __enter__(self):
+        return self.file
+
+    def __exit__(self, *error):
+        self.file.__exit__(*error)
+        self.guard.__exit__(*error)
+
+
+def read_tensors(path):
+    """All tensors of a safetensors file from anywhere: dict name -> tensor. raises FileNotFoundError, Refusal."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"got no {Path(path).name} in {str(Path(path).parent)!r}; want safetensors")
+    with Tensors(path) as f:
+        return {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+
+
+def read_checked(path):
+    """Tensors and header (dict of texts) of a file of `write_tensors`.
+
+    raises  OSError; ValueError for a file that is cut short or of which any bit has changed
+    """
+    try:
+        with Tensors(path, keep=(Refusal, OSError)) as f:
+            header = dict(f.metadata() or {})
+            tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+    except Refusal as error:
+        raise ValueError(f"{path} is damaged: {one_line(error.__cause__ or error)}") from None
+    if header.pop("sha256", None) != _checksum(tensors, header):
+        raise ValueError(f"{path} is damaged: its checksum does not match")
+    return tensors, header
+
+
+def plain_config(config, where):
+    """A network's config without the keys that load code or other files; its numbers are bounded.
+
+    raises   Refusal: a number above SIZE, more than LAYERS layers, quantised weights
+    """
+    def clean(value, name):
+        if isinstance(value, dict):
+            if value.get("quantization_config"):
+                refuse(where, "quantization_config", "plain weights", "use the checkpoint before quantisation")
+            return {k: clean(v, k) for k, v in value.items() if k not in LOADING}
+        if isinstance(value, list):
+            return [clean(v, name) for v in value]
+        most = LAYERS if any(word in name for word in ("layers", "depth")) else SIZE
+        if isinstance(value, (int, float)) and not abs(value) <= most:
+            refuse(where, f"{name} = {value}", f"at most {most}", "use another checkpoint")
+        return value
+    return clean(config, "")
+
+
+def bounded_integer(value, least, most, name, where):
+    """An integer of a config inside its bounds. raises Refusal."""
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        refuse(where, f"{name} = {value!r}", f"an integer in {least}..{most}", "use another checkpoint")
+    return value
+
+
+def check_weights(model, state, where):
+    """Refuse a network, made on the meta device, with more parameters than its file has: loading would invent the rest.
+
+    model  nn.Module;  state  dict of tensors;  raises  Refusal
+    """
+    need = sum(p.numel() for p in model.parameters())
+    have = sum(x.numel() for x in state.values())
+    if need > have:
+        refuse(where, f"{have} weights for a network of {need}", "all of them", "use the config.json they belong to")
+
+
+def path_inside(root, name, where):
+    """Path of a file that another file names, relative to the folder `root`. raises Refusal: it leaves the folder."""
+    if isinstance(name, str) and "\0" not in name and not Path(name).is_absolute():
+        try:
+            place = Path(root, name).resolve()
+        except (OSError, RuntimeError):                                         # a loop of links
+            place = None
+        if place is not None and place.is_relative_to(Path(root).resolve()):
+            return Path(root, name)
+    refuse(where, f"{name!r}", f"a path inside {str(root)!r}", "edit it")
 
 
 def load_strict(model, state, origin, assign=False):
@@ -186,7 +379,7 @@ def hub_folder(name, patterns):
         try:
             return Path(snapshot_download(str(name), allow_patterns=patterns))
         except (OSError, ValueError) as error:                                  # no network, no such model, no access
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)
     raise FileNotFoundError(f"got no folder {str(name)!r} here and no such model on the hub ({reason}); "
                             "want a folder, or a hub id and a network")
 
@@ -196,7 +389,8 @@ def weights_digest(name):
 
     A run may not resume on other weights than it began with.
     """
-    folder, h = hub_folder(name, ["*.safetensors"]), hashlib.sha256()
+    folder = hub_folder(name, ["*.safetensors"])
+    h = hashlib.sha256()
     for path in sorted(folder.rglob("*.safetensors")):
         if not path.name.startswith("checkpoint"):
             h.update(str(path.relative_to(folder)).encode())

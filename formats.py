@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from untrusted import Refusing, decode_json, limit, refuse  # noqa: F401
+from files import DamageGuard, limit, refuse
 
 PICTURES = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")      # never EPS, which Pillow gives to another program
 SCANS = 20                                       # of a JPEG, 10 are usual; each costs a pass over all its pixels
@@ -56,7 +56,7 @@ class Files:
             return
         if not self.path.is_file():
             raise FileNotFoundError(f"no {str(path)!r}; want a folder or a tar; check the path")
-        with Refusing(self.path, "a file that is no plain tar", "a folder or an uncompressed .tar",
+        with DamageGuard(self.path, "a file that is no plain tar", "a folder or an uncompressed .tar",
                       "decompress or unpack it"), _Short(self.path) as file, tarfile.open(None, "r:", file) as tar:
             self.index = self._members(tar)
         self.fd = os.open(self.path, os.O_RDONLY)
@@ -136,7 +136,7 @@ def open_picture(content, where, smallest=1, max_pixels=None):
               --max-pixels) in all, and the number of scans of a JPEG
     """
     most = limit["pixels"] if max_pixels is None else max_pixels
-    with Refusing(where, "a damaged image", "a whole one"):
+    with DamageGuard(where, "a damaged image", "a whole one"):
         try:
             image = Image.open(io.BytesIO(content), formats=PICTURES)
         except UnidentifiedImageError:
@@ -205,7 +205,7 @@ def decode_png_linear(content, where):
 def decode_npy(content, where):
     """.npy of numbers -> array. Pickled objects are refused, and a header that promises more than there is."""
     stream, read = io.BytesIO(content), np.lib.format
-    with Refusing(where, "a damaged .npy", "a plain array of numbers"):
+    with DamageGuard(where, "a damaged .npy", "a plain array of numbers"):
         version = read.read_magic(stream)
         shape, fortran, dtype = (read.read_array_header_1_0 if version == (1, 0) else
                                  read.read_array_header_2_0)(stream)
@@ -234,7 +234,7 @@ def _text(content, at):
 
 def decode_exr(content, where):
     """OpenEXR image -> (H, W, 3) float32 by the channels R, G, B (or one channel three times)."""
-    with Refusing(where, "a damaged EXR", "a whole one"):
+    with DamageGuard(where, "a damaged EXR", "a whole one"):
         return _exr(content, where)
 
 

@@ -24,17 +24,19 @@ import torch.nn as nn
 import torch.nn.functional as F
 from transformers.utils import logging
 
-import data
 import vlm
 from bank import fill_bank
+from command import run_command
 from config import Parser
 from families import END, FAMILIES, SYSTEM, Prompt, read_answer
 from files import replace_files, write_json
 from kernels.draw_markers import mark_photos
 from mini_judge import mini_network, mini_tokenizer
+from photos import read_rgb
+from pictures import save_png
 from questions import true_relations
+from ranks import pick_device
 from relations import MODALITIES, draw_markers
-from runtime import pick_device, run_command
 
 logging.disable_progress_bar()       # of loading and saving weights: errors stay one line
 TOKENS = 2**16                       # of the language model at a time in `ask`
@@ -301,7 +303,7 @@ def main(argv=None):
         bank = fill_bank(args.bank, args.image, LazyJudge(args.model, device), args.pairs, device)
         print(f"bank: {bank.asked} pairs asked, {bank.known} already known; {bank.folder}")
         return
-    rgb = data.read_rgb(args.image)
+    rgb = read_rgb(args.image)
     H, W = rgb.shape[-2:]
     for name in ("red", "green"):
         x, y = getattr(args, name)
@@ -315,7 +317,7 @@ def main(argv=None):
     pts = pts.to(device)[None, None]                                            # (1, 1, 2, 2)
     marked = draw_markers(small, pts)[:, 0]
     if args.save:
-        data.save_png(args.save, marked[0].cpu().numpy())
+        save_png(args.save, marked[0].cpu().numpy())
     prob = dict(zip(MODALITIES, judge.ask(small, pts)[0, 0].tolist(), strict=True))
     for m in MODALITIES if args.all else (args.modality,):
         first = prob[m] >= 0.5

@@ -10,26 +10,33 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors.torch import save_file
 
-from files import replace_file, write_json
-from untrusted import read_json, read_tensors, refuse, whole
+from files import bounded_integer, read_json, read_tensors, refuse, write_json, write_weights
 
 PREFIX = "base_model.model."
 REFUSED = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform")
 
 
 def merge_low_rank(weight, A, B, scale):
-    """W + scale B A: weight (out, in), A (r, in), B (out, r) -> (out, in) in the dtype of W; computed in fp32."""
+    """Weight of the linear layer that a layer and its adapter amount to: W + scale B A, computed in float32.
+
+    weight   (out, in)  of the layer alone, any float dtype;  A (r, in), B (out, r)
+    scale    alpha / r
+    returns  (out, in) in the dtype of `weight`
+    """
     return (weight.float() + scale * B.float() @ A.float()).to(weight.dtype)
 
 
-class Adapted(nn.Module):
-    """A frozen nn.Linear `base` plus its adapter; `active` False gives the base alone."""
+class LoRALinear(nn.Module):
+    """A frozen nn.Linear `base` plus a trainable adapter; with `active` False it computes what `base` does."""
 
     def __init__(self, base, r, alpha, dropout=0.0, rng=None):
         super().__init__()
-        self.base, self.r, self.alpha, self.dropout, self.active = base.requires_grad_(False), r, alpha, dropout, True
+        self.base = base.requires_grad_(False)
+        self.r = r
+        self.alpha = alpha
+        self.dropout = dropout
+        self.active = True
         self.train(base.training)
         like = dict(dtype=torch.float32, device=base.weight.device)
         bound = 1 / math.sqrt(base.in_features)                                 # kaiming_uniform(a = sqrt 5)
@@ -44,14 +51,18 @@ class Adapted(nn.Module):
         low = F.linear(F.dropout(x, self.dropout, self.training).to(self.lora_A.dtype), self.lora_A)
         return y + (self.alpha / self.r * F.linear(low, self.lora_B)).to(y.dtype)
 
-    def merged(self):
-        """Weight of the equivalent linear layer, (out, in) in the dtype of the base."""
+    def merged_weight(self):
+        """Weight (out, in) of the equivalent nn.Linear, in the dtype of the base."""
         return merge_low_rank(self.base.weight, self.lora_A, self.lora_B, self.alpha / self.r)
 
 
 def adapters(network):
-    """Adapted layers of a network: dict path -> Adapted."""
-    return {path: m for path, m in network.named_modules() if isinstance(m, Adapted)}
+    """The layers of a network that have an adapter: dict path -> LoRALinear."""
+    return {path: m for path, m in network.named_modules() if isinstance(m, LoRALinear)}
+
+
+def _path_ends_in(path, target):
+    return path == target or path.endswith(f".{target}")
 
 
 def inject(network, targets, r, alpha, dropout=0.0, rng=None):
@@ -59,16 +70,15 @@ def inject(network, targets, r, alpha, dropout=0.0, rng=None):
 
     raises  ValueError when a target matches no linear layer
     """
-    matches = lambda path, t: path == t or path.endswith(f".{t}")               # noqa: E731
     found = [path for path, m in network.named_modules()
-             if isinstance(m, nn.Linear) and any(matches(path, t) for t in targets)]
+             if isinstance(m, nn.Linear) and any(_path_ends_in(path, t) for t in targets)]
     for t in targets:
-        if not any(matches(path, t) for path in found):
+        if not any(_path_ends_in(path, t) for path in found):
             raise ValueError(f"lora.inject: got target {t!r}, which names no linear layer of "
                              f"{type(network).__name__}; want the end of a module path")
     network.requires_grad_(False)
     for path in found:
-        _replace(network, path, Adapted(network.get_submodule(path), r, alpha, dropout, rng))
+        _replace(network, path, LoRALinear(network.get_submodule(path), r, alpha, dropout, rng))
     return found
 
 
@@ -87,7 +97,7 @@ def merge(network):
     """Fold all adapters into their linear layers, in place."""
     for path, layer in adapters(network).items():
         with torch.no_grad():
-            layer.base.weight.copy_(layer.merged())
+            layer.base.weight.copy_(layer.merged_weight())
         _replace(network, path, layer.base)
 
 
@@ -101,7 +111,7 @@ def merged_state(network):
         if path in found:                                                       # lora_A, lora_B
             continue
         if last == "base" and parent in found:
-            state[f"{parent}.{name}"] = found[parent].merged() if name == "weight" else value
+            state[f"{parent}.{name}"] = found[parent].merged_weight() if name == "weight" else value
         else:
             state[key] = value
     return state
@@ -109,12 +119,11 @@ def merged_state(network):
 
 def save_adapter(network, folder, base="", task=None):
     """Write the adapters in PEFT layout; `base` names the base model, `task` is PEFT's task_type. raises OSError."""
-    folder, found = Path(folder), adapters(network)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = Path(folder)
+    found = adapters(network)
     one = next(iter(found.values()))
-    tensors = {f"{PREFIX}{path}.{k}.weight": getattr(m, k).detach().cpu().contiguous()
-               for path, m in found.items() for k in ("lora_A", "lora_B")}
-    replace_file(folder / "adapter_model.safetensors", lambda part: save_file(tensors, part, metadata={"format": "pt"}))
+    write_weights(folder / "adapter_model.safetensors", {
+        f"{PREFIX}{path}.{k}.weight": getattr(m, k) for path, m in found.items() for k in ("lora_A", "lora_B")})
     write_json(folder / "adapter_config.json", dict(
         peft_type="LORA", task_type=task, base_model_name_or_path=base, r=one.r, lora_alpha=one.alpha,
         lora_dropout=one.dropout, target_modules=sorted(found), bias="none", inference_mode=True, fan_in_fan_out=False,
@@ -131,7 +140,8 @@ def load_adapter(network, folder):
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"lora.load_adapter: got no {name} in {folder}; want a PEFT adapter folder")
-    cfg, state = read_json(folder / "adapter_config.json"), read_tensors(folder / "adapter_model.safetensors")
+    cfg = read_json(folder / "adapter_config.json")
+    state = read_tensors(folder / "adapter_model.safetensors")
     odd = [k for k in REFUSED if cfg.get(k)]
     if cfg.get("peft_type") != "LORA" or odd:
         raise ValueError(f"lora.load_adapter: got {cfg.get('peft_type')!r} with {odd or 'no further options'} in "
@@ -143,7 +153,9 @@ def load_adapter(network, folder):
     if wrong:
         raise ValueError(f"lora.load_adapter: {len(wrong)} of {len(state)} keys in {folder} match no linear layer "
                          f"(first: {wrong[0]}); was it trained from another base?")
-    r, alpha, dropout = whole(cfg.get("r"), 1, 1 << 14, "r", where), cfg.get("lora_alpha"), cfg.get("lora_dropout", 0.0)
+    r = bounded_integer(cfg.get("r"), 1, 1 << 14, "r", where)
+    alpha = cfg.get("lora_alpha")
+    dropout = cfg.get("lora_dropout", 0.0)
     for name, value, most in (("lora_alpha", alpha, 1e6), ("lora_dropout", dropout, 1)):
         if not isinstance(value, (int, float)) or not 0 <= value <= most:
             refuse(where, f"{name} = {value!r}", f"a number in 0..{most:g}", "copy it again")

@@ -2,7 +2,7 @@
 import torch
 import torch.nn.functional as F
 
-from scenes import srgb_decode
+from relations import srgb_decode
 
 
 def assumed_camera(depth):

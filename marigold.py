@@ -21,13 +21,12 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors.torch import save_file
 
+import files
 import lora
-from files import hub_folder, load_strict, replace_file, write_json, write_text
-from scenes import srgb_encode
-from sd2 import LATENT_SCALE, VAE, UNet, check_config
-from untrusted import Refusing, fits, read_json, read_tensors, refuse, sober, whole
+from relations import srgb_encode
+from schedule import Schedule, flow_time
+from sd2 import LATENT_SCALE, VAE, UNet
 
 MODALITY = {"albedo": "albedo", "shading": "irradiance", "irradiance": "irradiance", "depth": "depth",
             "normals": "normal"}                                                # target name: modality
@@ -35,62 +34,7 @@ PIPELINES = {"MarigoldIntrinsicsPipeline": None, "MarigoldDepthPipeline": ["dept
              "MarigoldNormalsPipeline": ["normals"]}
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 WEIGHTS = "diffusion_pytorch_model"
-EDGE, STEPS = 1 << 12, 10_000          # largest processing resolution, px; largest number of timesteps
-
-# what the file may say besides; anything else is refused by name
-SCHEDULER_CONFIG = dict(
-    prediction_type="v_prediction", clip_sample=False, thresholding=False, num_train_timesteps=None, beta_start=None,
-    beta_end=None, beta_schedule="scaled_linear", rescale_betas_zero_snr=None, timestep_spacing=None,
-    set_alpha_to_one=None, steps_offset=None, clip_sample_range=None, dynamic_thresholding_ratio=None,
-    sample_max_value=None, skip_prk_steps=None)
-SCHEDULER_NEEDS = ("beta_start", "beta_end", "beta_schedule", "prediction_type", "timestep_spacing")
-
-
-class Schedule:
-    """Noise levels of the 1000 training timesteps and the timesteps a sampler visits (scheduler_config.json)."""
-
-    def __init__(self, config):
-        check_config(config, SCHEDULER_CONFIG, "scheduler/scheduler_config.json", SCHEDULER_NEEDS)
-        if config.get("_class_name", "DDIMScheduler") != "DDIMScheduler":
-            raise ValueError(f"marigold: scheduler_config.json has _class_name = {config['_class_name']!r}, which is "
-                             "not implemented; want 'DDIMScheduler'")
-        self.config = config
-        n, self.spacing = config.get("num_train_timesteps", 1000), config.get("timestep_spacing", "leading")
-        if self.spacing not in ("trailing", "leading"):
-            raise ValueError(f"marigold: scheduler_config.json has timestep_spacing = {self.spacing!r}, which is not "
-                             "implemented; want 'trailing' or 'leading'")
-        where = "marigold: scheduler_config.json"
-        whole(n, 2, STEPS, "num_train_timesteps", where)
-        whole(config.get("steps_offset", 0), 0, n - 1, "steps_offset", where)
-        if not 0 < config["beta_start"] <= config["beta_end"] < 1:
-            refuse(where, f"beta {config['beta_start']}..{config['beta_end']}", "0 < beta_start <= beta_end < 1")
-        root = np.linspace(config["beta_start"] ** 0.5, config["beta_end"] ** 0.5, n)
-        alpha = np.sqrt(np.cumprod(1 - root**2))
-        if config.get("rescale_betas_zero_snr"):                                # Lin et al. 2023, algorithm 1
-            alpha = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
-        self.abar = alpha**2                                                    # (1000,) float64, decreasing
-        self.final = 1.0 if config.get("set_alpha_to_one", True) else float(self.abar[0])
-        level = np.sqrt(1 - self.abar)
-        self.t = torch.from_numpy(level / (alpha + level))                      # our time of each timestep, increasing
-
-    def timesteps(self, T):
-        """The T timesteps a sampler visits, descending. raises ValueError when T is not in 1 .. 1000."""
-        n, offset = len(self.abar), self.config.get("steps_offset", 0) if self.spacing == "leading" else 0
-        if not 1 <= T <= n - offset:
-            raise ValueError(f"marigold: got {T} denoising steps; want 1 .. {n - offset}")
-        if self.spacing == "leading":
-            return [i * (n // T) + offset for i in range(T)][::-1]
-        return (np.round(n - np.arange(T) * n / T).astype(int) - 1).tolist()
-
-    def steps(self, T, quirk=False):
-        """(timestep, abar there, abar after the step) of each step; the last ends at the scheduler's final abar.
-
-        quirk  diffusers ends each step at timestep - 1000 // T, which is not the next one when T does not divide 1000
-        """
-        visited, n = self.timesteps(T), len(self.abar)
-        after = [t - n // T for t in visited] if quirk else [*visited[1:], -1]
-        return [(t, float(self.abar[t]), float(self.abar[s]) if s >= 0 else self.final)
-                for t, s in zip(visited, after, strict=True)]
+EDGE = 1 << 12                         # px, largest processing resolution
 
 
 class Marigold(nn.Module):
@@ -99,12 +43,16 @@ class Marigold(nn.Module):
     about   contents of model_index.json;  text  (1, 2, C) embedding of the empty prompt;  source  folder it came from
     """
 
-    lora_targets, replays = LORA_TARGETS, False
+    lora_targets = LORA_TARGETS
+    replays = False
 
     def __init__(self, unet, vae, schedule, text, about, source=None):
         super().__init__()
-        self.unet, self.vae, self.schedule = unet, vae.requires_grad_(False), schedule
-        self.about, self.source = about, source
+        self.unet = unet
+        self.vae = vae.requires_grad_(False)
+        self.schedule = schedule
+        self.about = about
+        self.source = source
         self.register_buffer("text", text, persistent=False)
         kind = about.get("_class_name")
         if kind not in PIPELINES:
@@ -114,17 +62,18 @@ class Marigold(nn.Module):
             raise ValueError("marigold: model_index.json has use_full_z_range = False, which is not implemented")
         self.properties = about.get("target_properties") or {}
         self.targets = tuple(PIPELINES[kind] or self.properties.get("target_names", ()))
-        n, got = 4 * len(self.targets), (unet.config["in_channels"], unet.config["out_channels"])
+        n = 4 * len(self.targets)
+        got = (unet.config["in_channels"], unet.config["out_channels"])
         if not self.targets or got != (n + 4, n):
             raise ValueError(f"marigold: targets {self.targets} with a U-Net of {got[0]} -> {got[1]} channels; want "
                              f"{n + 4} -> {n}: four for each target and four for the photo")
         self.modalities = tuple(MODALITY[name] for name in self.targets if name in MODALITY)
-        self.size = whole(about.get("default_processing_resolution") or 768, 1, EDGE, "default_processing_resolution",
-                          "marigold: model_index.json")
+        self.size = files.bounded_integer(about.get("default_processing_resolution") or 768, 1, EDGE,
+                                    "default_processing_resolution", "marigold: model_index.json")
         self.steps = about.get("default_denoising_steps") or 4
-        self.multiple, self.vae_tile, self.exploration = vae.scale, 0, "ddim"
-
-    # ---- the predictor interface ------------------------------------------------------------------------------
+        self.multiple = vae.scale
+        self.vae_tile = 0
+        self.exploration = "ddim"
 
     @property
     def network(self):
@@ -142,10 +91,10 @@ class Marigold(nn.Module):
     def times(self, T):
         """Our times of the visited timesteps and of the final noise level: T + 1 floats, descending."""
         steps = self.schedule.steps(T)
-        return [_time(abar) for _, abar, _ in steps] + [_time(steps[-1][2])]
+        return [flow_time(abar) for _, abar, _ in steps] + [flow_time(steps[-1][2])]
 
     def start(self, noise, T):
-        """State at times(T)[0] from standard normal noise: as it is when the schedule has zero terminal SNR."""
+        """State at times(T)[0] from standard normal noise; the noise itself if terminal SNR is zero."""
         t = self.times(T)[0]
         return noise * math.hypot(1 - t, t)
 
@@ -166,17 +115,16 @@ class Marigold(nn.Module):
         t = t.double()
         index = (self.schedule.t.to(t.device, non_blocking=True)[None] - t[:, None]).abs().argmin(1)
         norm = torch.hypot(1 - t, t)
-        as_map = lambda z: z.float().view(-1, 1, 1, 1)                          # noqa: E731
-        x = x.float() / as_map(norm)                                            # x_vp
+        x = x.float() / _as_map(norm)                                           # x_vp
         v = self.unet(torch.cat((cond.to(self._dtype), x.to(self._dtype)), 1), index, self.text).float()
-        return as_map((2 * t - 1) / norm) * x + as_map(1 / norm) * v            # (sigma - alpha) x + (alpha + sigma) v
+        return _as_map((2 * t - 1) / norm) * x + _as_map(1 / norm) * v          # (sigma - alpha) x + (alpha + sigma) v
 
     @torch.no_grad()
     def decode(self, x, modality):
         """Map of the modality table from a state at the final time: (B, 4n, h, w) -> (B, C, 8h, 8w)."""
         if modality not in self.modalities:
             raise ValueError(f"marigold: this model predicts {', '.join(self.targets)}; got modality {modality!r}")
-        t = _time(self.schedule.final)
+        t = flow_time(self.schedule.final)
         k = [MODALITY.get(name) for name in self.targets].index(modality)
         native = self._native((x / math.hypot(1 - t, t))[:, 4 * k:4 * k + 4], self.targets[k])
         return self._encoded(native, self.targets[k])
@@ -184,19 +132,25 @@ class Marigold(nn.Module):
     def loss(self, maps, modalities, rng):
         """Supervised loss on scenes with ground truth (--replay): not offered. raises ValueError."""
         raise ValueError("marigold: --replay needs ground truth for every target of the pipeline, which the procedural "
-                         "scenes have not; use --replay 0")
+                         "scenes do not have; use --replay 0")
 
     def photo_maps(self, rgb, processing_res=0, steps=0, seed=0, ensemble=1):
-        """Native maps of one photo (3, H, W) of any size: dict target -> (C, H, W); 0: the pipeline's defaults."""
+        """Native maps of one photo.
+
+        rgb             (3, H, W) sRGB [0, 1], any size
+        processing_res  px, longer side that the network sees; steps: denoising steps; 0: the pipeline's defaults
+        ensemble        number of maps that are combined; seed: of their noise
+        returns         dict target -> (C, H, W) float32 on the CPU
+        """
         rng = torch.Generator().manual_seed(seed)
         return self._predict(rgb[None], steps, None, processing_res or None, rng, ensemble, quirk=False)
 
     def tabled(self, native):
-        """Native maps -> dict modality -> (C, H, W) in the encodings of relations.MODALITIES; further targets keep
-        their names (residual, material) and are sRGB-encoded where they are linear."""
-        return {MODALITY.get(k, k): self._encoded(v, k) for k, v in native.items()}
+        """Native maps -> dict modality -> (C, H, W) in the encodings of relations.MODALITIES.
 
-    # ---- the pipeline ----------------------------------------------------------------------------------------
+        Further targets (residual, material) keep their names and are sRGB-encoded where they are linear.
+        """
+        return {MODALITY.get(k, k): self._encoded(v, k) for k, v in native.items()}
 
     @property
     def _dtype(self):
@@ -235,7 +189,8 @@ class Marigold(nn.Module):
     @torch.no_grad()
     def _predict(self, rgb, steps, latents, processing_res, rng, ensemble, quirk):
         H, W = rgb.shape[2:]
-        device, edge = self.text.device, self.size if processing_res is None else processing_res
+        device = self.text.device
+        edge = self.size if processing_res is None else processing_res
         x = (2 * rgb - 1).to(device)
         if edge:
             small = [n * edge // max(H, W) for n in (H, W)]
@@ -264,12 +219,11 @@ class Marigold(nn.Module):
         """DDIM, eta 0, in native variables (DDIM eq. 12): noise (1, 4n, h, w) -> clean latents, scaled."""
         for t, abar, abar_s in self.schedule.steps(steps, quirk):
             v = self.unet(torch.cat((cond, x.to(self._dtype)), 1), t, self.text).float()
-            a, s = math.sqrt(abar), math.sqrt(1 - abar)
+            a = math.sqrt(abar)
+            s = math.sqrt(1 - abar)
             x = x.float()
             x = math.sqrt(abar_s) * (a * x - s * v) + math.sqrt(1 - abar_s) * (s * x + a * v)
         return x
-
-    # ---- files -----------------------------------------------------------------------------------------------
 
     @classmethod
     def load(cls, path, dtype=torch.float32):
@@ -277,32 +231,32 @@ class Marigold(nn.Module):
 
         raises  FileNotFoundError: a file is missing; ValueError: what is not implemented, or keys that do not fit
         """
-        with Refusing(f"marigold: {path}", "a checkpoint that cannot be read", "a whole diffusers folder",
+        with files.DamageGuard(f"marigold: {path}", "a checkpoint that cannot be read", "a whole diffusers folder",
                       keep=(ValueError, FileNotFoundError)):
             return cls._load(path, dtype)
 
     @classmethod
     def _load(cls, path, dtype):
-        folder = hub_folder(path, ["model_index.json", "*/config.json", "scheduler/*", "tokenizer/*",
+        folder = files.hub_folder(path, ["model_index.json", "*/config.json", "scheduler/*", "tokenizer/*",
                                    f"unet/{WEIGHTS}*.safetensors", f"vae/{WEIGHTS}*.safetensors",
                                    "text_encoder/model*.safetensors", "empty_text_embedding.safetensors"])
-        about = _json(folder / "model_index.json")
+        about = _read_config(folder / "model_index.json")
         if about.get("_class_name") not in PIPELINES:                           # before any weights are read
             raise ValueError(f"marigold: model_index.json in {folder} has _class_name = {about.get('_class_name')!r}, "
                              f"which is not implemented; want one of {', '.join(PIPELINES)}")
         parts = []
         for kind, name in ((UNet, "unet"), (VAE, "vae")):
             with torch.device("meta"):
-                model = kind(_json(folder / name / "config.json"))
-            state = _state(folder / name, WEIGHTS)
+                model = kind(_read_config(folder / name / "config.json"))
+            state = _read_weights(folder / name, WEIGHTS)
             old = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}    # of older VAE files
             for key in [k for k in state if k.split(".")[-2] in old]:
                 head, name_, leaf = key.rsplit(".", 2)
                 state[f"{head}.{old[name_]}.{leaf}"] = state.pop(key)
             state = {k: state.pop(k).to(dtype) for k in list(state)}            # one copy in memory, not two
-            load_strict(model, state, folder / name, assign=True)
+            files.load_strict(model, state, folder / name, assign=True)
             parts.append(model)
-        schedule = Schedule(_json(folder / "scheduler" / "scheduler_config.json"))
+        schedule = Schedule(_read_config(folder / "scheduler" / "scheduler_config.json"))
         text = empty_prompt(folder, parts[0].config["cross_attention_dim"]).to(dtype)
         return cls(*parts, schedule, text, about, folder).eval()
 
@@ -315,18 +269,18 @@ class Marigold(nn.Module):
         folder = Path(folder)
         for name, module, state in (("unet", self.unet, lora.merged_state(self.unet)),
                                     ("vae", self.vae, self.vae.state_dict())):
-            _save_tensors(folder / name / f"{WEIGHTS}.safetensors", state)
-            write_json(folder / name / "config.json", module.config)
-        _save_tensors(folder / "empty_text_embedding.safetensors", dict(empty_text_embedding=self.text.float()))
+            files.write_weights(folder / name / f"{WEIGHTS}.safetensors", state)
+            files.write_json(folder / name / "config.json", module.config)
+        files.write_weights(folder / "empty_text_embedding.safetensors", dict(empty_text_embedding=self.text.float()))
         (folder / "scheduler").mkdir(exist_ok=True)
-        write_json(folder / "scheduler" / "scheduler_config.json", self.schedule.config)
+        files.write_json(folder / "scheduler" / "scheduler_config.json", self.schedule.config)
         for name in ("text_encoder", "tokenizer"):
             if self.source and (self.source / name).is_dir() and self.source != folder:
                 _copy_component(self.source / name, folder / name)
         if lora.adapters(self.unet):
             lora.save_adapter(self.unet, folder / "lora", base=str(about.get("base", "")))
-        write_text(folder / "README.md", self._card(about))
-        write_json(folder / "model_index.json", self.about)                     # without it no reader opens the folder
+        files.write_text(folder / "README.md", self._card(about))
+        files.write_json(folder / "model_index.json", self.about)               # last: readers look for it first
 
     def _card(self, about):
         """Model card in the hub's format."""
@@ -342,10 +296,9 @@ class Marigold(nn.Module):
             "Weights: CreativeML OpenRAIL++-M, as the base model.\n")
 
 
-def _time(abar):
-    """Our time t = sigma / (alpha + sigma) of a native noise level."""
-    alpha, sigma = math.sqrt(abar), math.sqrt(1 - abar)
-    return sigma / (alpha + sigma)
+def _as_map(z):
+    """(B,) -> (B, 1, 1, 1), float32."""
+    return z.float().view(-1, 1, 1, 1)
 
 
 def _unit(normals):
@@ -364,8 +317,10 @@ def _ensemble(members, target):
         closest = (_unit(members.mean(0, keepdim=True)) * members).sum(1, keepdim=True).argmax(0, keepdim=True)
         return members.gather(0, closest.expand(-1, 3, -1, -1))
     if target == "depth":
-        first, flat = members[0].flatten().double(), members.flatten(1).double()
-        centred, goal = flat - flat.mean(1, keepdim=True), first - first.mean()
+        first = members[0].flatten().double()
+        flat = members.flatten(1).double()
+        centred = flat - flat.mean(1, keepdim=True)
+        goal = first - first.mean()
         scale = (centred * goal).sum(1, keepdim=True) / centred.square().sum(1, keepdim=True).clamp_min(1e-12)
         fitted = centred * scale + first.mean()
         return fitted.float().view_as(members).median(0, keepdim=True).values.clamp(0, 1)
@@ -376,28 +331,28 @@ def empty_prompt(folder, width):
     """Embedding of the empty prompt, (1, 2, width): cached in the folder, or computed by its text encoder."""
     cached = folder / "empty_text_embedding.safetensors"
     if cached.is_file():
-        text = read_tensors(cached).get("empty_text_embedding")
+        text = files.read_tensors(cached).get("empty_text_embedding")
         if text is None:
-            refuse(cached, "no empty_text_embedding", "that tensor")
+            files.refuse(cached, "no empty_text_embedding", "that tensor")
     else:
         from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
         if not (folder / "text_encoder" / "config.json").is_file() or not (folder / "tokenizer").is_dir():
             raise FileNotFoundError(f"marigold: got no text_encoder and tokenizer in {folder}; want the whole "
                                     "diffusers folder (or its empty_text_embedding.safetensors)")
         # transformers gets config and tensors, not the folder, where it would also follow an adapter_config.json
-        config = CLIPTextConfig.from_dict(_json(folder / "text_encoder" / "config.json"))
-        state = _state(folder / "text_encoder", "model")
+        config = CLIPTextConfig.from_dict(_read_config(folder / "text_encoder" / "config.json"))
+        state = _read_weights(folder / "text_encoder", "model")
         with torch.device("meta"):
-            fits(CLIPTextModel(config), state, folder / "text_encoder")
+            files.check_weights(CLIPTextModel(config), state, folder / "text_encoder")
         encoder, found = CLIPTextModel.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32,
                                                        output_loading_info=True)
         wrong = [str(k) for kind in ("missing_keys", "mismatched_keys", "unexpected_keys") for k in found[kind]
                  if not str(k).endswith("position_ids")]                        # of older files; no weight
         if wrong:
-            refuse(folder / "text_encoder", f"{len(wrong)} weights that do not fit config.json (first: {wrong[0]})",
-                   "a complete checkpoint")
+            files.refuse(folder / "text_encoder", f"{len(wrong)} weights that do not fit config.json "
+                         f"(first: {wrong[0]})", "a complete checkpoint")
         for path in (folder / "tokenizer").glob("*.json"):                      # before any other reader sees them
-            read_json(path)
+            files.read_json(path)
         ids = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)("", return_tensors="pt")
         with torch.no_grad():
             text = encoder(ids.input_ids).last_hidden_state
@@ -407,26 +362,20 @@ def empty_prompt(folder, width):
     return text
 
 
-def _json(path):
+def _read_config(path):
     if not path.is_file():
         raise FileNotFoundError(f"marigold: got no {path.name} in {path.parent}; want a diffusers-layout folder, such "
                                 "as a download of prs-eth/marigold-iid-lighting-v1-1")
-    return sober(read_json(path), path)
+    return files.plain_config(files.read_json(path), path)
 
 
-def _state(folder, stem):
+def _read_weights(folder, stem):
     """Tensors of STEM.safetensors or STEM.fp16.safetensors."""
     for name in (f"{stem}.safetensors", f"{stem}.fp16.safetensors"):
         if (folder / name).is_file():
-            return read_tensors(folder / name)
+            return files.read_tensors(folder / name)
     raise FileNotFoundError(f"marigold: got no {stem}[.fp16].safetensors in {folder}; want safetensors weights "
                             "(.bin files are pickles and are not read)")
-
-
-def _save_tensors(path, tensors):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    replace_file(path, lambda part: save_file(tensors, part, metadata={"format": "pt"}))
 
 
 def _copy_component(source, target):
@@ -435,4 +384,4 @@ def _copy_component(source, target):
     for path in sorted(p for p in source.iterdir() if p.is_file() and p.suffix in (".json", ".txt", ".safetensors")):
         plain = path.name.replace(".fp16.", ".")
         if plain == path.name or not (source / plain).is_file():
-            replace_file(target / plain, functools.partial(shutil.copyfile, path))
+            files.replace_file(target / plain, functools.partial(shutil.copyfile, path))

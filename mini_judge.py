@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from runtime import average, on_device, share, world
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import (
     InternVLConfig,
@@ -23,6 +22,7 @@ from transformers import (
 from families import END, TURN
 from positions import grid_positions
 from questions import true_relations
+from ranks import mean_over_ranks, on_device, own_part, world
 from relations import LUMA, MODALITIES, draw_markers, relative_depth, sample_pairs
 
 IMG = "<IMG_CONTEXT>"
@@ -127,7 +127,9 @@ def class_weights(rel):
     yes = (rel > 0).float()
     no = (rel < 0).float()
     axes = tuple(range(rel.ndim - 1))
-    weight = yes / average(yes.sum(axes)).clamp_min(1 / world()) + no / average(no.sum(axes)).clamp_min(1 / world())
+    least = 1 / world()                                                         # of an answer that no rank has
+    weight = yes / mean_over_ranks(yes.sum(axes)).clamp_min(least)
+    weight = weight + no / mean_over_ranks(no.sum(axes)).clamp_min(least)
     return weight * rel.shape[:-1].numel() / 2
 
 
@@ -156,7 +158,7 @@ def marker_loss(logits, index, shown):
     weight = logits.new_tensor([1.0, logits.shape[1] / 2, logits.shape[1] / 2])
     total = weight[target].sum()                                                # of this rank's rows
     loss = F.cross_entropy(logits.float().flatten(0, 1), target.flatten(), weight=weight.float())
-    return loss * (total / average(total))
+    return loss * (total / mean_over_ranks(total))
 
 
 def choose_pairs(rel, rng):
@@ -165,8 +167,8 @@ def choose_pairs(rel, rng):
     "Same" albedo is rare, so every other photo marks such a pair if it has one.
     """
     n = len(rel) * world()                                                      # photos of all ranks
-    order = share(torch.rand(n, rel.shape[1], generator=rng, device=rel.device))
-    even = share(torch.arange(n, device=rel.device))[:, None] % 2 == 0
+    order = own_part(torch.rand(n, rel.shape[1], generator=rng, device=rel.device))
+    even = own_part(torch.arange(n, device=rel.device))[:, None] % 2 == 0
     order += even * (rel[..., ALBEDO] > 0)
     return order.argmax(1)[:, None]
 
@@ -199,19 +201,19 @@ def judge_loss(judge, probe, maps, answers, draw, pairs=128):
     B, _, H, W = rgb.shape
     n = draw.batch                                                              # photos of all ranks
     rng = on_device(draw.rng, rgb.device)
-    pts = share(sample_pairs(n, (H, W), pairs, rng, grid=judge.grid))           # (B, P, 2, 2)
+    pts = own_part(sample_pairs(n, (H, W), pairs, rng, grid=judge.grid))           # (B, P, 2, 2)
     rel = true_relations(maps, pts)                                             # (B, P, M)
     pick = choose_pairs(rel, rng)                                               # (B, 1)
     marked_pts = pts.gather(1, pick[..., None, None].expand(-1, -1, 2, 2))      # (B, 1, 2, 2)
     images = draw_markers(rgb, marked_pts)[:, 0]
-    shown = share(torch.rand(n, generator=rng, device=rgb.device) < (1.0 if answers else 0.5))  # others: unmarked
+    shown = own_part(torch.rand(n, generator=rng, device=rgb.device) < (1.0 if answers else 0.5))  # others: unmarked
     images = torch.where(shown.view(-1, 1, 1, 1), images, rgb)
     features = judge.vision(images)
     dense, pair_logits, marker_logits = probe(features[0], pts)
     target, ok = dense_targets(maps, probe.patch)
     ok = ok * ok.new_tensor(DENSE_EMPHASIS).repeat_interleave(probe.patch**2)
     emphasis = dense.new_tensor(EMPHASIS).float()
-    loss_dense = ((dense - target).square() * ok).sum() / average(ok.sum()).clamp_min(1)
+    loss_dense = ((dense - target).square() * ok).sum() / mean_over_ranks(ok.sum()).clamp_min(1)
     loss_pairs = (F.binary_cross_entropy_with_logits(pair_logits.float(), (rel > 0).float(), reduction="none")
                   * class_weights(rel) * emphasis).mean()
     loss_marker = marker_loss(marker_logits, probe.index(marked_pts)[:, 0], shown)

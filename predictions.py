@@ -17,18 +17,18 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import torch
 import torch.nn.functional as F
-from runtime import pick_device
 from tqdm import tqdm
 
 import benchmarks
-import data
 import formats
 import protocols
 import relations
 from benchmark_table import MIT_LIGHTS
 from files import write_text
+from photos import resize_long
 from predictor import load_predictor, predict_photo
-from scenes import srgb_decode
+from ranks import pick_device
+from relations import srgb_decode
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def network_source(path, args):
     def read(bench, files, item):
         sample = benchmarks.load_sample(bench, files, item, axes=True)
         res = resolution(bench)
-        sample["photos"] = [data.resize_long(x, res) if 0 < res < max(x.shape[1:]) else x for x in sample["photos"]]
+        sample["photos"] = [resize_long(x, res) if 0 < res < max(x.shape[1:]) else x for x in sample["photos"]]
         return sample
 
     def maps(bench, sample):

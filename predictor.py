@@ -33,12 +33,13 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import data
 from command import run_command
 from config import Parser
 from dit import DiT
 from kernels.sde_step import sde_step
 from marigold import Marigold
+from photos import find_images, read_rgb, resize_long
+from pictures import panel, picture_of, save_map, save_png
 from ranks import pick_device
 
 
@@ -277,7 +278,7 @@ def photo_maps(policy, rgb, processing_res=0, steps=0, seed=0, ensemble=1):
     if hasattr(policy, "photo_maps"):
         return policy.photo_maps(rgb, processing_res, steps, seed, ensemble)
     weight = next(policy.parameters())
-    small = data.resize_long(rgb, processing_res or policy.size, policy.multiple)[None].to(weight)
+    small = resize_long(rgb, processing_res or policy.size, policy.multiple)[None].to(weight)
     out = {}
     for m in policy.modalities:
         rng = torch.Generator().manual_seed(seed)
@@ -331,7 +332,7 @@ def arguments(argv):
 def main(argv=None):
     """Command line: maps of photos."""
     args = arguments(argv)
-    paths = data.find_images(args.images)
+    paths = find_images(args.images)
     device = pick_device(args.device, "predictor.py")
     policy = load_predictor(args.checkpoint).to(device)
     policy.vae_tile = args.vae_tile
@@ -342,7 +343,7 @@ def main(argv=None):
     done = set()
     for path in tqdm(paths, desc="photos", disable=len(paths) < 3):
         try:
-            rgb = data.read_rgb(path)
+            rgb = read_rgb(path)
         except (ValueError, OSError) as error:
             if len(paths) == 1:
                 raise
@@ -354,10 +355,10 @@ def main(argv=None):
         name = output_name(path.relative_to(root) if root.is_dir() else Path(path.name), done)
         done.add(name)
         for (m, value), own in zip(maps.items(), native.values(), strict=True):
-            data.save_map(args.out, name, m, value.numpy(), own.numpy())
-        shown = {k: torch.from_numpy(data.display(k, v.numpy())) for k, v in dict(photo=rgb, **maps).items()}
-        tiles = [(k, data.resize_long(v, min(512, max(v.shape[-2:]))).numpy()) for k, v in shown.items()]
-        data.save_png(Path(args.out) / f"{name}_panel.png", data.panel(tiles))
+            save_map(args.out, name, m, value.numpy(), own.numpy())
+        shown = {k: torch.from_numpy(picture_of(k, v.numpy())) for k, v in dict(photo=rgb, **maps).items()}
+        tiles = [(k, resize_long(v, min(512, max(v.shape[-2:]))).numpy()) for k, v in shown.items()]
+        save_png(Path(args.out) / f"{name}_panel.png", panel(tiles))
     if bad == len(paths):
         raise ValueError(f"none of {bad} images in {args.images} could be read; want JPEG or PNG photos")
     print(f"{len(paths) - bad} of {len(paths)} photos -> {args.out} ({bad} unreadable, named above)" if bad else

@@ -14,7 +14,6 @@ written        ID_{rgb,depth,normal,albedo,irradiance}.png, the centred square a
 import csv
 import itertools
 import math
-import os
 import sys
 from pathlib import Path
 
@@ -23,14 +22,15 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-import data
 import formats
 import questions
-from config import Parser
-from relations import LUMA
-from runtime import UserError, run_command
-from scenes import srgb_encode
-from untrusted import Refusing, limit, refuse
+from command import run_command
+from config import Parser, UserError
+from files import DamageGuard, limit, refuse, replace_files
+from photos import fit_square
+from pictures import save_png
+from pools import MAPS
+from relations import LUMA, srgb_encode
 
 FRAME = {"color": "final", "diffuse_reflectance": "final", "diffuse_illumination": "final", "depth_meters": "geometry",
          "normal_cam": "geometry"}
@@ -48,7 +48,7 @@ def read_hdf5(path):
     if not path.is_file():
         raise FileNotFoundError(f"prepare.py: no {path.name} in {str(path.parent)!r}; fetch that folder again")
     where = f"prepare.py: {str(path)!r}"
-    with Refusing(where, "an HDF5 file that cannot be read", "a whole one"), h5py.File(path, "r") as f:
+    with DamageGuard(where, "an HDF5 file that cannot be read", "a whole one"), h5py.File(path, "r") as f:
         found = f["dataset"]
         if not isinstance(f.get("dataset", getlink=True), h5py.HardLink) or found.is_virtual or found.external:
             refuse(where, "an array that lies in another file", "one in its own")
@@ -112,7 +112,7 @@ def check_axes(normal, points, valid, where):
                          "check the download")
 
 
-def levels(depth, valid, where):
+def depth_levels(depth, valid, where):
     """Planar depth -> uint16: 1..65535 between the 1 % and 99 % quantiles, 0 where invalid. raises ValueError."""
     low, high = np.quantile(depth[valid], [0.01, 0.99])
     if not high > low:
@@ -121,7 +121,7 @@ def levels(depth, valid, where):
     return np.where(valid, 1 + np.round(scaled.clip(0, 1) * 65534), 0).astype(np.uint16)
 
 
-def encode(linear):
+def encode_colour(linear):
     """(H, W, 3) linear -> (3, H, W) torch, sRGB-encoded, clipped to [0, 1]."""
     clean = np.where(np.isfinite(linear), linear, 0).clip(0, 1).astype(np.float32)
     return srgb_encode(torch.from_numpy(clean)).permute(2, 0, 1)
@@ -135,22 +135,29 @@ def write_frame(out, name, size, rgb, z, normal, albedo, irradiance, valid, wher
     """
     if not valid.any():
         raise ValueError(f"{where}: got no valid pixel; the frame is of no use")
-    nearest = lambda x: data.fit(torch.from_numpy(np.ascontiguousarray(x)), size, "nearest")    # noqa: E731
-    depth = nearest(levels(z, valid, where)[None].astype(np.int32))[0].numpy().astype(np.uint16)
+    depth = _fit_nearest(depth_levels(z, valid, where)[None].astype(np.int32), size)[0].astype(np.uint16)
     shown = np.where(valid[..., None], np.round((normal + 1) * 127.5), 0).astype(np.uint8)
-    folder = Path(out, f".{os.getpid()}.part")
-    pictures = dict(rgb=data.fit(rgb, size).numpy(), albedo=data.fit(albedo, size).numpy(),
-                    irradiance=data.fit(irradiance, size).numpy(), depth=Image.fromarray(depth),
-                    normal=Image.fromarray(nearest(shown.transpose(2, 0, 1)).numpy().transpose(1, 2, 0).copy()))
-    for m, picture in pictures.items():
-        data.save_png(folder / f"{name}_{m}.png", picture)
-    for m in pictures:
-        os.replace(folder / f"{name}_{m}.png", Path(out, f"{name}_{m}.png"))
-    folder.rmdir()
+    shown = _fit_nearest(shown.transpose(2, 0, 1), size).transpose(1, 2, 0).copy()
+    pictures = dict(rgb=fit_square(rgb, size).numpy(), albedo=fit_square(albedo, size).numpy(),
+                    irradiance=fit_square(irradiance, size).numpy(), depth=Image.fromarray(depth),
+                    normal=Image.fromarray(shown))
+
+    def write(folder):
+        for m, picture in pictures.items():
+            save_png(folder / f"{name}_{m}.png", picture)
+    replace_files(out, write, last=f"{name}_rgb.png", part=f"{name}.part")     # several commands may fill one folder
+
+
+def _fit_nearest(x, size):
+    """(C, H, W) array of measured values -> (C, size, size): `fit_square`, nearest."""
+    return fit_square(torch.from_numpy(np.ascontiguousarray(x)), size, "nearest").numpy()
 
 
 def hypersim_frame(scene, camera, frame, cameras, out, size):
-    """Convert one HyperSim frame. scene: its folder ai_VVV_NNN; camera cam_XX; frame IIII. raises as the readers."""
+    """Convert one HyperSim frame. scene: its folder ai_VVV_NNN; camera cam_XX; frame IIII.
+
+    raises  FileNotFoundError, ValueError; UserError without h5py
+    """
     where = f"prepare.py: {scene.name} {camera} frame {frame}"
     maps = {m: read_hdf5(scene / "images" / f"scene_{camera}_{part}_hdf5" / f"frame.{frame}.{m}.hdf5")
             for m, part in FRAME.items()}
@@ -174,9 +181,9 @@ def hypersim_frame(scene, camera, frame, cameras, out, size):
         raise ValueError(f"{where}: got a black image; the frame is of no use")
     target = ((BRIGHT + 0.055) / 1.055) ** 2.4                                  # linear value of the wanted brightness
     top = np.quantile(light.max(-1)[valid], 0.98)
-    write_frame(out, f"{scene.name}.{camera}.{frame}", size, encode(colour * target / bright),
-                distance * np.abs(rays[..., 2]), toward_camera(normal, rays), encode(maps["diffuse_reflectance"]),
-                encode(light / max(top, 1e-6)), valid, where)
+    write_frame(out, f"{scene.name}.{camera}.{frame}", size, encode_colour(colour * target / bright),
+                distance * np.abs(rays[..., 2]), toward_camera(normal, rays),
+                encode_colour(maps["diffuse_reflectance"]), encode_colour(light / max(top, 1e-6)), valid, where)
 
 
 def hypersim(args):
@@ -215,8 +222,8 @@ def interiorverse_frame(scene, frame, degrees, out, size):
     light = np.where(lit[..., None], image / np.where(lit[..., None], albedo, 1), 0)
     top = np.quantile(light.max(-1)[lit], 0.98) if lit.any() else 0
     dark = np.where(lit[..., None], albedo, 0)                                  # black: its light is never asked about
-    write_frame(out, f"{scene.name}.{frame}", size, encode(np.where(valid[..., None], image, 0)), z,
-                toward_camera(normal, rays), encode(dark), encode(light / max(top, 1e-6)), valid, where)
+    write_frame(out, f"{scene.name}.{frame}", size, encode_colour(np.where(valid[..., None], image, 0)), z,
+                toward_camera(normal, rays), encode_colour(dark), encode_colour(light / max(top, 1e-6)), valid, where)
 
 
 def interiorverse(args):
@@ -236,7 +243,7 @@ def convert(args):
                                 "(see --help); check the path")
     known, skipped = 0, []
     for name, make in tqdm(frames, desc=args.what, unit="frame", mininterval=1.0):
-        if all((args.out / f"{name}_{m}.png").is_file() for m in data.MAPS):
+        if all((args.out / f"{name}_{m}.png").is_file() for m in MAPS):
             known += 1
             continue
         try:
@@ -250,7 +257,7 @@ def convert(args):
           f"{len(skipped)} skipped, of {len(frames)}")
 
 
-def export(args):
+def write_questions(args):
     """Scene folder -> annotated photos and JSON lines in the judge release's layout, split by room."""
     for split, name in questions.JSONL.items():
         rows = questions.build_questions(args.raw, args.pairs, args.size, args.seed, split)
@@ -279,7 +286,10 @@ def main(argv=None):
     p.at_least(args, 1, "size", "pairs")
     if not args.raw.is_dir():
         raise FileNotFoundError(f"prepare.py: no folder {str(args.raw)!r}; want the downloaded data; check the path")
-    (export if args.what == "jsonl" else convert)(args)
+    if args.what == "jsonl":
+        write_questions(args)
+    else:
+        convert(args)
 
 
 if __name__ == "__main__":

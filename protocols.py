@@ -13,12 +13,12 @@ import torch
 from PIL import Image, ImageDraw
 
 import benchmarks
-import data
 import metrics
 import surface
 from colour import ADOBE_TO_SRGB
 from maps import assumed_camera
-from scenes import srgb_encode
+from pictures import ANCHORS
+from relations import srgb_encode
 
 # task: {metric: (text, better, times)}; times: factor between the mean and the printed number
 MEASURES = {
@@ -240,8 +240,8 @@ def mean_axes(rows):
 
 def _colour_map(t):
     """Values (H, W) in [0, 1] -> picture (3, H, W), bright to dark."""
-    knots = np.linspace(0, 1, len(data.ANCHORS))
-    return np.stack([np.interp(t, knots, data.ANCHORS[:, c]) for c in range(3)])
+    knots = np.linspace(0, 1, len(ANCHORS))
+    return np.stack([np.interp(t, knots, ANCHORS[:, c]) for c in range(3)])
 
 
 def _bar(error, top):

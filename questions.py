@@ -17,12 +17,13 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import data
+import photos
 from config import UserError
-from files import write_json, write_text
+from files import DamageGuard, decode_json, path_inside, read_json, refuse, write_json, write_text
+from pictures import save_png
+from pools import list_scenes, read_scene
 from ranks import barrier, generator, rank
 from relations import LUMA, MODALITIES, draw_markers, margin, relation, sample_pairs
-from untrusted import Refusing, decode_json, inside, read_json, refuse
 
 BLACK = 0.1                       # encoded luma (1 % linear) of an albedo that shows no light
 CANDIDATES = 24                   # pairs that are drawn per wanted question
@@ -45,9 +46,9 @@ def split_of(scene, share=SHARE):
 def draw_questions(folder, scene, n, size, seed, grid=1):
     """Up to n questions per modality about one scene, drawn at `size` px: list of rows.
 
-    raises  ValueError: normals zero everywhere, constant depth; as data.read_scene
+    raises  ValueError: normals zero everywhere, constant depth; as pools.read_scene
     """
-    maps = data.read_scene(folder, scene, size)
+    maps = read_scene(folder, scene, size)
     _check_maps(maps, f"questions.py: {scene}_%s.png in {str(folder)!r}")
     rng = generator(seed, int(hashlib.sha256(scene.encode()).hexdigest()[:15], 16))
     pts = sample_pairs(1, (size, size), CANDIDATES * n, rng, mask=maps["mask"][None], grid=grid)[0]   # (K, 2, 2)
@@ -106,7 +107,7 @@ def balance(rows, seed):
 
 def build_questions(folder, n, size, seed, split=None, grid=1):
     """Rows of all scenes of a folder (of one split), balanced, sorted by scene. raises as draw_questions."""
-    scenes = [s for s in data.list_scenes(folder) if split in (None, split_of(s))]
+    scenes = [s for s in list_scenes(folder) if split in (None, split_of(s))]
     bar = tqdm(scenes, desc=f"{split or 'all'} questions", unit="scene", leave=False, disable=len(scenes) < 50)
     return balance([row for scene in bar for row in draw_questions(folder, scene, n, size, seed, grid)], seed)
 
@@ -116,7 +117,7 @@ def load_questions(path, folder, n, size, seed, split, write, grid=1):
 
     write  False: the file is read, not written
     """
-    key = [str(folder), n, size, seed, split, grid, len(data.list_scenes(folder))]
+    key = [str(folder), n, size, seed, split, grid, len(list_scenes(folder))]
     if Path(path).is_file():
         kept = read_json(path)
         if kept.get("key") == key:
@@ -131,9 +132,9 @@ def load_questions(path, folder, n, size, seed, split, write, grid=1):
 def read_photo(row, folder, size):
     """The unmarked photo of a row, or the marked one of a JSONL file: (3, size, size)."""
     if "image" in row:
-        rgb = data.read_rgb(row["image"])
+        rgb = photos.read_rgb(row["image"])
         return F.interpolate(rgb[None], (size, size), mode="bilinear", antialias=True)[0].clamp(0, 1)
-    return data.fit(data.read_rgb(Path(folder, f"{row['scene']}_rgb.png")), size)
+    return photos.fit_square(photos.read_rgb(Path(folder, f"{row['scene']}_rgb.png")), size)
 
 
 def marked_photos(rows, folder, size):
@@ -154,7 +155,7 @@ def write_jsonl(rows, folder, out, size, name):
     lines = []
     for row in tqdm(rows, desc=name, unit="photo", leave=False, disable=len(rows) < 200):
         picture = f"images/{row['id']}.png"
-        data.save_png(out / picture, marked_photos([row], folder, size)[0].numpy())
+        save_png(out / picture, marked_photos([row], folder, size)[0].numpy())
         m = MODALITIES[row["modality"]]
         red, green = row["pts"]
         answer = m.answers[0 if row["first"] else 1]
@@ -181,7 +182,7 @@ def read_jsonl(path):
     for number, line in enumerate(path.read_bytes().split(b"\n"), 1):            # a name may hold other line breaks
         where = f"questions.py: {str(path)!r} line {number}"
         if line.strip():
-            with Refusing(where, "no sample", "id, image and two conversations", "edit the line"):
+            with DamageGuard(where, "no sample", "id, image and two conversations", "edit the line"):
                 rows.append(_row(decode_json(line, where), path.parent, number, where))
     if not rows:
         raise ValueError(f"questions.py: {str(path)!r} is empty; want one sample a line; export it again")
@@ -191,7 +192,7 @@ def read_jsonl(path):
 def _row(entry, root, number, where):
     known = {m.question: (name, m.answers) for name, m in MODALITIES.items()}
     asked, said = (c["value"] for c in entry["conversations"])
-    place = inside(root, entry["image"], f"{where}: image")
+    place = path_inside(root, entry["image"], f"{where}: image")
     name, answers = known.get(asked.removeprefix("<image>\n"), (None, ()))
     if name is None or said not in answers:
         refuse(where, repr(asked if name is None else said), "an official question and answer (relations.MODALITIES)",
@@ -226,7 +227,7 @@ def training_questions(cfg, grid):
     rows = []
     for is_turn in (rank() == 0, True):                                         # the others read what rank 0 has drawn
         if is_turn:
-            rows = cached(path, cfg.scenes, cfg.judge_pairs, cfg.size, cfg.seed, "train", rank() == 0, grid)
+            rows = load_questions(path, cfg.scenes, cfg.judge_pairs, cfg.size, cfg.seed, "train", rank() == 0, grid)
         barrier()
     if not rows:
         raise UserError(f"train.py: {cfg.scenes} gives no training question; want more scenes (a tenth is held out)")

@@ -12,6 +12,7 @@ hard rewards. The soft rewards (grpo.py) use the margin itself, through `soft_re
 
 Conventions owned here: pts (..., P, 2, 2) integer pixels, [..., 0, :] red, [..., 1, :] green, last axis (row, col).
 Camera frame: x right, y up, z toward the camera. Depth is planar z, smaller is closer, up to scale and shift.
+Colour: sRGB-encoded in [0, 1] wherever a docstring does not say linear; `srgb_encode` and `srgb_decode` convert.
 Source: ReasonX (arXiv 2512.04222); questions, answers, marker and distance bands as in its released judge.
 """
 import math
@@ -86,6 +87,16 @@ def check_points(name, pts, size):
         if min(low) < 0 or high[0] >= size[0] or high[1] >= size[1]:
             raise ValueError(f"{name}: got points from {low} to {high}, want 0 <= row < {size[0]}, "
                              f"0 <= col < {size[1]}")
+
+
+def srgb_encode(x):
+    """Linear light to sRGB-encoded, both [0, 1] (IEC 61966-2-1, piecewise); any shape."""
+    return torch.where(x <= .0031308, 12.92 * x, 1.055 * x.clamp(min=.0031308) ** (1 / 2.4) - .055)
+
+
+def srgb_decode(x):
+    """sRGB-encoded to linear, both [0, 1]; inverse of srgb_encode."""
+    return torch.where(x <= .04045, x / 12.92, ((x.clamp(min=.04045) + .055) / 1.055) ** 2.4)
 
 
 def at_points(maps, pts, window=0):

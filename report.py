@@ -7,13 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
-import data
 import questions
 import reliability
 from files import write_json
 from grpo import agreement
 from intervals import bootstrap_interval, verdict
 from judge import ORACLE, load_judge
+from pictures import panel, picture_of, save_png
+from pools import ScenePool
 from predictor import load_predictor
 from ranks import pick_device
 from relations import NAMES
@@ -132,7 +133,7 @@ def report_wild(cfg, device, start, folder):
     judge_model = None if oracle else load_judge(cfg.judge or out / "judge").to(device)
     results = []
     for name in ("wild", "synthetic", "broad"):
-        maps = data.ScenePool(name, "test", cfg.eval_images, cfg.size).all()
+        maps = ScenePool(name, "test", cfg.eval_images, cfg.size).all()
         pairs = eval_pairs(maps, PAIRS, 1, 0)
         pred = [predict_maps(p, maps["rgb"], cfg.eval_steps, 0, cfg.micro or 64) for p in (before, after)]
         values = [score_maps(p, maps, pairs) for p in pred]
@@ -193,5 +194,5 @@ def save_panel(path, rgb, before, after, truth=None, labels=None, rows=4):
                     value = maps[m][i]
                     if word == "truth" and m == "depth":                        # sky as far as the farthest surface
                         value = value.masked_fill(~truth["mask"][i], value[truth["mask"][i]].max())
-                    tiles.append((f"{m} {word}", data.display(m, value.numpy())))
-    data.save_png(path, data.panel(tiles, columns=len(tiles) // min(rows, len(rgb))))
+                    tiles.append((f"{m} {word}", picture_of(m, value.numpy())))
+    save_png(path, panel(tiles, columns=len(tiles) // min(rows, len(rgb))))

@@ -21,7 +21,7 @@ import transformers
 from tqdm import tqdm
 
 from config import UserError
-from files import read_log, read_tensors, strict, sync, write_json, write_tensors, write_text
+from files import finite_json, read_checked, read_log, sync, write_json, write_tensors, write_text
 from ranks import (
     Draw,
     add_over_ranks,
@@ -186,7 +186,7 @@ class Run:
         damage = ""
         for path in found:
             try:
-                flat, header = read_tensors(path)
+                flat, header = read_checked(path)
             except ValueError as error:
                 damage = damage or str(error)
                 if rank() == 0:
@@ -392,6 +392,6 @@ class Run:
             return
         row = read_numbers({**values, **own})
         with open(self.folder / "metrics.jsonl", "a") as f:
-            f.write(json.dumps(strict(dict(step=step, seconds=round(time.time() - self.began, 2), **row)),
+            f.write(json.dumps(finite_json(dict(step=step, seconds=round(time.time() - self.began, 2), **row)),
                                allow_nan=False) + "\n")
         self.bar.set_postfix_str("  ".join(f"{k} {row[k]:.3g}" for k in show if k in row), refresh=False)

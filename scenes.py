@@ -12,10 +12,11 @@ out, and `broad`, domain-randomised for the judge, contains both in every row an
 Every number of scene i of a domain is a hash of (domain, i, draw), so a scene is bit-identical in any batch on one
 device; on another it is equal up to rounding, which moves an edge or a texture by a pixel here and there.
 """
-
 import math
 
 import torch
+
+from relations import srgb_decode, srgb_encode
 
 DOMAINS = ("synthetic", "broad", "wild")
 SPLITS = {"train": 0, "val": 1 << 40, "test": 2 << 40}
@@ -90,16 +91,6 @@ def scene_ids(split, n, start=0):
     return torch.arange(n) + (SPLITS[split] + start)
 
 
-def srgb_encode(x):
-    """Linear to sRGB-encoded, both [0, 1] (IEC 61966-2-1, piecewise)."""
-    return torch.where(x <= .0031308, 12.92 * x, 1.055 * x.clamp(min=.0031308) ** (1 / 2.4) - .055)
-
-
-def srgb_decode(x):
-    """sRGB-encoded to linear, both [0, 1]; inverse of srgb_encode."""
-    return torch.where(x <= .04045, x / 12.92, ((x.clamp(min=.04045) + .055) / 1.055) ** 2.4)
-
-
 def tonemap(linear, tone):
     """Expose, white-balance, clip, bend and encode.
 
@@ -112,7 +103,7 @@ def tonemap(linear, tone):
     return (x + tone[:, 4:] * (x * x * (3 - 2 * x) - x)).clamp(0, 1)
 
 
-def mix(x):
+def hash_int64(x):
     """Hash int64 to int64, elementwise (the splitmix64 finaliser; int64 products wrap)."""
     x = (x ^ (x >> 30 & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
     x = (x ^ (x >> 27 & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
@@ -123,13 +114,13 @@ class Dice:
     """Numbered draws of a batch of scenes: `dice(*shape)` gives (B, *shape) floats in [0, 1)."""
 
     def __init__(self, domain, ids):
-        self.key = mix(mix(ids + 1) + DOMAINS.index(domain) + 1)
+        self.key = hash_int64(hash_int64(ids + 1) + DOMAINS.index(domain) + 1)
         self.drawn = 0
 
     def hashes(self, n):
         """The next n draws as (B, n) int64."""
         self.drawn += n
-        return mix(self.key[:, None] + torch.arange(self.drawn - n + 1, self.drawn + 1) * -0x61C8864680B583EB)
+        return hash_int64(self.key[:, None] + torch.arange(self.drawn - n + 1, self.drawn + 1) * -0x61C8864680B583EB)
 
     def __call__(self, *shape):
         return ((self.hashes(math.prod(shape)) >> 40 & 0xFFFFFF).float() / (1 << 24)).view(-1, *shape)
@@ -144,22 +135,24 @@ def rotation(yaw, pitch, roll):
     return torch.stack(rows, -1).unflatten(-1, (3, 3))
 
 
-def ranks(x):
+def row_ranks(x):
     """Rank of each entry in its row, from 0: (B, n) to (B, n) int64; of draws, a random permutation."""
     return x.argsort(dim=-1, stable=True).argsort(-1)
 
 
-def times(m, v):
-    """(..., 3, 3) by (..., 3, P), without a matmul, whose rounding may depend on the batch."""
+def apply_matrix(m, v):
+    """Apply (..., 3, 3) to (..., 3, P): sums of products, since the rounding of a matmul may depend on the batch."""
     return m[..., 0:1] * v[..., 0:1, :] + m[..., 1:2] * v[..., 1:2, :] + m[..., 2:3] * v[..., 2:3, :]
 
 
 def place_camera(dice, s):
     """Add the room and a camera inside it, looking at the far wall: world frame, metres, radians."""
-    yaw, pitch, roll = dice(1) * 2 * math.pi, s["pitch"].deg2rad(), s["roll"].deg2rad()
+    yaw = dice(1) * 2 * math.pi
+    pitch = s["pitch"].deg2rad()
     half_view = (s["fov"].deg2rad() / 2).tan()
     half_x, half_z = (torch.where(s["outdoor"], s["court_" + a], s["room_" + a]) for a in "xz")
-    x, z = -yaw.sin(), -yaw.cos()                                               # horizontal heading
+    x = -yaw.sin()                                                              # horizontal heading
+    z = -yaw.cos()
     to_wall = torch.minimum(half_x / x.abs().clamp(min=1e-6), half_z / z.abs().clamp(min=1e-6))
     back = s["back"] * to_wall
     eye = torch.where(s["outdoor"], s["court_eye"], s["room_eye"] * s["room_top"])
@@ -168,14 +161,15 @@ def place_camera(dice, s):
     top = torch.where(s["outdoor"], eye + reach * skyline.clamp(max=1.2).tan(), s["room_top"]).clamp(min=0)
     ceiling = torch.where(s["outdoor"], OPEN, top)
     bounds = torch.cat([-half_x, 0 * top, -half_z, half_x, ceiling, half_z], -1).view(-1, 2, 3)
-    s |= {"half_view": half_view, "camera": rotation(yaw, pitch, roll)[:, 0],
+    s |= {"half_view": half_view, "camera": rotation(yaw, pitch, s["roll"].deg2rad())[:, 0],
           "position": torch.cat([-x * back, eye, -z * back], -1),
           "reach": reach, "top": top, "half": torch.cat([half_x, half_z], -1), "bounds": bounds}
 
 
 def place_light(dice, s):
     """Add the key light, a point or (w = 0) a direction, and the colours of the key, sky and ground light."""
-    azimuth, rise = dice(1) * 2 * math.pi, s["sun"].deg2rad()
+    azimuth = dice(1) * 2 * math.pi
+    rise = s["sun"].deg2rad()
     around = torch.cat([azimuth.cos(), azimuth.sin()], -1)
     sun = torch.cat([rise.cos() * around[:, :1], rise.sin(), rise.cos() * around[:, 1:]], -1)
     out = s["half"] * s["lamp_out"] * around
@@ -191,7 +185,7 @@ def place_objects(dice, s):
     """Add SLOTS objects: each aims at a point of the view, stops at the floor, and rests there or floats."""
     aim = (dice(SLOTS, 2) * 1.8 - .9) * s["half_view"][..., None]
     aim = torch.cat([aim, -torch.ones_like(aim[..., :1])], -1)
-    aim = times(s["camera"], aim.mT).mT * (s["reach"] * s["obj_place"])[..., None]              # (B, N, 3)
+    aim = apply_matrix(s["camera"], aim.mT).mT * (s["reach"] * s["obj_place"])[..., None]              # (B, N, 3)
     aim = aim * (s["position"][:, 1:2] / (-aim[..., 1]).clamp(min=1e-6)).clamp(max=1)[..., None]
     distance = aim.norm(dim=-1)
     size = (s["obj_size"] * s["half_view"]).clamp(max=.42) * distance                           # (B, N)
@@ -202,13 +196,14 @@ def place_objects(dice, s):
     rests = dice(SLOTS) < s["rest"]
     turn = (dice(SLOTS, 2) - .5) * math.pi * (~rests & (dice(SLOTS) < s["turned"]))[..., None]
     pose = rotation(dice(SLOTS) * 2 * math.pi, turn[..., 0], turn[..., 1])
-    centre, low = s["position"][:, None] + aim, radii[..., 1]
+    centre = s["position"][:, None] + aim
+    low = radii[..., 1]
     centre[..., 1] = torch.where(rests, low, torch.maximum(centre[..., 1], low))
     # drop the objects beyond the drawn number, and those at the camera or the lamp
     inverse = pose.mT / radii[..., None]                                # world to unit sphere or cube
     ends = torch.stack([s["position"], s["light"]], -1)[:, None] - centre[..., None]
-    gap = ((times(inverse, ends).abs() - 1) * radii[..., None]).amax(-2).amin(-1)              # (B, N) metres
-    gone = (gap < .06 * s["reach"]) | (ranks(dice(SLOTS)) >= s["objects"].long())
+    gap = ((apply_matrix(inverse, ends).abs() - 1) * radii[..., None]).amax(-2).amin(-1)              # (B, N) metres
+    gone = (gap < .06 * s["reach"]) | (row_ranks(dice(SLOTS)) >= s["objects"].long())
     centre = torch.where(gone[..., None], torch.tensor([0., -OPEN, 0.]), centre)
     s |= {"pose": pose, "radii": radii, "centre": centre, "inverse": inverse, "distance": distance}
 
@@ -228,7 +223,7 @@ def paint(dice, s):
     saturation = s["saturation"] * (.5 + .5 * dice(5))
     palette = value[..., None] * (1 - saturation[..., None] * (1 - wheel))                      # (B, 5, 3)
     # ranks, so that a view uses all colours about equally often
-    first = torch.cat([ranks(dice(SLOTS)), ranks(dice(6))], -1)[..., None]
+    first = torch.cat([row_ranks(dice(SLOTS)), row_ranks(dice(6))], -1)[..., None]
     pick = (first + torch.arange(3)) % s["colours"].long()[..., None]                           # (B, S, 3)
     colours = palette[torch.arange(len(pick))[:, None, None], pick].flatten(2)
     s["surface"] = torch.cat([pattern[..., None], grain[..., None], dice(n, 3) * 20, axis, colours], -1)
@@ -258,7 +253,8 @@ def enter(origin, ray):
 
     origin, ray  (B, N, 3, P) or broadcast, each in the object's own unit frame;  returns  (B, N, P)
     """
-    o, d = origin[:, :ROUND], ray[:, :ROUND]
+    o = origin[:, :ROUND]
+    d = ray[:, :ROUND]
     a, b, c = (d * d).sum(2), (o * d).sum(2), (o * o).sum(2) - 1
     gap = b * b - a * c
     ball = torch.where(gap > 0, (-b - gap.clamp(min=0).sqrt()) / a, torch.inf)
@@ -278,7 +274,7 @@ def leave(bounds, origin, ray):
     return t, 2 * axis + side.gather(1, axis[:, None])[:, 0]
 
 
-def colour(surface, q, grain_px):
+def surface_albedo(surface, q, grain_px):
     """Albedo of points: flat colours, so that equal paint is equal albedo.
 
     surface   (B, P, 17)  rows of paint()
@@ -304,12 +300,12 @@ def trace(s, view):
     returns  depth (B, P), mask (B, P), number (B, P) of the surface, and in metres and world axes
              point (B, 3, P), normal (B, 3, P), local (B, P, 3): the point in the axes of its object
     """
-    ray, position = times(s["camera"], view), s["position"][..., None]
+    ray, position = apply_matrix(s["camera"], view), s["position"][..., None]
     t_room, wall = leave(s["bounds"], position, ray)
     is_sky = s["outdoor"] & (position[:, 1] + t_room * ray[:, 1] > s["top"])
     t_room = torch.where(is_sky, torch.inf, t_room)
     offset = position[:, None] - s["centre"][..., None]
-    t_object, slot = enter(times(s["inverse"], offset), times(s["inverse"], ray[:, None])).min(1)
+    t_object, slot = enter(apply_matrix(s["inverse"], offset), apply_matrix(s["inverse"], ray[:, None])).min(1)
     is_object = t_object < t_room
     depth = torch.minimum(t_object, t_room)
     mask = depth < torch.inf
@@ -333,7 +329,7 @@ def illuminate(s, point, normal, depth):
     to_light = s["light"][..., None] - ~s["outdoor"][..., None] * start
     distance = to_light.norm(dim=1)
     offset = start[:, None] - s["centre"][..., None]
-    is_dark = enter(times(s["inverse"], offset), times(s["inverse"], to_light[:, None])).amin(1) < 1
+    is_dark = enter(apply_matrix(s["inverse"], offset), apply_matrix(s["inverse"], to_light[:, None])).amin(1) < 1
     t_wall = leave(s["bounds"], start, to_light)[0]
     is_dark |= s["outdoor"] & (start[:, 1] + t_wall * to_light[:, 1] < s["top"])
     # the lamp has a size: inverse square beyond it, bounded near it
@@ -346,7 +342,7 @@ def illuminate(s, point, normal, depth):
 
 
 def render_chunk(domain, ids, H, W, noise):
-    """render() for a few scenes; see there."""
+    """As `render_scenes`, of a few scenes at once."""
     dice, s = draw_scene(domain, ids)
     B, half_view, black = len(ids), s["half_view"], torch.tensor(0.)
     view = make_rays(half_view, H, W)
@@ -354,11 +350,11 @@ def render_chunk(domain, ids, H, W, noise):
 
     surface = s["surface"][torch.arange(B)[:, None], number]            # (B, P, 17)
     near = torch.where(mask, depth, 1.)
-    slant = -(normal * times(s["camera"], view)).sum(1) / view.norm(dim=1)
-    albedo = colour(surface, local, surface[..., 1] * slant.clamp(min=.3) * 16 / (near * half_view)).mT
+    slant = -(normal * apply_matrix(s["camera"], view)).sum(1) / view.norm(dim=1)
+    albedo = surface_albedo(surface, local, surface[..., 1] * slant.clamp(min=.3) * 16 / (near * half_view)).mT
     irradiance = illuminate(s, point, normal, near) * mask[:, None]
     irradiance = srgb_encode(irradiance / irradiance.amax((1, 2), keepdim=True).clamp(min=1e-6))
-    normal = times(s["camera"].mT, normal)
+    normal = apply_matrix(s["camera"].mT, normal)
     depth, mask = depth.view(B, 1, H, W), mask.view(B, 1, H, W)
     maps = (normal, albedo, irradiance)
     normal, albedo, irradiance = (torch.where(mask, m.contiguous().view(B, 3, H, W), black) for m in maps)
@@ -378,7 +374,7 @@ def render_chunk(domain, ids, H, W, noise):
             "mask": mask, "tone": tone, "focal": H / 2 / half_view[:, 0]}
 
 
-def render(domain, ids, size, noise=True):
+def render_scenes(domain, ids, size, noise=True):
     """Render scenes and their exact maps; on one device a scene is the same, bit for bit, in any batch and order.
 
     domain  one of DOMAINS;  ids (B,) int64;  size  int or (H, W) pixels;  noise  False: no sensor noise
@@ -398,8 +394,7 @@ def render(domain, ids, size, noise=True):
     H, W = (size, size) if isinstance(size, int) else size
     # chunks of one fixed size, the last one padded: rounding can depend on a tensor's shape
     step = max(1, CHUNK[ids.device.type] // (H * W))
-    n_pad = -len(ids) % step
-    padded = torch.cat([ids, ids.new_zeros(n_pad)])
+    padded = torch.cat([ids, ids.new_zeros(-len(ids) % step)])
     with ids.device:
         chunks = [render_chunk(domain, part, H, W, noise) for part in padded.split(step)]
     return {k: torch.cat([c[k] for c in chunks])[:len(ids)] for k in chunks[0]}

@@ -4,15 +4,14 @@ Every figure is a list of one number per image, so that two predictors can be co
 """
 import numpy as np
 import torch
-from runtime import generator
 
 import metrics
 import surface
 from maps import assumed_camera
 from predictor import sample_ode
 from questions import true_relations
-from relations import NAMES, at_points, margin, sample_pairs
-from scenes import srgb_decode
+from ranks import generator
+from relations import NAMES, at_points, margin, sample_pairs, srgb_decode
 
 PAIRS = 24                        # per image and modality
 DEPTH_RANGE = (0.1, 100.0)        # metres, clips aligned predictions

@@ -2,7 +2,7 @@
 
 U-Net   v prediction from a state, a timestep and a text embedding; skips by concatenation, attention in most stages
 VAE     8 x smaller sides, 4 latent channels; latents here are unscaled means, times LATENT_SCALE in pipelines
-Constants that no config file states: GroupNorm eps 1e-6 in the transformers and the whole VAE, 1e-5 in U-Net resnets;
+Not stated in any config file: GroupNorm eps 1e-6 in the transformers and the whole VAE, 1e-5 in U-Net resnets;
 `attention_head_dim` is the number of heads. Source: Stable Diffusion (Rombach et al. 2022); layout of diffusers' files.
 """
 import math
@@ -33,12 +33,16 @@ NETWORK_NEEDS = ("block_out_channels", "layers_per_block", "norm_num_groups")
 
 
 def check_config(config, known, what, needs):
-    """Refuse by name what is not implemented, and a config that leaves one of `needs` open. raises ValueError."""
+    """Refuse an option or a value that is not implemented, and a config without one of `needs`.
+
+    config  dict;  known  option -> the one value that is implemented, None: any;  what  its name in messages
+    raises  ValueError
+    """
     missing = [key for key in needs if config.get(key) is None]
     if missing:
         raise ValueError(f"marigold: {what} has no {missing[0]}; want a complete config; download it again")
     for key, value in config.items():
-        if key.startswith("_") or not value and key not in known:               # new options that are off
+        if key.startswith("_") or not value and key not in known:               # a new option that is off
             continue
         if key not in known or (known[key] is not None and value != known[key]):
             want = repr(known[key]) if key in known else "no such option"
@@ -50,8 +54,10 @@ class Resnet(nn.Module):
 
     def __init__(self, cin, cout, groups, eps, emb=0):
         super().__init__()
-        self.norm1, self.norm2 = nn.GroupNorm(groups, cin, eps), nn.GroupNorm(groups, cout, eps)
-        self.conv1, self.conv2 = nn.Conv2d(cin, cout, 3, padding=1), nn.Conv2d(cout, cout, 3, padding=1)
+        self.norm1 = nn.GroupNorm(groups, cin, eps)
+        self.norm2 = nn.GroupNorm(groups, cout, eps)
+        self.conv1 = nn.Conv2d(cin, cout, 3, padding=1)
+        self.conv2 = nn.Conv2d(cout, cout, 3, padding=1)
         if emb:
             self.time_emb_proj = nn.Linear(emb, cout)
         self.conv_shortcut = nn.Conv2d(cin, cout, 1) if cin != cout else None
@@ -73,10 +79,15 @@ class Attention(nn.Module):
         self.to_k, self.to_v = (nn.Linear(context or width, width, bias=bias) for _ in range(2))
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
 
+    def _split(self, z):                                                        # (B, L, D) -> (B, heads, L, d)
+        return z.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
     def forward(self, x, context=None):
         context = x if context is None else context
-        split = lambda z: z.unflatten(-1, (self.heads, -1)).transpose(1, 2)     # noqa: E731  (B, heads, L, d)
-        out = F.scaled_dot_product_attention(split(self.to_q(x)), split(self.to_k(context)), split(self.to_v(context)))
+        q = self._split(self.to_q(x))
+        k = self._split(self.to_k(context))
+        v = self._split(self.to_v(context))
+        out = F.scaled_dot_product_attention(q, k, v)
         return self.to_out[0](out.transpose(1, 2).flatten(2))
 
 
@@ -98,7 +109,8 @@ class TransformerBlock(nn.Module):
     def __init__(self, width, heads, context):
         super().__init__()
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
-        self.attn1, self.attn2 = Attention(width, heads), Attention(width, heads, context)
+        self.attn1 = Attention(width, heads)
+        self.attn2 = Attention(width, heads, context)
         self.ff = nn.ModuleDict({"net": nn.ModuleList([GEGLU(width, 4 * width), nn.Identity(),
                                                        nn.Linear(4 * width, width)])})
 
@@ -117,7 +129,8 @@ class SpatialTransformer(nn.Module):
     def __init__(self, width, heads, context, groups):
         super().__init__()
         self.norm = nn.GroupNorm(groups, width, 1e-6)
-        self.proj_in, self.proj_out = nn.Linear(width, width), nn.Linear(width, width)
+        self.proj_in = nn.Linear(width, width)
+        self.proj_out = nn.Linear(width, width)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(width, heads, context)])
 
     def forward(self, x, context):                                              # (B, D, h, w)
@@ -131,7 +144,8 @@ class Resample(nn.Module):
 
     def __init__(self, width, down, asymmetric=False):
         super().__init__()
-        self.down, self.asymmetric = down, asymmetric                           # the VAE pads right and bottom only
+        self.down = down
+        self.asymmetric = asymmetric                                            # the VAE pads right and bottom only
         self.conv = nn.Conv2d(width, width, 3, 2 if down else 1, 0 if asymmetric else 1)
 
     def forward(self, x, size=None):
@@ -169,23 +183,30 @@ class UNet(nn.Module):
         check_config(config, UNET_CONFIG, "unet/config.json", NETWORK_NEEDS + (
             "in_channels", "out_channels", "cross_attention_dim", "attention_head_dim", "down_block_types",
             "up_block_types"))
-        self.config, self.checkpointing = config, False
-        widths, groups, eps = config["block_out_channels"], config["norm_num_groups"], config.get("norm_eps", 1e-5)
+        self.config = config
+        self.checkpointing = False
+        widths = config["block_out_channels"]
+        groups = config["norm_num_groups"]
+        eps = config.get("norm_eps", 1e-5)
         heads = config["attention_head_dim"]                                    # the number of heads, despite its name
         heads = [heads] * len(widths) if isinstance(heads, int) else heads
-        context, depth, emb = config["cross_attention_dim"], config["layers_per_block"], 4 * widths[0]
-        cross = lambda kind, known: {known[0]: True, known[1]: False}.get(kind)  # noqa: E731
-        down = [cross(k, ("CrossAttnDownBlock2D", "DownBlock2D")) for k in config["down_block_types"]]
-        up = [cross(k, ("CrossAttnUpBlock2D", "UpBlock2D")) for k in config["up_block_types"]]
+        depth = config["layers_per_block"]
+        emb = 4 * widths[0]
+        down = [{"CrossAttnDownBlock2D": True, "DownBlock2D": False}.get(kind) for kind in config["down_block_types"]]
+        up = [{"CrossAttnUpBlock2D": True, "UpBlock2D": False}.get(kind) for kind in config["up_block_types"]]
         if None in (*down, *up) or len(down) != len(widths) or len(up) != len(widths):
             raise ValueError(f"marigold: unet/config.json has blocks {config['down_block_types']}, "
                              f"{config['up_block_types']}; want (CrossAttn)DownBlock2D and (CrossAttn)UpBlock2D, "
                              f"{len(widths)} each")
-        attention = lambda i: lambda: SpatialTransformer(widths[i], heads[i], context, groups)  # noqa: E731
+
+        def attention(i):
+            return lambda: SpatialTransformer(widths[i], heads[i], config["cross_attention_dim"], groups)
 
         self.conv_in = nn.Conv2d(config["in_channels"], widths[0], 3, padding=1)
         self.time_embedding = nn.ModuleDict({"linear_1": nn.Linear(widths[0], emb), "linear_2": nn.Linear(emb, emb)})
-        self.down_blocks, last, skips = nn.ModuleList(), widths[0], [widths[0]]
+        self.down_blocks = nn.ModuleList()
+        last = widths[0]
+        skips = [widths[0]]
         for i, width in enumerate(widths):
             ends = i == len(widths) - 1
             self.down_blocks.append(Stage(
@@ -258,12 +279,17 @@ class Coder(nn.Module):
 
     def __init__(self, config, down):
         super().__init__()
-        widths, groups, depth = config["block_out_channels"], config["norm_num_groups"], config["layers_per_block"]
-        z, self.down = config["latent_channels"], down
+        self.down = down
+        widths = config["block_out_channels"]
+        groups = config["norm_num_groups"]
+        depth = config["layers_per_block"]
+        z = config["latent_channels"]
         order = list(range(len(widths))) if down else list(range(len(widths)))[::-1]
-        first, last = widths[order[0]], widths[order[-1]]
+        first = widths[order[0]]
+        last = widths[order[-1]]
         self.conv_in = nn.Conv2d(3 if down else z, first, 3, padding=1)
-        stages, width = nn.ModuleList(), first
+        stages = nn.ModuleList()
+        width = first
         for i in order:
             resample = None if i == order[-1] else (
                 ("downsamplers", Resample(widths[i], True, asymmetric=True)) if down else
@@ -307,9 +333,12 @@ class VAE(nn.Module):
         if blocks - {"DownEncoderBlock2D", "UpDecoderBlock2D"}:
             raise ValueError(f"marigold: vae/config.json has blocks {sorted(blocks)}, which are not implemented; want "
                              "DownEncoderBlock2D and UpDecoderBlock2D")
-        self.config, z = config, config["latent_channels"]
-        self.encoder, self.decoder = Coder(config, True), Coder(config, False)
-        self.quant_conv, self.post_quant_conv = nn.Conv2d(2 * z, 2 * z, 1), nn.Conv2d(z, z, 1)
+        self.config = config
+        z = config["latent_channels"]
+        self.encoder = Coder(config, True)
+        self.decoder = Coder(config, False)
+        self.quant_conv = nn.Conv2d(2 * z, 2 * z, 1)
+        self.post_quant_conv = nn.Conv2d(z, z, 1)
 
     def encode(self, image):
         """Mean of the latent: (B, 3, H, W) in [-1, 1] -> (B, 4, H/8, W/8)."""
@@ -321,22 +350,27 @@ class VAE(nn.Module):
         tile  side in latent pixels of overlapping tiles, blended linearly, for small GPUs; 0: whole. Tiles see their
               own normalisation statistics, so a tiled map differs slightly
         """
-        whole = lambda z: self.decoder(self.post_quant_conv(z))                 # noqa: E731
         if not tile or max(z.shape[2:]) <= tile:
-            return torch.cat([whole(one) for one in z.split(1)])
-        stride, scale = max(1, tile * 3 // 4), self.scale
-        out, total = 0, 0
+            return self._decode(z)
+        stride = max(1, tile * 3 // 4)
+        scale = self.scale
+        out = 0
+        total = 0
         size = [n * scale for n in z.shape[2:]]
         corners = [[*range(0, max(n - tile, 0), stride), max(n - tile, 0)] for n in z.shape[2:]]
         for top in corners[0]:
             for left in corners[1]:
-                part = torch.cat([whole(one) for one in z[..., top:top + tile, left:left + tile].split(1)])
+                part = self._decode(z[..., top:top + tile, left:left + tile])
                 ramp = [torch.minimum(torch.arange(1, n + 1), torch.arange(n, 0, -1)).to(z) for n in part.shape[2:]]
                 weight = ramp[0][:, None] * ramp[1]                             # highest in the middle of a tile
                 pad = (left * scale, size[1] - left * scale - part.shape[3],
                        top * scale, size[0] - top * scale - part.shape[2])
-                out, total = out + F.pad(part * weight, pad), total + F.pad(weight, pad)
+                out = out + F.pad(part * weight, pad)
+                total = total + F.pad(weight, pad)
         return out / total
+
+    def _decode(self, z):
+        return torch.cat([self.decoder(self.post_quant_conv(one)) for one in z.split(1)])
 
     @property
     def scale(self):

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 
-import data
 import files
 import grpo
 import kernels
@@ -30,6 +29,8 @@ from dit import DiT, DiTConfig, flow_loss
 from finetune import add_lora, tuning_gradient
 from judge import ORACLE, LazyJudge, Oracle, build_mini_judge, load_judge
 from mini_judge import MiniSizes, Probe, judge_loss
+from photos import read_first_rgb
+from pools import ScenePool, list_scenes, scene_pool, training_photos
 from predictor import load_predictor
 from ranks import STREAMS, generator
 from relations import MODALITIES, sample_pairs
@@ -51,7 +52,7 @@ def train_base(cfg, device):
     run = Run(Path(cfg.out) / "base", fixed, cfg.seed, cfg.base_steps, dict(policy=policy, average=average), opts,
               cfg.save_every, cfg.keep)
     if run.remaining:
-        scenes = data.ScenePool("synthetic", "train", cfg.base_scenes, cfg.size, device=device)
+        scenes = ScenePool("synthetic", "train", cfg.base_scenes, cfg.size, device=device)
     for step, draw in run.steps("base", cfg.stop_at, STREAMS["base"], cfg.base_batch):
         places = draw.integers(len(scenes), (draw.batch,))
         run.where = [f"scene {i}" for i in places.tolist()]
@@ -80,7 +81,7 @@ def train_judge(cfg, device):
     run = Run(Path(cfg.out) / "judge", stage_settings(cfg, "judge", "size"), cfg.seed, cfg.judge_steps,
               dict(judge=model, probe=probe), opts, cfg.save_every, cfg.keep)
     if run.remaining:
-        scenes = data.ScenePool("broad", "train", cfg.judge_scenes, cfg.size, device=device)
+        scenes = ScenePool("broad", "train", cfg.judge_scenes, cfg.size, device=device)
     for step, draw in run.steps("judge", cfg.stop_at, STREAMS["judge"], cfg.judge_batch):
         places = draw.integers(len(scenes), (draw.batch,))
         run.where = [f"scene {i}" for i in places.tolist()]
@@ -134,7 +135,7 @@ def judgements(cfg, device, together=True):
     returns   data.bank.Judgements
     """
     if cfg.judge == ORACLE:
-        scenes = data.scene_pool("wild", "train", cfg.photos, cfg.size, device=device).all()
+        scenes = scene_pool("wild", "train", cfg.photos, cfg.size, device=device).all()
         names = [f"wild {i}" for i in range(len(scenes["rgb"]))]
         rng = generator(cfg.seed, STREAMS["oracle"])
         pts = sample_pairs(len(names), (cfg.size, cfg.size), cfg.bank_pairs, rng, mask=scenes["mask"])
@@ -144,7 +145,7 @@ def judgements(cfg, device, together=True):
     if judge.size != cfg.size:
         raise UserError(f"train.py: the judge sees {judge.size} px photos and --size is {cfg.size}; "
                         "use one size for both")
-    photos, names, what = data.training_photos(cfg, device)
+    photos, names, what = training_photos(cfg, device)
     bank = Bank(cfg.bank or Path(cfg.out) / "bank", judge)
     pts, prob = (bank.fill_together if together else bank.fill)(photos, cfg.bank_pairs, device)
     ranks.say(f"grpo: {what}; judgement bank: {bank.asked} pairs asked, {bank.known} already known")
@@ -168,7 +169,7 @@ def train_grpo(cfg, device, sample=grpo.sample_groups, gradient=grpo.policy_grad
     photos = judgements(cfg, device) if run.remaining else None
     replay = Replay(cfg, device) if run.remaining and cfg.replay else None
     for step, draw in run.steps("grpo", cfg.stop_at, STREAMS["grpo"], cfg.batch):
-        batch = grpo.draw_batch(photos, nets.policy.modalities, cfg, draw, device)   # rgb (B, 3, H, W), pts (B, P, 2, 2)
+        batch = grpo.draw_batch(photos, nets.policy.modalities, cfg, draw, device)    # (B, 3, H, W), (B, P, 2, 2)
         run.where = batch.photos
         # 1 sample a group of G maps per photo and modality with the noisy sampler
         maps, transitions = sample(nets.actor, batch)                           # maps[m] (B, G, C, H, W)
@@ -193,7 +194,7 @@ class Replay:
     """Supervised flow matching on synthetic scenes beside the GRPO loss (--replay; the paper has none)."""
 
     def __init__(self, cfg, device):
-        self.scenes = data.scene_pool("synthetic", "train", cfg.base_scenes, cfg.size, device=device)
+        self.scenes = scene_pool("synthetic", "train", cfg.base_scenes, cfg.size, device=device)
         self.weight = cfg.replay
 
     def loss(self, policy, batch, draw):
@@ -268,7 +269,7 @@ def check_inputs(cfg):
     """
     if cfg.stage in ("all", "grpo"):
         if cfg.images:
-            data.first_readable(cfg.images)
+            read_first_rgb(cfg.images)
         if cfg.policy:
             policy = load_predictor(cfg.policy)
             for flag, maps in (("depth_normal", {"depth", "normal"}), ("shading", {"albedo", "irradiance"})):
@@ -281,7 +282,7 @@ def check_inputs(cfg):
         if cfg.judge not in ("", ORACLE):
             LazyJudge(cfg.judge).digest()
     if cfg.scenes and not cfg.scenes.endswith(".jsonl"):
-        data.list_scenes(cfg.scenes)
+        list_scenes(cfg.scenes)
 
 
 if __name__ == "__main__":

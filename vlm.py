@@ -28,7 +28,7 @@ from transformers import (
 import files
 import lora
 from families import FAMILIES
-from untrusted import Refusing, Tensors, fits, read_json, refuse, sober, whole
+from files import DamageGuard, Tensors, bounded_integer, check_weights, plain_config, read_json, refuse
 
 TILE = 1 << 12                        # px, largest side of a tile
 PATTERNS = ["*.safetensors", "*.json", "merges.txt"]
@@ -178,7 +178,7 @@ def read_config(folder):
     if not path.is_file():
         raise FileNotFoundError(f"vlm.py: got no config.json in {folder}; want a judge folder written by "
                                 "`python train.py --stage judge`, an InternVL chat folder or a native one")
-    return sober(read_json(path), path)
+    return plain_config(read_json(path), path)
 
 
 def weight_files(folder):
@@ -244,7 +244,7 @@ def set_tile(config, size=0):
     ratio = config.downsample_ratio
     size = size or vision.image_size[0]
     side = size // vision.patch_size[0]                                         # 512 px: 36 patches of 14, 8 px unseen
-    whole(size, 1, TILE, "tile size", "vlm.py")
+    bounded_integer(size, 1, TILE, "tile size", "vlm.py")
     if not side or not 0 < ratio <= 1 or (side * ratio) % 1:
         raise ValueError(f"vlm.py: got tile size {size}, {side} patches a side; want a multiple of "
                          f"{int(1 / ratio)} patches of {vision.patch_size[0]} px, such as 448 or 512 px")
@@ -290,7 +290,7 @@ def _open_native(folder, config):
     config = network_config(folder, config)
     network = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
     with torch.device("meta"):
-        fits(network._from_config(config), state, f"vlm.py: {folder}")
+        check_weights(network._from_config(config), state, f"vlm.py: {folder}")
     model, found = network.from_pretrained(None, config=config, state_dict=state, output_loading_info=True,
                                            dtype="auto")
     wrong = [str(k) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for k in found.get(kind, ())]
@@ -318,12 +318,12 @@ def read_about(folder, family):
     about = implied | (read_json(extra) if extra.is_file() else {})
     if not isinstance(about["system"], str):
         refuse(extra, f"system = {about['system']!r}", "a text")
-    return about | {k: whole(about[k], least, TILE, k, extra) for k, least in (("grid", 1), ("size", 0))}
+    return about | {k: bounded_integer(about[k], least, TILE, k, extra) for k, least in (("grid", 1), ("size", 0))}
 
 
 def refuse_damage(folder):
     """With-block in which a checkpoint's folder is read: what its damage raises becomes one line."""
-    return Refusing(f"vlm.py: {folder}", "a checkpoint that cannot be read", "a whole one",
+    return DamageGuard(f"vlm.py: {folder}", "a checkpoint that cannot be read", "a whole one",
                     keep=(ValueError, FileNotFoundError))
 
 

@@ -9,10 +9,10 @@ import math
 import numpy as np
 import torch
 
-import data
 import metrics
 from files import read_log, write_json
 from grpo import is_unanimous
+from pools import scene_pool
 from ranks import combine_numbers, rank
 from run import about
 from scores import METRICS, PAIRS, eval_pairs, predict_maps, score_maps
@@ -117,7 +117,7 @@ def diagnose(policy, size, steps, n=24, seed=0, batch=64):
     """
     out = {}
     for domain in ("wild", "synthetic"):
-        maps = data.scene_pool(domain, "val", n, size).all()
+        maps = scene_pool(domain, "val", n, size).all()
         pred = predict_maps(policy, maps["rgb"], steps, seed, batch)
         values = score_maps(pred, maps, eval_pairs(maps, PAIRS, 1, seed), warn=False)
         out |= {f"{domain}/{k}": float(np.nanmean(v)) for k, v in values.items()}

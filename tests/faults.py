@@ -116,7 +116,7 @@ class Campaign:
         self.log, self.took = self.folder / "log", {}
         photos = self.folder / "photos"
         rng = torch.Generator().manual_seed(0)
-        from data import save_png
+        from pictures import save_png
         for i in range(12):
             save_png(photos / f"{i}.png", torch.rand(3, 20, 24, generator=rng).numpy())
         self.stages = commands(self.out, photos)

@@ -42,18 +42,22 @@ from test_marigold import SMALL, VAE_CONFIG, ZERO_SNR, fill, index_of, text_part
 
 import benchmark_table
 import benchmarks
-import data
 import formats
 import judge
 import lora
 import marigold
+import photos
+import pictures
+import pools
 import predictions
 import prepare
 import questions
 from bank import Bank
 from config import UserError
-from predictor import DiT, DiTConfig, load_predictor
+from dit import DiT, DiTConfig
+from predictor import load_predictor
 from relations import MODALITIES
+from schedule import Schedule
 from sd2 import VAE, UNet
 
 SECONDS, MEMORY = 10, 2 << 30         # of one input: CPU time (six times as much by the clock), bytes of address space
@@ -291,17 +295,17 @@ def make_pictures(folder):
 def read_pictures(folder, path):
     """Every decoder of pictures, each by itself."""
     content = path.read_bytes()
-    return [lambda: data.read_rgb(path)] + [
+    return [lambda: photos.read_rgb(path)] + [
         lambda decode=decode: decode(content, repr(str(path)))
         for decode in (formats.decode_rgb, formats.decode_gray, formats.decode_png_linear)]
 
 
 def scene(folder, name="room.0"):
     maps = official.pool()
-    for m in data.MAPS:
+    for m in pools.MAPS:
         x = maps[m][0][..., :24, :24]
         x = (x + 1) / 2 if m == "normal" else x
-        data.save_png(folder / f"{name}_{m}.png",
+        pictures.save_png(folder / f"{name}_{m}.png",
                       Image.fromarray((x.clip(0, 20) * 3000).astype(np.uint16)) if m == "depth" else x)
 
 
@@ -441,7 +445,7 @@ def make_marigold(folder):
     text_parts(folder / "text")
     parts = fill(UNet(unet_config(1) | SMALL)), fill(VAE(VAE_CONFIG | dict(layers_per_block=1)))
     text = marigold.empty_prompt(folder / "text", 12)
-    model = marigold.Marigold(*parts, marigold.Schedule(ZERO_SNR), text, index_of("depth"), folder / "text")
+    model = marigold.Marigold(*parts, Schedule(ZERO_SNR), text, index_of("depth"), folder / "text")
     model.save(folder / "model")
     (folder / "model" / "README.md").unlink()
     shutil.rmtree(folder / "text")
@@ -486,7 +490,7 @@ def read_judge(folder, path):
 H5PY = importlib.util.find_spec("h5py") is not None                              # `prepare.py hypersim` alone needs it
 READERS = {
     "pictures": Reader(6, make_pictures, read_pictures),
-    "scenes": Reader(1, scene, lambda folder, path: [lambda: data.read_scene(folder, "room.0", 16)]),
+    "scenes": Reader(1, scene, lambda folder, path: [lambda: pools.read_scene(folder, "room.0", 16)]),
     "npy": Reader(4, make_arrays, lambda folder, path: [lambda: formats.decode_npy(path.read_bytes(), str(path))]),
     "exr": Reader(3, make_exr, lambda folder, path: [lambda: formats.decode_exr(path.read_bytes(), str(path))]),
     "tar": Reader(3, make_tar, read_tar),

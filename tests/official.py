@@ -16,10 +16,10 @@ from PIL import Image
 
 import benchmark_table
 import benchmarks
-import data
 import predictions
 from colour import ADOBE_TO_SRGB
-from scenes import srgb_decode, srgb_encode
+from pools import ScenePool
+from relations import srgb_decode, srgb_encode
 
 SIDE = 64
 
@@ -27,7 +27,7 @@ SIDE = 64
 @functools.cache
 def pool():
     """Three scenes: rgb, normal, albedo, irradiance (3, H, W), depth (H, W) with inf as 0, mask (H, W)."""
-    maps = {k: v.numpy() for k, v in data.ScenePool("synthetic", "test", 3, SIDE).all().items()}
+    maps = {k: v.numpy() for k, v in ScenePool("synthetic", "test", 3, SIDE).all().items()}
     maps["mask"][:, :, :6, :7] = False                                          # a hole that no scanner saw
     maps["depth"] = np.where(maps["mask"], maps["depth"], 0)[:, 0].clip(0, 60)
     maps["mask"] = maps["mask"][:, 0]

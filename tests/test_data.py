@@ -1,5 +1,6 @@
-"""data.py: every photo format, every refusal, the scene folders and the writers."""
+"""photos.py, pools.py, pictures.py: every photo format, every refusal, the scene folders and the writers."""
 import os
+import re
 import struct
 import zlib
 from pathlib import Path
@@ -9,7 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-import data
+import photos
+import pictures
+import pools
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 RNG = np.random.default_rng(0)
@@ -22,14 +25,14 @@ def ramp(h=24, w=40):
 
 
 def close(path, want, atol=1e-6):
-    got = data.read_rgb(path)
+    got = photos.read_rgb(path)
     assert got.dtype == torch.float32 and got.shape == (3, *want.shape[:2]) and got.is_contiguous()
     assert np.abs(got.permute(1, 2, 0).numpy() - want).max() <= atol
 
 
 def one_line(error, *words):
     text = str(error.value)
-    assert "\n" not in text and text.startswith("data.py: ") and "want" in text
+    assert "\n" not in text and re.match(r"(photos|pools|pictures)\.py: ", text) and "want" in text
     for w in words:
         assert w in text
 
@@ -82,7 +85,7 @@ def test_16_bit_gray_is_scaled_not_clipped(tmp_path, suffix):
 def test_float_tiff_out_of_range_is_refused(tmp_path):
     Image.fromarray(np.full((9, 9), 1e6, np.float32)).save(tmp_path / "f.tiff")
     with pytest.raises(ValueError) as e:
-        data.read_rgb(tmp_path / "f.tiff")
+        photos.read_rgb(tmp_path / "f.tiff")
     one_line(e, "F values")
 
 
@@ -90,7 +93,7 @@ def test_cmyk_jpeg_has_its_colours(tmp_path):
     blocks = np.zeros((32, 32, 3), np.uint8)
     blocks[:, :16], blocks[:, 16:] = (220, 40, 40), (30, 160, 200)
     Image.fromarray(blocks).convert("CMYK").save(tmp_path / "c.jpg", quality=100)
-    got = data.read_rgb(tmp_path / "c.jpg").permute(1, 2, 0).numpy()
+    got = photos.read_rgb(tmp_path / "c.jpg").permute(1, 2, 0).numpy()
     assert np.abs(got[8, [4, 28]] - blocks[8, [4, 28]] / 255).max() < 0.05      # JPEG loss
 
 
@@ -105,8 +108,8 @@ def test_names_with_spaces_unicode_and_newlines(tmp_path):
     names = ["a b.png", "наïve 写真.PNG", "line\nbreak.png", "per%cent {x}.Png"]
     for n in names:
         Image.fromarray(ramp()).save(tmp_path / n, format="PNG")
-    assert [p.name for p in data.find_images(tmp_path)] == sorted(names)
-    assert sorted(data.Photos(tmp_path, 16).names) == sorted(names)
+    assert [p.name for p in photos.find_images(tmp_path)] == sorted(names)
+    assert sorted(photos.Photos(tmp_path, 16).names) == sorted(names)
 
 
 # refusals
@@ -129,29 +132,29 @@ def broken_files(folder):
 def test_each_broken_file_gives_one_clear_line(tmp_path):
     for name, word in broken_files(tmp_path).items():
         with pytest.raises(ValueError) as e:
-            data.read_rgb(tmp_path / name)
+            photos.read_rgb(tmp_path / name)
         one_line(e, word, repr(str(tmp_path / name)))
 
 
 def test_too_many_pixels_are_refused_before_decoding(tmp_path):
     Image.fromarray(ramp()).save(tmp_path / "a.png")
     with pytest.raises(ValueError) as e:
-        data.read_rgb(tmp_path / "a.png", max_pixels=959)
+        photos.read_rgb(tmp_path / "a.png", max_pixels=959)
     one_line(e, "40 x 24", "959")
-    data.read_rgb(tmp_path / "a.png", max_pixels=960)
+    photos.read_rgb(tmp_path / "a.png", max_pixels=960)
     head = struct.pack(">2I5B", 20000, 20000, 1, 0, 0, 0, 0)      # beyond what Pillow itself will open
     (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
         for kind, body in ((b"IHDR", head), (b"IDAT", zlib.compress(b"")), (b"IEND", b""))))
     with pytest.raises(ValueError) as e:
-        data.read_rgb(tmp_path / "bomb.png")
+        photos.read_rgb(tmp_path / "bomb.png")
     one_line(e, "pixels")
 
 
 def test_a_missing_photo_is_named(tmp_path):
     for path in (tmp_path / "no.jpg", tmp_path):
         with pytest.raises(FileNotFoundError) as e:
-            data.read_rgb(path)
+            photos.read_rgb(path)
         one_line(e, str(path))
 
 
@@ -170,9 +173,9 @@ def test_a_file_cut_or_damaged_anywhere_is_read_or_refused(tmp_path, suffix):
             broken[int(RNG.integers(min(len(whole), 400)))] = int(RNG.integers(256))
         (tmp_path / f"b.{suffix}").write_bytes(broken)
         try:
-            rgb = data.read_rgb(tmp_path / f"b.{suffix}", max_pixels=10**6)
+            rgb = photos.read_rgb(tmp_path / f"b.{suffix}", max_pixels=10**6)
         except ValueError as error:
-            assert str(error).startswith("data.py: ") and "\n" not in str(error)
+            assert str(error).startswith("photos.py: ") and "\n" not in str(error)
         else:
             assert 0 <= rgb.min() and rgb.max() <= 1
 
@@ -184,16 +187,16 @@ def test_find_images_is_recursive_sorted_and_survives_link_loops(tmp_path):
     for n in ("z.JPG", "b/a.webp", "b/c/d.TiFf", "b/notes.txt"):
         (tmp_path / n).write_bytes(b"x")
     os.symlink(tmp_path, tmp_path / "b" / "loop")
-    found = [str(p.relative_to(tmp_path)) for p in data.find_images(tmp_path)]
+    found = [str(p.relative_to(tmp_path)) for p in photos.find_images(tmp_path)]
     assert found == ["b/a.webp", "b/c/d.TiFf", "z.JPG"]
-    assert data.find_images(tmp_path / "z.JPG") == [tmp_path / "z.JPG"]
+    assert photos.find_images(tmp_path / "z.JPG") == [tmp_path / "z.JPG"]
 
 
 def test_missing_empty_and_wrong_folders_are_named(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
     for path in (tmp_path / "none", tmp_path, tmp_path / "notes.txt"):
         with pytest.raises(FileNotFoundError) as e:
-            data.find_images(path)
+            photos.find_images(path)
         one_line(e, repr(str(path)), "jpg")
 
 
@@ -203,36 +206,36 @@ def test_bad_photos_among_good_ones_are_skipped_named_and_counted(tmp_path, caps
     os.symlink(tmp_path / "gone.png", tmp_path / "link.png")
     Image.fromarray(ramp()).save(tmp_path / "good.png")
     Image.fromarray(255 - ramp()).save(tmp_path / "sub" / "good.png")
-    photos = data.Photos(tmp_path, 12)
-    assert photos.names == ["good.png", "sub/good.png"] and len(photos) == 2
-    assert photos.images.shape == (2, 3, 12, 12) and photos.images.dtype == torch.uint8
-    assert {p.name for p, _ in photos.skipped} == {*bad, "link.png"}
+    found = photos.Photos(tmp_path, 12)
+    assert found.names == ["good.png", "sub/good.png"] and len(found) == 2
+    assert found.images.shape == (2, 3, 12, 12) and found.images.dtype == torch.uint8
+    assert {p.name for p, _ in found.skipped} == {*bad, "link.png"}
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == len(bad) + 2 and "skipped 6 of 8" in lines[-1]
-    batch = photos.batch(torch.tensor([1, 0, 1]))
+    batch = found.batch(torch.tensor([1, 0, 1]))
     assert batch.shape == (3, 3, 12, 12) and batch.dtype == torch.float32
-    assert (batch[1] - data.fit(data.read_rgb(tmp_path / "good.png"), 12)).abs().max() <= 0.5 / 255 + 1e-6
+    assert (batch[1] - photos.fit_square(photos.read_rgb(tmp_path / "good.png"), 12)).abs().max() <= 0.5 / 255 + 1e-6
 
 
 def test_no_readable_photo_is_an_error(tmp_path):
     n = len(broken_files(tmp_path))
     with pytest.raises(ValueError) as e:
-        data.Photos(tmp_path, 12)
+        photos.Photos(tmp_path, 12)
     one_line(e, f"none of {n} images")
 
 
 def test_a_single_photo_makes_a_set_of_one(tmp_path):
     Image.fromarray(ramp()).save(tmp_path / "one.png")
-    assert data.Photos(tmp_path / "one.png", 8).names == ["one.png"]
+    assert photos.Photos(tmp_path / "one.png", 8).names == ["one.png"]
 
 
 def test_real_photos_are_read():
     if not (DATA / "photos").is_dir():
         pytest.skip("shared data is absent")
-    paths = data.find_images(DATA / "photos")
+    paths = photos.find_images(DATA / "photos")
     assert len(paths) == 102
     for p in paths[::25]:
-        rgb = data.read_rgb(p)
+        rgb = photos.read_rgb(p)
         assert rgb.shape[0] == 3 and min(rgb.shape[1:]) >= 8 and 0 <= rgb.min() < rgb.max() <= 1
 
 
@@ -241,10 +244,10 @@ def test_real_photos_are_read():
 def test_fit_takes_the_centre_and_averages():
     x = torch.zeros(3, 8, 16)
     x[:, :, 4:12] = torch.tensor([0.0, 1.0]).repeat(4)           # stripes inside the centred square
-    out = data.fit(x, 4)
+    out = photos.fit_square(x, 4)
     assert out.shape == (3, 4, 4) and (out - 0.5).abs().max() < 0.2
-    assert torch.equal(data.fit(x, 8), x[:, :, 4:12])
-    assert data.fit(x, 20).shape == (3, 20, 20)
+    assert torch.equal(photos.fit_square(x, 8), x[:, :, 4:12])
+    assert photos.fit_square(x, 20).shape == (3, 20, 20)
 
 
 @pytest.mark.parametrize("shape, long_edge, multiple, want", [
@@ -252,7 +255,7 @@ def test_fit_takes_the_centre_and_averages():
     ((100, 100), 100, 1, (100, 100)), ((50, 33), 64, 16, (64, 48)),
 ])
 def test_resize_long_keeps_aspect_and_multiples(shape, long_edge, multiple, want):
-    assert data.resize_long(torch.rand(3, *shape), long_edge, multiple).shape == (3, *want)
+    assert photos.resize_long(torch.rand(3, *shape), long_edge, multiple).shape == (3, *want)
 
 
 # scene folders
@@ -264,14 +267,14 @@ def write_scene(folder, name="s1", h=20, w=30):
     maps = {"depth": RNG.uniform(2, 5, (1, h, w)), "normal": normal / np.linalg.norm(normal, axis=0),
             **{m: RNG.random((3, h, w)) for m in ("rgb", "albedo", "irradiance")}}
     for m, x in maps.items():
-        data.save_map(folder, name, m, x)
+        pictures.save_map(folder, name, m, x)
     return maps
 
 
 def test_a_saved_scene_reads_back(tmp_path):
     maps = write_scene(tmp_path)
-    assert data.list_scenes(tmp_path) == ["s1"]
-    (name, sample), = data.read_scene_folder(tmp_path)
+    assert pools.list_scenes(tmp_path) == ["s1"]
+    (name, sample), = pools.read_scene_folder(tmp_path)
     assert name == "s1" and set(sample) == {*maps, "mask"}
     assert sample["mask"].dtype == torch.bool and sample["mask"].all() and sample["mask"].shape == (1, 20, 30)
     for m in ("rgb", "albedo", "irradiance"):
@@ -287,11 +290,11 @@ def test_zero_normals_are_masked_and_resizing_keeps_them_apart(tmp_path):
     stored = np.array(Image.open(tmp_path / "s1_normal.png"))
     stored[:8, :12], stored[8:, 12:] = 0, 127                    # both spellings of a zero normal
     Image.fromarray(stored).save(tmp_path / "s1_normal.png")
-    full = data.read_scene(tmp_path, "s1")
+    full = pools.read_scene(tmp_path, "s1")
     want = torch.ones(16, 24, dtype=torch.bool)
     want[:8, :12] = want[8:, 12:] = False
     assert torch.equal(full["mask"][0], want) and not full["normal"][:, ~want].any()
-    small = data.read_scene(tmp_path, "s1", 8)
+    small = pools.read_scene(tmp_path, "s1", 8)
     assert all(x.shape[1:] == (8, 8) for x in small.values()) and small["mask"].dtype == torch.bool
     assert torch.equal(small["mask"][0], want[:, 4:20][::2, ::2])
     assert np.isin(small["depth"].numpy(), full["depth"].numpy()).all()          # nearest: no new depth
@@ -310,10 +313,10 @@ def rgb_png_16(h=20, w=30):
 def test_scene_refusals(tmp_path):
     for path in (tmp_path / "none", tmp_path):
         with pytest.raises(FileNotFoundError) as e:
-            data.list_scenes(path)
+            pools.list_scenes(path)
         one_line(e, repr(str(path)))
     write_scene(tmp_path)
-    whole = {m: (tmp_path / f"s1_{m}.png").read_bytes() for m in data.MAPS}
+    whole = {m: (tmp_path / f"s1_{m}.png").read_bytes() for m in pools.MAPS}
 
     def refuse(name, image, kind, *words):
         if image is None:
@@ -321,7 +324,7 @@ def test_scene_refusals(tmp_path):
         else:
             image.save(tmp_path / name)
         with pytest.raises(kind) as e:
-            data.read_scene(tmp_path, "s1")
+            pools.read_scene(tmp_path, "s1")
         one_line(e, name, *words)
         for m, b in whole.items():
             (tmp_path / f"s1_{m}.png").write_bytes(b)
@@ -331,10 +334,10 @@ def test_scene_refusals(tmp_path):
     refuse("s1_albedo.png", Image.new("RGB", (30, 21)), ValueError, "30 x 21", "30 x 20")
     refuse("s1_depth.png", Image.new("RGB", (30, 20)), ValueError, "mode RGB", "gray")
     refuse("s1_normal.png", Image.new("RGBA", (30, 20)), ValueError, "mode RGBA", "8-bit RGB")
-    data.read_scene(tmp_path, "s1")
+    pools.read_scene(tmp_path, "s1")
     (tmp_path / "s1_albedo.png").write_bytes(rgb_png_16())
     with pytest.raises(ValueError) as e:
-        data.read_scene(tmp_path, "s1")
+        pools.read_scene(tmp_path, "s1")
     one_line(e, "s1_albedo.png", "16-bit RGB")
 
 
@@ -342,8 +345,8 @@ def test_the_real_scenes():
     folder = DATA / "hypersim_scenes"
     if not folder.is_dir():
         pytest.skip("shared data is absent")
-    assert data.list_scenes(folder) == ["scene_001", "scene_002", "scene_003"]
-    s = data.read_scene(folder, "scene_001", 128)
+    assert pools.list_scenes(folder) == ["scene_001", "scene_002", "scene_003"]
+    s = pools.read_scene(folder, "scene_001", 128)
     assert s["rgb"].shape == (3, 128, 128) and s["mask"].float().mean() > 0.99
     assert s["normal"][2][s["mask"][0]].mean() > 0.2             # surfaces that we see face the camera
 
@@ -352,19 +355,19 @@ def test_the_real_scenes():
 
 def test_native_values_survive_and_display_follows_the_convention(tmp_path):
     depth = RNG.uniform(-3, 80, (12, 14)).astype(np.float32)
-    paths = data.save_map(tmp_path / "deep" / "out", "a/b c", "depth", depth)
+    paths = pictures.save_map(tmp_path / "deep" / "out", "a/b c", "depth", depth)
     assert [p.name for p in paths] == ["b c_depth.npy", "b c_depth.png", "b c_depth_colour.png"]
     assert np.array_equal(np.load(paths[0]), depth[None]) and np.load(paths[0]).dtype == np.float32
     png = np.asarray(Image.open(paths[1]))
     assert png.dtype == np.uint16 and (png.min(), png.max()) == (0, 65535) and png.argmin() == depth.argmin()
     normal = np.zeros((3, 5, 5), np.float32)
     normal[2] = 1
-    npy, png = data.save_map(tmp_path, "n", "normal", torch.from_numpy(normal))
+    npy, png = pictures.save_map(tmp_path, "n", "normal", torch.from_numpy(normal))
     assert np.array_equal(np.load(npy), normal)
     assert np.asarray(Image.open(png))[0, 0].tolist() == [128, 128, 255]
-    npy, png = data.save_map(tmp_path, "x", "albedo", normal * 1.5)
+    npy, png = pictures.save_map(tmp_path, "x", "albedo", normal * 1.5)
     assert np.load(npy).max() == 1.5 and np.asarray(Image.open(png))[0, 0].tolist() == [0, 0, 255]
-    data.save_map(tmp_path, "flat", "depth", np.ones((4, 4)))
+    pictures.save_map(tmp_path, "flat", "depth", np.ones((4, 4)))
     assert not list(tmp_path.rglob("*.partial"))
 
 
@@ -375,47 +378,47 @@ def test_native_values_survive_and_display_follows_the_convention(tmp_path):
 ])
 def test_save_map_refuses(tmp_path, name, modality, array, word):
     with pytest.raises(ValueError) as e:
-        data.save_map(tmp_path / "out", name, modality, array)
+        pictures.save_map(tmp_path / "out", name, modality, array)
     one_line(e, word)
     assert not list(tmp_path.rglob("*.npy"))
 
 
 def test_an_interrupted_write_keeps_the_old_file(tmp_path, monkeypatch):
-    data.save_png(tmp_path / "a.png", np.zeros((3, 8, 8)))
+    pictures.save_png(tmp_path / "a.png", np.zeros((3, 8, 8)))
     before = (tmp_path / "a.png").read_bytes()
 
     def fail(*_):
         raise OSError("disk full")
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
-        data.save_png(tmp_path / "a.png", np.ones((3, 8, 8)))
+        pictures.save_png(tmp_path / "a.png", np.ones((3, 8, 8)))
     assert (tmp_path / "a.png").read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.png"]
 
 
 def test_colour_map_gets_darker_with_distance():
-    rgb = data.colourise(np.linspace(1, 9, 500)[None])
+    rgb = pictures.colour_depth(np.linspace(1, 9, 500)[None])
     luma = np.tensordot([0.299, 0.587, 0.114], rgb, 1)[0]
     assert rgb.shape == (3, 1, 500) and rgb.min() >= 0 and rgb.max() <= 1
     assert (np.diff(luma) <= 1e-6).all() and luma[0] > 0.9 and luma[-1] < 0.1
-    assert np.isfinite(data.colourise(np.ones((1, 4, 4)))).all()
+    assert np.isfinite(pictures.colour_depth(np.ones((1, 4, 4)))).all()
 
 
 def test_panel_enlarges_tiny_maps_and_survives_any_label():
     tiny = np.zeros((3, 20, 30))
     tiny[0] = 1
-    grid = data.panel([("a label that is far too long for one tile of this size, really", tiny),
+    grid = pictures.panel([("a label that is far too long for one tile of this size, really", tiny),
                        ("写真\nx", tiny), ("", np.ones((3, 140, 150)))], columns=2)
     assert grid.size == (2 * (210 + 4) + 4, 2 * (140 + 16 + 4) + 4)             # 30 px * 7 = 210
     assert grid.getpixel((10, 30)) == (255, 0, 0)
     with pytest.raises(ValueError):
-        data.panel([])
+        pictures.panel([])
 
 
 def test_photos_beyond_the_limit_are_neither_read_nor_kept(tmp_path):
     for i in range(5):
-        data.save_png(tmp_path / f"{i}.png", np.full((3, 16, 16), i / 5))
+        pictures.save_png(tmp_path / f"{i}.png", np.full((3, 16, 16), i / 5))
     (tmp_path / "1.png").write_bytes(b"broken")
     (tmp_path / "4.png").write_bytes(b"broken")
-    some = data.Photos(tmp_path, 8, limit=3)
+    some = photos.Photos(tmp_path, 8, limit=3)
     assert some.names == ["0.png", "2.png", "3.png"] and some.images.shape == (3, 3, 8, 8)
     assert [path.name for path, _ in some.skipped] == ["1.png"] and some.images.untyped_storage().nbytes() == 3 * 192

@@ -18,7 +18,6 @@ from test_train import TINY
 
 import baselines
 import bench
-import data
 import families
 import files
 import kernels
@@ -30,9 +29,10 @@ import train
 from config import parse
 from copies import frozen_copy
 from dit import DiT, DiTConfig
-from grpo import consistency
 from finetune import add_lora, sentence_loss
+from grpo import consistency
 from judge import load_judge
+from pools import ScenePool, scene_pool
 from predictor import load_predictor, photo_maps
 from relations import NAMES
 from scores import predict_maps
@@ -134,7 +134,7 @@ def test_the_gradients_of_the_baselines_stay_on_their_device(watch, name):
     batch, run = batch_of(cfg, policy, *bank, seeded(3), CUDA), Gather()
     gradient = baselines.ranking_gradient
     if name == "supervised":
-        gradient = baselines.supervised_gradient(data.scene_pool("wild", "train", 5, 16, device=CUDA))
+        gradient = baselines.supervised_gradient(scene_pool("wild", "train", 5, 16, device=CUDA))
     stats = gradient(SimpleNamespace(policy=policy, reference=ref), batch, [], None, run)
     assert marked(stats["loss"]) and stats["loss"].isfinite() and all(map(marked, run.losses))
     assert policy.head.weight.grad.abs().sum() > 0
@@ -204,23 +204,23 @@ def test_a_predictor_of_ours_and_the_figures_take_photos_from_the_cpu(watch, tmp
 def test_rendered_scenes_and_their_pool_are_the_same_on_any_device(watch):
     """Here the devices compute alike; on a GPU numbers differ by rounding (test_gpu.py)."""
     ids = scenes.scene_ids("train", 9)
-    made, there = scenes.render("broad", ids, 16), scenes.render("broad", ids.to(CUDA), 16)
+    made, there = scenes.render_scenes("broad", ids, 16), scenes.render_scenes("broad", ids.to(CUDA), 16)
     assert all(map(marked, there.values())) and not any(map(marked, made.values()))
     assert all((made[k] == there[k].cpu()).float().mean() > 0.99 for k in made)
-    pool = data.ScenePool("broad", "train", 9, 16, device=CUDA)
+    pool = ScenePool("broad", "train", 9, 16, device=CUDA)
     assert all(map(marked, pool.maps.values())) and not any(map(marked, pool.all().values()))
     watch.waits.clear()
     picked = pool.pick(torch.tensor([3, 0, 3]), CUDA)
     assert all(map(marked, picked.values())) and not sum(watch.waits.values())
     assert all(torch.equal(picked[k][1].cpu(), pool.all()[k][0]) for k in picked)
-    mean = lambda z: [z[k].double().cpu().nan_to_num(posinf=0).mean() for k in data.ScenePool.KEYS]     # noqa: E731
-    torch.testing.assert_close(mean(data.ScenePool("broad", "train", 9, 16).all()), mean(pool.all()), rtol=1e-2,
+    mean = lambda z: [z[k].double().cpu().nan_to_num(posinf=0).mean() for k in ScenePool.KEYS]     # noqa: E731
+    torch.testing.assert_close(mean(ScenePool("broad", "train", 9, 16).all()), mean(pool.all()), rtol=1e-2,
                                atol=1e-3)
 
 
 def test_a_pool_that_does_not_fit_stays_on_the_cpu(watch, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (60_000, 1 << 40))        # 6,912 bytes a scene
-    small, large = (data.ScenePool("wild", "train", n, 16, device=CUDA) for n in (3, 4))
+    small, large = (ScenePool("wild", "train", n, 16, device=CUDA) for n in (3, 4))
     assert all(map(marked, small.maps.values())) and not any(map(marked, large.maps.values()))
     assert all(map(marked, large.pick(torch.tensor([1]), CUDA).values()))
 

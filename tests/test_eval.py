@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-import data
 import eval as evaluation
 from command import run_command
+from pools import ScenePool, scene_batch
 from questions import true_relations
 from relations import NAMES
 from report import compare_scores
@@ -23,7 +23,7 @@ BETTER = {name: row[-1] for name, row in METRICS.items()}
 
 @pytest.fixture(scope="module")
 def maps():
-    return data.ScenePool("wild", "test", 6, 32).all()
+    return ScenePool("wild", "test", 6, 32).all()
 
 
 @pytest.fixture(scope="module")
@@ -323,7 +323,7 @@ def test_the_same_command_prints_the_same_numbers_and_another_seed_others(run, t
 
 def write_scenes(folder, n=3, side=24):
     """A folder in the HyperSim-style layout, from procedural scenes."""
-    pool = data.ScenePool("synthetic", "val", n, side).all()
+    pool = ScenePool("synthetic", "val", n, side).all()
     for i in range(n):
         z = pool["depth"][i, 0]
         levels = ((z - z.min()) / (z.max() - z.min()) * 65535).numpy().astype(np.uint16)
@@ -352,7 +352,7 @@ def test_the_hypersim_scenes_are_evaluated(run, tmp_path):
 
 def test_perfect_maps_of_a_scene_folder_score_perfectly(tmp_path):
     write_scenes(tmp_path)
-    maps = data.scene_batch(tmp_path, 24)
+    maps = scene_batch(tmp_path, 24)
     maps["depth"] = maps["depth"] + 1
     got = score_maps(perfect(maps), maps, eval_pairs(maps, 40, 1, 0))
     assert all((got[f"{m}/pairs"] == 1).all() for m in NAMES) and got["depth/abs_rel"].max() < 1e-6

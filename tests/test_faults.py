@@ -128,8 +128,8 @@ def test_a_rank_whose_numbers_are_bad_ends_both_with_one_line(campaign, tmp_path
     assert "Traceback" not in (tmp_path / "log.0").read_text() and "train.py" not in (tmp_path / "log.0").read_text()
     line = one_line(tmp_path / "log.1")
     assert "step 3" in line and "loss is nan" in line and ".png" in line
-    from files import read_tensors
-    assert read_tensors(tmp_path / "run" / "photos" / "checkpoint.safetensors")[1]["step"] == "2"
+    from files import read_checked
+    assert read_checked(tmp_path / "run" / "photos" / "checkpoint.safetensors")[1]["step"] == "2"
 
 
 def test_a_killed_rank_ends_the_other_with_one_line(campaign, tmp_path):
@@ -175,17 +175,17 @@ def _limited(what, amount, argv, log):
 
 
 def test_a_full_disk_is_one_line_and_the_checkpoint_before_it_stays(campaign, tmp_path):
-    from files import read_tensors
+    from files import read_checked
     argv = grpo(campaign, tmp_path / "run", "--eval-every", 0)
     ended(start("train", [*argv, "--stop-at", 2], tmp_path / "log"), 0)
     assert limited(resource.RLIMIT_FSIZE, 40_000, argv, tmp_path / "log") == 2  # a checkpoint is larger
     line = one_line(tmp_path / "log")
     assert "File too large" in line and "checkpoint.safetensors" in line and "run the same command again" in line
     folder = tmp_path / "run" / "photos"
-    assert max(int(read_tensors(p)[1]["step"]) for p in folder.glob("checkpoint*.safetensors")) == 2
+    assert max(int(read_checked(p)[1]["step"]) for p in folder.glob("checkpoint*.safetensors")) == 2
     assert not list(folder.glob("*.part"))
     ended(start("train", argv, tmp_path / "log"), 0)                            # room was made
-    assert int(read_tensors(folder / "checkpoint.safetensors")[1]["step"]) == 4
+    assert int(read_checked(folder / "checkpoint.safetensors")[1]["step"]) == 4
 
 
 def test_no_memory_is_one_line(campaign, tmp_path):

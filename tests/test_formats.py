@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 import formats
+from files import decode_json
 from formats import Files
 
 RNG = np.random.default_rng(0)
@@ -111,7 +112,7 @@ def test_an_npy_gives_back_its_array(array):
 
 @pytest.mark.parametrize("content", [b"PK\x03\x04junk", b"[" * 100_000])
 def test_an_archive_or_a_deep_json_is_refused(content):
-    for decode in (formats.decode_npy, formats.decode_json):
+    for decode in (formats.decode_npy, decode_json):
         with pytest.raises(ValueError, match="x: got"):
             decode(content, "x")
 

@@ -16,7 +16,6 @@ from one_step import batch_of, explore, learn
 from safetensors.torch import load_file
 from test_train import TINY, log
 
-import data
 import relations
 import scenes
 from config import parse
@@ -24,6 +23,7 @@ from copies import Networks, frozen_copy
 from dit import DiT, DiTConfig, flow_loss
 from judge import build_mini_judge
 from mini_judge import MiniSizes, Probe, judge_loss
+from pools import ScenePool
 from predictor import Transition
 from ranks import Draw, on_device
 from relations import NAMES
@@ -105,7 +105,7 @@ def test_sd2_unet_and_vae():
 def test_the_judges_scores_and_its_loss():
     sizes = MiniSizes(32, 8, 32, 1, 1, 2)
     judge, probe = build_mini_judge(sizes, seeded()), Probe(sizes, seeded(1))
-    maps = data.ScenePool("broad", "train", 4, 32).all()
+    maps = ScenePool("broad", "train", 4, 32).all()
 
     def run(judge, probe, device):
         here = {k: v.to(device) for k, v in maps.items()}
@@ -120,8 +120,8 @@ def test_the_judges_scores_and_its_loss():
 def test_rendered_scenes_but_for_pixels_at_edges():
     ids = scenes.scene_ids("train", 6)
     for domain in scenes.DOMAINS:
-        here, there = scenes.render(domain, ids, 64), scenes.render(domain, ids.to(DEVICE), 64)
-        alone = scenes.render(domain, ids[3:4].to(DEVICE), 64)
+        here, there = scenes.render_scenes(domain, ids, 64), scenes.render_scenes(domain, ids.to(DEVICE), 64)
+        alone = scenes.render_scenes(domain, ids[3:4].to(DEVICE), 64)
         for k in here:
             assert there[k].device.type == DEVICE.type and torch.equal(alone[k], there[k][3:4]), k
             same = torch.isclose(there[k].cpu().double(), here[k].double(), rtol=1e-3, atol=1e-3)
@@ -130,7 +130,7 @@ def test_rendered_scenes_but_for_pixels_at_edges():
 
 @pytest.mark.parametrize("m", NAMES)
 def test_relations_and_pairs(m):
-    maps = data.ScenePool("wild", "train", 4, 32).all()
+    maps = ScenePool("wild", "train", 4, 32).all()
     pts = relations.sample_pairs(4, (32, 32), 200, seeded(3), mask=maps["mask"])
     here, there = relations.relation(maps[m], pts, m), relations.relation(maps[m].to(DEVICE), pts.to(DEVICE), m)
     assert (here == there.cpu()).float().mean() > 0.995 and len(here.unique()) > 1
@@ -256,7 +256,7 @@ def test_portions_give_the_loss_and_gradients_of_the_whole():
 def test_losses_draw_their_numbers_on_the_gpu_and_alike_each_time():
     sizes = MiniSizes(32, 8, 32, 1, 1, 2)
     judge, probe = build_mini_judge(sizes, seeded()).to(DEVICE), Probe(sizes, seeded(1)).to(DEVICE)
-    maps = data.ScenePool("broad", "train", 4, 32, device=DEVICE).pick(torch.arange(4), DEVICE)
+    maps = ScenePool("broad", "train", 4, 32, device=DEVICE).pick(torch.arange(4), DEVICE)
     policy = predictor_of_ours().to(DEVICE)
     first, second = ([flow_loss(policy, maps, NAMES, Draw(seeded(k), 4)),
                       judge_loss(judge, probe, maps, True, Draw(seeded(k), 4))[0]] for k in (1, 1))

@@ -13,12 +13,13 @@ from expect import seeded
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import data
 import judge as judging
 from bank import Bank
 from families import FAMILIES, Prompt
 from judge import build_mini_judge, load_judge
 from mini_judge import SPECIAL, MiniSizes, Probe, class_weights, judge_loss
+from photos import Photos
+from pools import ScenePool
 from questions import true_relations
 from relations import MODALITIES, draw_markers
 
@@ -46,7 +47,7 @@ def images():
 
 @pytest.fixture(scope="module")
 def maps():
-    return data.ScenePool("broad", "train", 8, 16).all()
+    return ScenePool("broad", "train", 8, 16).all()
 
 
 def test_a_full_disk_leaves_no_judge_or_the_old_one(judge, folder, tmp_path, small_files):
@@ -408,7 +409,7 @@ def test_the_loss_is_the_same_for_the_same_generator(maps):
 
 
 def test_scenes_under_the_open_sky_give_a_finite_loss():
-    maps = data.ScenePool("wild", "train", 8, 16).all()
+    maps = ScenePool("wild", "train", 8, 16).all()
     assert not maps["mask"].all() and maps["depth"].isinf().any()
     model, probe = build_mini_judge(SIZES, seeded()), Probe(SIZES, seeded(1))
     loss, _ = judge_loss(model, probe, maps, True, seeded())
@@ -494,5 +495,5 @@ def test_a_bank_is_filled_ahead_of_time_resumed_and_then_read_without_a_judge(fo
     assert "30 pairs asked, 36 already known" in said.out and "broken.png" in said.err
     monkeypatch.setattr(judging, "load_judge", lambda *_: pytest.fail("opened the judge"))
     lazy = judging.LazyJudge(folder)
-    pts, prob = Bank(tmp_path / "bank", lazy).fill(data.Photos(photos, lazy.size).images, 6)
+    pts, prob = Bank(tmp_path / "bank", lazy).fill(Photos(photos, lazy.size).images, 6)
     assert lazy.opened is None and prob.shape == (11, 6, 4) and ((prob > 0) & (prob < 1)).all()

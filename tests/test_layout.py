@@ -120,8 +120,8 @@ def test_no_pickle_and_no_remote_code(path):
 
 UNSAFE = {"extract", "extractall", "unpack_archive", "import_module", "__import__", "fromstring", "memmap", "ZipFile"}
 PLACES = {  # call: the modules that may make it, since they check what they read or wrote it themselves
-    "json.loads": {"untrusted", "runtime", "files", "predictions"}, "json.load": set(), "load_file": {"untrusted"},
-    "safe_open": {"untrusted", "files"}, "Image.open": {"formats"}, "tarfile.open": {"formats"},
+    "json.loads": {"files", "runtime", "predictions"}, "json.load": set(), "load_file": set(),
+    "safe_open": {"files"}, "Image.open": {"formats"}, "tarfile.open": {"formats"},
     "h5py.File": {"prepare"}, "torch.load": set(), "snapshot_download": {"files"}}
 
 

@@ -69,7 +69,7 @@ def test_a_fresh_adapter_changes_nothing_bit_for_bit(x):
 
 def test_an_adapter_adds_alpha_over_r_times_b_a_x(x):
     base = nn.Linear(8, 6)
-    layer = lora.Adapted(base, 3, 12, rng=seeded())
+    layer = lora.LoRALinear(base, 3, 12, rng=seeded())
     nn.init.normal_(layer.lora_B, generator=seeded(1))
     want = x @ base.weight.T + base.bias + 4 * (x @ layer.lora_A.T @ layer.lora_B.T)
     torch.testing.assert_close(layer(x), want, rtol=ROUNDING, atol=10 * ROUNDING)                # values up to 10
@@ -84,7 +84,7 @@ def test_only_the_adapters_have_gradients(x):
 
 
 def test_an_adapted_layer_is_frozen_by_itself():
-    assert not any(p.requires_grad for p in lora.Adapted(nn.Linear(8, 6), 3, 6).base.parameters())
+    assert not any(p.requires_grad for p in lora.LoRALinear(nn.Linear(8, 6), 3, 6).base.parameters())
 
 
 def test_a_fresh_adapter_gets_a_gradient_in_b_and_none_in_a(x):
@@ -95,7 +95,7 @@ def test_a_fresh_adapter_gets_a_gradient_in_b_and_none_in_a(x):
 
 
 def test_a_starts_uniform_within_one_over_the_root_of_the_inputs():
-    start = lora.Adapted(nn.Linear(64, 5), 40, 40, rng=seeded()).lora_A
+    start = lora.LoRALinear(nn.Linear(64, 5), 40, 40, rng=seeded()).lora_A
     assert start.abs().max() <= 1 / 8 and start.abs().max() > 0.99 / 8
     assert abs(start.mean()) < 0.005 and abs(start.std() * 8 - 3**-0.5) < 0.02       # 2560 draws: three std errors
 
@@ -131,7 +131,7 @@ def test_dropout_acts_in_training_only(x):
 
 def test_dropout_zeroes_inputs_of_a_and_leaves_the_base_whole():
     base = nn.Linear(8, 6)
-    layer = lora.Adapted(base, 3, 6, 0.5, seeded()).train()
+    layer = lora.LoRALinear(base, 3, 6, 0.5, seeded()).train()
     nn.init.normal_(layer.lora_B, generator=seeded(1))
     x = torch.randn(1, 8, generator=seeded(2))
     with torch.random.fork_rng(devices=[]):
@@ -203,10 +203,10 @@ def test_the_merged_state_of_a_network_without_adapters_is_its_own():
 
 
 def test_a_half_precision_base_is_merged_in_fp32_and_keeps_its_dtype():
-    layer = lora.Adapted(nn.Linear(8, 6).bfloat16(), 3, 6, rng=seeded())
+    layer = lora.LoRALinear(nn.Linear(8, 6).bfloat16(), 3, 6, rng=seeded())
     nn.init.normal_(layer.lora_B, generator=seeded(1))
     want = (layer.base.weight.float() + 2 * layer.lora_B @ layer.lora_A).bfloat16()
-    assert layer.merged().dtype == torch.bfloat16 and torch.equal(layer.merged(), want)
+    assert layer.merged_weight().dtype == torch.bfloat16 and torch.equal(layer.merged_weight(), want)
 
 
 # files ------------------------------------------------------------------------------------------------------------

@@ -33,8 +33,8 @@ from judge import build_mini_judge
 from marigold import VAE, Marigold, Schedule, UNet
 from mini_judge import MiniSizes
 from predictor import COEFFICIENTS, ddim_sde_step, load_predictor, sample_ode
-from relations import NAMES
-from scenes import srgb_encode
+from relations import NAMES, srgb_encode
+from schedule import flow_time
 
 PARITY = 1e-5                      # fp32 against diffusers, maps in [0, 1] or [-1, 1]
 UNIT = 5e-5                        # the same for normals: divided by lengths down to 0.1 or so
@@ -444,7 +444,7 @@ def test_a_velocity_is_noise_minus_the_clean_latent(models, kind, monkeypatch):
             assert index.tolist() == [t] and (x[:, :4] == 3).all()
             return a * noise - s * clean
         monkeypatch.setattr(one.unet, "forward", answer)
-        ours = marigold._time(abar)
+        ours = flow_time(abar)
         x = (1 - ours) * clean + ours * noise
         got = one.velocity(x, torch.tensor([ours]), torch.full((1, 4, 3, 2), 3.0))
         torch.testing.assert_close(got, noise - clean, rtol=0, atol=PARITY)

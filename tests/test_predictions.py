@@ -9,16 +9,20 @@ import pytest
 import torch
 from official import bench_of
 
+import benchmark_report
 import benchmark_table
 import benchmarks
-import data
 import eval as evaluation
 import marigold
 import metrics
 import predictions
 import protocols
 from command import run_command
-from predictor import DiT, DiTConfig, load_predictor, predict_photo
+from dit import DiT, DiTConfig
+from pictures import panel
+from predictor import load_predictor, predict_photo
+from schedule import Schedule
+from sd2 import VAE, UNet
 
 every = pytest.mark.parametrize("bench", benchmark_table.BENCHMARKS, ids=lambda b: f"{b.dataset}-{b.task}")
 
@@ -136,8 +140,8 @@ def test_pictures_show_best_and_worst_first(tmp_path, capsys, monkeypatch):
         depth = np.load(path)
         np.save(path, (depth + amount * rng.standard_normal(depth.shape)).astype(np.float32))
     shown = []
-    real = data.panel
-    monkeypatch.setattr(data, "panel", lambda tiles, columns: shown.extend(tiles) or real(tiles, columns))
+    real = benchmark_report.panel
+    monkeypatch.setattr(benchmark_report, "panel", lambda tiles, columns: shown.extend(tiles) or real(tiles, columns))
     numbers(tmp_path, *flags, "--panels", 3)
     titles = [label for label, _ in shown[::4]]
     assert [t.split(":")[0] for t in titles] == ["best", "worst", "best"]
@@ -156,7 +160,7 @@ def test_every_task_has_a_picture(bench, tmp_path):
     tiles = protocols.result_pictures(bench, source.predict(bench, sample), sample)
     assert len(tiles) >= 2 and all(x.shape[0] == 3 and np.isfinite(x).all() for _, x in map(
         lambda t: (t[0], np.asarray(t[1])), tiles))
-    data.panel(tiles)
+    panel(tiles)
 
 
 # networks ---------------------------------------------------------------------------------------------------------
@@ -227,7 +231,7 @@ def test_the_weights_key_sees_what_no_weight_shows():
     with torch.random.fork_rng():
         model, keys = tiny_marigold(), []
     keys.append(predictions.weights_key(model))
-    model.schedule = marigold.Schedule({**model.schedule.config, "timestep_spacing": "leading"})
+    model.schedule = Schedule({**model.schedule.config, "timestep_spacing": "leading"})
     keys.append(predictions.weights_key(model))
     model.about["target_properties"]["albedo"]["prediction_space"] = "srgb"
     keys.append(predictions.weights_key(model))
@@ -536,7 +540,7 @@ def tiny_marigold(kind="MarigoldIntrinsicsPipeline", n=3):
     about = dict(_class_name=kind, target_properties=dict(target_names=["albedo", "shading", "residual"], **spaces),
                  default_denoising_steps=1)
     torch.manual_seed(0)
-    return marigold.Marigold(marigold.UNet(unet), marigold.VAE(vae), marigold.Schedule(schedule),
+    return marigold.Marigold(UNet(unet), VAE(vae), Schedule(schedule),
                              torch.randn(1, 2, 24), about).eval()
 
 

@@ -11,22 +11,12 @@ from expect import seeded
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import data
+import pools
 import predictor
 from command import run_command
-from predictor import (
-    DATA_STD,
-    NAMES,
-    DiT,
-    DiTConfig,
-    flow_loss,
-    load_predictor,
-    predict_photo,
-    sample_ode,
-    times,
-    to_state,
-)
-from relations import MODALITIES
+from dit import DiT, DiTConfig, flow_loss, to_state
+from predictor import DATA_STD, load_predictor, predict_photo, sample_ode, times
+from relations import MODALITIES, NAMES
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = DiTConfig(size=16, patch=4, width=32, encoder_layers=1, layers=2, heads=2)
@@ -57,7 +47,7 @@ def folder(model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def maps():
-    return data.ScenePool("wild", "train", 6, 16).all()
+    return pools.ScenePool("wild", "train", 6, 16).all()
 
 
 def inputs(B=3, H=16, W=16):
@@ -487,8 +477,8 @@ def test_the_panel_of_a_large_photo_shows_the_whole_range_of_normals(folder, tmp
     """Shrinking a map for the panel must not clip normals that point left, down or away."""
     Image.fromarray(PIXELS).resize((600, 400)).save(tmp_path / "large.png")
     seen = []
-    real = data.panel
-    monkeypatch.setattr(data, "panel", lambda tiles, *rest: (seen.append(dict(tiles)), real(tiles, *rest))[1])
+    real = predictor.panel
+    monkeypatch.setattr(predictor, "panel", lambda tiles, *rest: (seen.append(dict(tiles)), real(tiles, *rest))[1])
     run(folder, tmp_path / "large.png", tmp_path / "out")
     truth = np.load(tmp_path / "out" / "large_normal.npy")
     assert truth.min() < -0.5 and np.asarray(seen[0]["normal"]).min() < 0.3

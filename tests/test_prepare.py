@@ -8,7 +8,7 @@ import pytest
 import torch
 from rooms import write_scene
 
-import data
+import pools
 import prepare
 import questions
 
@@ -63,7 +63,7 @@ def test_hypersim_distance_becomes_planar_depth(tmp_path, camera, capsys):
     write_hypersim(tmp_path / "raw", camera=camera)
     prepare.main(["hypersim", str(tmp_path / "raw"), str(tmp_path / "out"), "--size", str(H)])
     assert "1 frames written" in capsys.readouterr().out
-    (name, got), = data.read_scene_folder(tmp_path / "out")
+    (name, got), = pools.read_scene_folder(tmp_path / "out")
     assert name == "ai_001_001.cam_00.0000"
     distance, z, _ = surface(camera)
     crop = slice((W - H) // 2, (W + H) // 2)
@@ -80,7 +80,7 @@ def test_hypersim_distance_becomes_planar_depth(tmp_path, camera, capsys):
 def test_hypersim_normals_face_the_camera_and_invalid_ones_are_zero(tmp_path):
     write_hypersim(tmp_path / "raw")
     prepare.main(["hypersim", str(tmp_path / "raw"), str(tmp_path / "out"), "--size", str(H)])
-    (_, got), = data.read_scene_folder(tmp_path / "out")
+    (_, got), = pools.read_scene_folder(tmp_path / "out")
     normal, mask = got["normal"].numpy(), got["mask"][0].numpy()
     assert np.abs(normal[:, mask] - PLANE[:, None]).max() < 0.02                # also in the column that was turned
     assert (normal[:, ~mask] == 0).all()
@@ -89,7 +89,7 @@ def test_hypersim_normals_face_the_camera_and_invalid_ones_are_zero(tmp_path):
 def test_hypersim_colours_are_encoded(tmp_path):
     maps = write_hypersim(tmp_path / "raw")
     prepare.main(["hypersim", str(tmp_path / "raw"), str(tmp_path / "out"), "--size", str(H)])
-    (_, got), = data.read_scene_folder(tmp_path / "out")
+    (_, got), = pools.read_scene_folder(tmp_path / "out")
     crop = slice((W - H) // 2, (W + H) // 2)
     a = maps["diffuse_reflectance"][:, crop].transpose(2, 0, 1)
     want = np.where(a <= .0031308, 12.92 * a, 1.055 * a ** (1 / 2.4) - .055)
@@ -114,7 +114,7 @@ def test_a_bad_hypersim_frame_is_named_and_leaves_nothing(tmp_path, capsys, chan
 
 def test_constant_depth_is_named():
     with pytest.raises(ValueError, match="x: got one depth"):
-        prepare.levels(np.ones((4, 4)), np.ones((4, 4), bool), "x")
+        prepare.depth_levels(np.ones((4, 4)), np.ones((4, 4), bool), "x")
 
 
 def test_a_good_frame_beside_a_bad_one_is_kept_and_a_second_run_does_only_the_rest(tmp_path, capsys):
@@ -125,7 +125,7 @@ def test_a_good_frame_beside_a_bad_one_is_kept_and_a_second_run_does_only_the_re
     assert "1 frames written" in capsys.readouterr().out
     prepare.main(command)
     assert "0 frames written" in capsys.readouterr().out
-    assert data.list_scenes(tmp_path / "out") == ["ai_001_001.cam_00.0000"]
+    assert pools.list_scenes(tmp_path / "out") == ["ai_001_001.cam_00.0000"]
 
 
 def test_missing_cameras_h5py_and_folders_are_named(tmp_path, monkeypatch):
@@ -193,7 +193,7 @@ def write_interiorverse(root, flip=(1, 1, 1)):
 def test_interiorverse_frames_become_a_scene(tmp_path, capsys):
     z, light, bad = write_interiorverse(tmp_path / "raw")
     prepare.main(["interiorverse", str(tmp_path / "raw"), str(tmp_path / "out"), "--size", str(H)])
-    (name, got), = data.read_scene_folder(tmp_path / "out")
+    (name, got), = pools.read_scene_folder(tmp_path / "out")
     crop = slice((W - H) // 2, (W + H) // 2)
     assert name == "L3D124.000"
     depth, mask, z = got["depth"][0].numpy(), got["mask"][0].numpy(), z[:, crop]

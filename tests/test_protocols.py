@@ -15,7 +15,7 @@ import metrics
 import protocols
 import surface
 from intervals import bootstrap_interval
-from scenes import srgb_decode
+from relations import srgb_decode
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 RNG = np.random.default_rng(0)

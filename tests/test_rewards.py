@@ -6,14 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-import data
 import maps
 import surface
 from config import Config
 from grpo import Score, advantage, agreement, consistency, pair_weights, score
 from maps import assumed_camera, normals_from_depth
-from relations import MODALITIES, relation, sample_pairs
-from scenes import srgb_decode
+from pools import ScenePool
+from relations import MODALITIES, relation, sample_pairs, srgb_decode
 
 NAMES = list(MODALITIES)
 CFG = Config()
@@ -29,7 +28,7 @@ def case(m, seed=0, B=3, G=4, P=12):
 
 @pytest.fixture(scope="module")
 def scenes():
-    return data.ScenePool("synthetic", "val", 6, 32).all()
+    return ScenePool("synthetic", "val", 6, 32).all()
 
 
 # agreement --------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""ranks.py, run.py, command.py: stateless randomness, checkpoints and their refusals, logs, optimizers, the command wrapper."""
+"""ranks.py, run.py, command.py: randomness, checkpoints and their refusals, logs, optimizers, the command wrapper."""
 import json
 import locale
 import math
@@ -251,7 +251,7 @@ def test_the_last_checkpoints_are_kept_and_their_number_is_a_setting(tmp_path):
         opts = optimizers([model], 0.01, 0, 0.0)
         run = Run(tmp_path / str(keep), {}, 0, 6, dict(policy=model), opts, 1, keep)
         walk(run, model)
-        steps = [int(files.read_tensors(p)[1]["step"]) for p in run.checkpoints()]
+        steps = [int(files.read_checked(p)[1]["step"]) for p in run.checkpoints()]
         assert steps == [6, 5, 4][:keep]
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import relations
 import scenes
 
 N, SIZE = 32, 32
@@ -17,7 +18,7 @@ def domain(request):
 
 @pytest.fixture(scope="module")
 def out(domain):
-    return scenes.render(domain, scenes.scene_ids("train", N), SIZE, noise=False)
+    return scenes.render_scenes(domain, scenes.scene_ids("train", N), SIZE, noise=False)
 
 
 def pinhole_rays(focal, H, W):
@@ -28,15 +29,15 @@ def pinhole_rays(focal, H, W):
 
 
 def test_rgb_is_the_tonemapped_product_of_albedo_and_irradiance(out):
-    linear = scenes.srgb_decode(out["albedo"]) * scenes.srgb_decode(out["irradiance"])
+    linear = relations.srgb_decode(out["albedo"]) * relations.srgb_decode(out["irradiance"])
     error = (scenes.tonemap(linear, out["tone"]) - out["rgb"]).abs() * out["mask"]
     assert error.max() < TOL
 
 
 def test_srgb_curves_are_inverse_and_hit_the_published_values():
     x = torch.linspace(0, 1, 1001)
-    assert (scenes.srgb_decode(scenes.srgb_encode(x)) - x).abs().max() < TOL
-    assert torch.allclose(scenes.srgb_encode(torch.tensor([0., .0031308, .5, 1.])),
+    assert (relations.srgb_decode(relations.srgb_encode(x)) - x).abs().max() < TOL
+    assert torch.allclose(relations.srgb_encode(torch.tensor([0., .0031308, .5, 1.])),
                           torch.tensor([0., .04044994, .7353569, 1.]), atol=1e-6)
 
 
@@ -49,7 +50,7 @@ def test_tonemap_keeps_the_order_of_values():
 
 def test_normals_agree_with_finite_differences_of_depth(domain):
     # small steps on curved surfaces: 96 px
-    o = scenes.render(domain, scenes.scene_ids("train", 8), 96, noise=False)
+    o = scenes.render_scenes(domain, scenes.scene_ids("train", 8), 96, noise=False)
     point = pinhole_rays(o["focal"], 96, 96) * torch.where(o["mask"], o["depth"], 0.)
     right = point[..., 1:-1, 2:] - point[..., 1:-1, :-2]
     up = point[..., :-2, 1:-1] - point[..., 2:, 1:-1]
@@ -73,7 +74,7 @@ def test_normals_are_unit_and_face_the_camera(out):
 
 
 def test_floor_seen_by_a_level_camera_points_up():
-    o = scenes.render("synthetic", scenes.scene_ids("train", N), SIZE)
+    o = scenes.render_scenes("synthetic", scenes.scene_ids("train", N), SIZE)
     lowest, highest = o["normal"][:, 1, -1].flatten(), o["normal"][:, 1, 0].flatten()
     assert lowest.max() > .98 and highest.min() < -.98
     assert lowest.mean() > .3 > -.3 > highest.mean()
@@ -81,7 +82,7 @@ def test_floor_seen_by_a_level_camera_points_up():
 
 def test_depth_is_planar_and_a_wall_does_not_depend_on_the_size_of_the_view(domain):
     ids = scenes.scene_ids("val", 8)
-    small, large = (scenes.render(domain, ids, n, noise=False) for n in (21, 63))
+    small, large = (scenes.render_scenes(domain, ids, n, noise=False) for n in (21, 63))
     # 63 px is 21 px with nine pixels for one: the middle ones share their ray
     middle = large["depth"][..., 1::3, 1::3]
     same = torch.isclose(middle, small["depth"], rtol=1e-4)
@@ -91,7 +92,7 @@ def test_depth_is_planar_and_a_wall_does_not_depend_on_the_size_of_the_view(doma
 
 def test_a_view_may_be_wider_than_high(domain):
     ids = scenes.scene_ids("val", 3)
-    wide, square = scenes.render(domain, ids, (16, 32)), scenes.render(domain, ids, 16)
+    wide, square = scenes.render_scenes(domain, ids, (16, 32)), scenes.render_scenes(domain, ids, 16)
     assert wide["rgb"].shape == (3, 3, 16, 32)
     assert torch.isclose(wide["depth"][..., 8:24], square["depth"], rtol=1e-4).float().mean() > .995
 
@@ -148,7 +149,7 @@ def test_rays_enter_from_outside_and_miss_what_lies_behind():
 
 
 def test_most_pixels_are_valid(domain):
-    share = scenes.render(domain, scenes.scene_ids("train", 128), 16)["mask"].float().mean((1, 2, 3))
+    share = scenes.render_scenes(domain, scenes.scene_ids("train", 128), 16)["mask"].float().mean((1, 2, 3))
     assert (share >= .6).float().mean() > .97 and share.mean() > .9
 
 
@@ -159,9 +160,9 @@ def test_albedo_is_made_of_few_flat_colours(out):
 
 def test_a_scene_is_the_same_in_any_batch_and_order(domain):
     ids = scenes.scene_ids("test", 20)
-    together = scenes.render(domain, ids, SIZE)
+    together = scenes.render_scenes(domain, ids, SIZE)
     order = torch.tensor([7, 19, 0, 3])
-    shuffled, alone = scenes.render(domain, ids[order], SIZE), scenes.render(domain, ids[7:8], SIZE)
+    shuffled, alone = scenes.render_scenes(domain, ids[order], SIZE), scenes.render_scenes(domain, ids[7:8], SIZE)
     for name in together:
         assert torch.equal(together[name][order], shuffled[name]), name
         assert torch.equal(together[name][7:8], alone[name]), name
@@ -170,12 +171,12 @@ def test_a_scene_is_the_same_in_any_batch_and_order(domain):
 def test_rendering_leaves_the_global_generator_alone(domain):
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    scenes.render(domain, scenes.scene_ids("train", 2), 8)
+    scenes.render_scenes(domain, scenes.scene_ids("train", 2), 8)
     assert torch.equal(before, torch.get_rng_state())
 
 
 def test_noise_touches_rgb_only_and_not_in_synthetic(domain, out):
-    noisy = scenes.render(domain, scenes.scene_ids("train", N), SIZE)
+    noisy = scenes.render_scenes(domain, scenes.scene_ids("train", N), SIZE)
     assert all(torch.equal(noisy[k], out[k]) for k in out if k != "rgb")
     change = (noisy["rgb"] - out["rgb"]).abs()
     assert change.max() < .06 and (change.max() == 0) == (domain == "synthetic")
@@ -184,9 +185,9 @@ def test_noise_touches_rgb_only_and_not_in_synthetic(domain, out):
 def test_splits_and_domains_hold_different_scenes():
     ids = {split: scenes.scene_ids(split, 50) for split in scenes.SPLITS}
     assert len(torch.cat(list(ids.values())).unique()) == 150
-    views = torch.cat([scenes.render("broad", ids[split], 8)["depth"].flatten(1) for split in ids])
+    views = torch.cat([scenes.render_scenes("broad", ids[split], 8)["depth"].flatten(1) for split in ids])
     assert len(views.unique(dim=0)) == 150
-    assert not torch.equal(views[:50], scenes.render("wild", ids["train"], 8)["depth"].flatten(1))
+    assert not torch.equal(views[:50], scenes.render_scenes("wild", ids["train"], 8)["depth"].flatten(1))
 
 
 def test_draws_are_uniform_and_uncorrelated():
@@ -205,7 +206,7 @@ def test_broad_contains_both_other_domains_in_every_row():
 
 @pytest.mark.parametrize("position, value", [("low", .75), ("up", .75)])
 def test_height_in_the_image_does_not_answer_depth_or_normals(position, value):
-    o = scenes.render("wild", scenes.scene_ids("train", 256), 32)
+    o = scenes.render_scenes("wild", scenes.scene_ids("train", 256), 32)
     quantity, mask = (-o["depth"] if position == "low" else -o["normal"][:, 2:])[:, 0], o["mask"][:, 0]
     right = n = 0
     for step in (2, 5, 10, 16):
@@ -217,6 +218,6 @@ def test_height_in_the_image_does_not_answer_depth_or_normals(position, value):
 
 def test_unknown_names_are_one_line_errors_with_the_choices():
     with pytest.raises(ValueError, match="^scenes.*domain got 'moon', want one of synthetic, broad, wild$"):
-        scenes.render("moon", torch.tensor([0]), 8)
+        scenes.render_scenes("moon", torch.tensor([0]), 8)
     with pytest.raises(ValueError, match=r"^scenes.py: split got 'dev', want one of train, val, test$"):
         scenes.scene_ids("dev", 2)

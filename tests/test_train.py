@@ -18,7 +18,6 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import baselines
-import data
 import grpo
 import predictor
 import questions
@@ -30,6 +29,7 @@ from config import UserError, parse
 from copies import frozen_copy, keep_in_bf16
 from dit import DiT, DiTConfig
 from judge import PAPER_ACCURACY, Oracle
+from pools import ScenePool
 from relations import MODALITIES, sample_pairs
 from run import NotFinite, Run
 
@@ -378,7 +378,7 @@ def test_the_ranking_loss_and_its_anchor_pull_the_right_way(run):
 
 
 def test_an_oracle_is_as_often_right_as_the_papers_judge():
-    maps = data.ScenePool("wild", "train", 24, 32).all()
+    maps = ScenePool("wild", "train", 24, 32).all()
     rng = torch.Generator().manual_seed(0)
     pts = sample_pairs(24, (32, 32), 200, rng, mask=maps["mask"])
     prob = Oracle(maps, rng).ask(maps["rgb"], pts, [f"wild {i}" for i in range(24)])

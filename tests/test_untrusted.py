@@ -22,16 +22,18 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import benchmarks
-import data
+import files
 import formats
 import judge
 import lora
+import photos
+import pictures
 import predictions
 import predictor
 import questions
-import untrusted
 from command import run_command
-from predictor import DiT, DiTConfig, load_predictor
+from dit import DiT, DiTConfig
+from predictor import load_predictor
 
 EVIL = "import pathlib\npathlib.Path({marker!r}).write_text('ran')\nclass Evil: pass\n"
 
@@ -71,7 +73,7 @@ def copy(tiny, tmp_path):
 @pytest.fixture(autouse=True)
 def usual_limit():
     yield
-    untrusted.allow(untrusted.PIXELS)
+    files.set_max_pixels(files.PIXELS)
 
 
 def refused(call, *words):
@@ -167,7 +169,7 @@ def test_quantised_weights_are_refused(copy):
 def test_postscript_under_the_name_of_a_photo_is_not_given_to_its_interpreter(tmp_path, monkeypatch):
     (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 12\n%%EndComments\nshowpage\n")
     monkeypatch.setattr("subprocess.Popen", lambda *a, **k: pytest.fail("a program was started"))
-    refused(lambda: data.read_rgb(tmp_path / "a.png"), "not an image")
+    refused(lambda: photos.read_rgb(tmp_path / "a.png"), "not an image")
 
 
 # bombs ------------------------------------------------------------------------------------------------------------
@@ -200,7 +202,7 @@ def test_a_picture_that_announces_or_repeats_too_much_is_refused(tmp_path, name)
     content = bombs()[name]
     (tmp_path / name).write_bytes(content)
     assert len(content) < 4 << 20
-    refused(lambda: data.read_rgb(tmp_path / name), repr(str(tmp_path / name)))
+    refused(lambda: photos.read_rgb(tmp_path / name), repr(str(tmp_path / name)))
     for decode in (formats.decode_rgb, formats.decode_gray, formats.decode_png_linear):
         refused(lambda d=decode: d(content, "here"), "here: got")
 
@@ -209,9 +211,9 @@ def test_a_photo_at_the_limit_stays_below_two_gigabytes(tmp_path, monkeypatch):
     """A quarter of the limit in a quarter of the memory; the process itself needs less than half a gigabyte."""
     Image.new("RGB", (5000, 4000)).save(tmp_path / "a.png", compress_level=1)
     monkeypatch.setattr(fuzz, "MEMORY", 3 * fuzz.MEMORY // 16)
-    assert 4 * 5000 * 4000 == untrusted.PIXELS
+    assert 4 * 5000 * 4000 == files.PIXELS
     with fuzz.bounded():
-        assert fuzz.outcome(lambda: data.read_rgb(tmp_path / "a.png")) == "valid"
+        assert fuzz.outcome(lambda: photos.read_rgb(tmp_path / "a.png")) == "valid"
 
 
 def npy(header):
@@ -244,7 +246,7 @@ def test_an_exr_that_announces_too_much_is_refused():
         b"[" * 100_000))])
 def test_a_safetensors_file_with_absurd_lengths_or_offsets_is_refused(tmp_path, head):
     (tmp_path / "a.safetensors").write_bytes(head)
-    refused(lambda: untrusted.read_tensors(tmp_path / "a.safetensors"), str(tmp_path / "a.safetensors"))
+    refused(lambda: files.read_tensors(tmp_path / "a.safetensors"), str(tmp_path / "a.safetensors"))
 
 
 @pytest.mark.parametrize("dtype, bits", [("F4", 4), ("F8_E4M3", 8), ("F8_E8M0", 8), ("F6_E2M3", 6), ("C64", 64)])
@@ -252,25 +254,25 @@ def test_a_dtype_that_torch_cannot_convert_is_refused(tmp_path, dtype, bits):
     head = json.dumps(dict(a=dict(dtype=dtype, shape=[8], data_offsets=[0, bits]))).encode()
     path = tmp_path / "a.safetensors"
     path.write_bytes(struct.pack("<Q", len(head)) + head + bytes(bits))
-    refused(lambda: untrusted.read_tensors(path), f"{path}: got ")
-    refused(lambda: untrusted.Tensors(path), f"{path}: got ")
+    refused(lambda: files.read_tensors(path), f"{path}: got ")
+    refused(lambda: files.Tensors(path), f"{path}: got ")
 
 
 def test_no_memory_is_not_taken_for_damage():
-    with pytest.raises(MemoryError), untrusted.Refusing("a.png", "a damaged image", "a whole one"):
+    with pytest.raises(MemoryError), files.DamageGuard("a.png", "a damaged image", "a whole one"):
         raise MemoryError
 
 
 @pytest.mark.parametrize("content", [b"[" * 10**6, b'{"a":' * 10**6, b"1" * 10**6, b'"\xff"', b"{}  x", b"", b"[1]"])
 def test_a_json_that_is_deep_or_no_json_is_refused(tmp_path, content):
     (tmp_path / "config.json").write_bytes(content)
-    refused(lambda: untrusted.read_json(tmp_path / "config.json"), str(tmp_path / "config.json"))
+    refused(lambda: files.read_json(tmp_path / "config.json"), str(tmp_path / "config.json"))
 
 
 def test_a_json_that_is_too_large_is_refused_before_it_is_read(tmp_path):
     with open(tmp_path / "config.json", "wb") as f:
-        f.truncate(untrusted.JSON_BYTES + 1)                                    # a hole: it takes no disk
-    refused(lambda: untrusted.read_json(tmp_path / "config.json"), "bytes of JSON")
+        f.truncate(files.JSON_BYTES + 1)                                    # a hole: it takes no disk
+    refused(lambda: files.read_json(tmp_path / "config.json"), "bytes of JSON")
 
 
 @pytest.mark.parametrize("name, value", [("width", 10**9), ("width", 16.0), ("layers", 10**7), ("patch", 0),
@@ -349,9 +351,9 @@ def test_every_command_takes_the_pixel_cap(photo, tiny, tmp_path):
     with pytest.raises(ValueError, match="24 x 24 pixels.*at most 575"):
         prepare.main(["jsonl", str(tmp_path / "scenes"), str(tmp_path / "o"), "--size", "24", "--max-pixels", "575"])
     parse(["--max-pixels", "7"])
-    assert untrusted.limit["pixels"] == 7
-    assert parse([])[1].max_pixels == untrusted.PIXELS
-    assert untrusted.limit["pixels"] == untrusted.PIXELS
+    assert files.limit["pixels"] == 7
+    assert parse([])[1].max_pixels == files.PIXELS
+    assert files.limit["pixels"] == files.PIXELS
     for main in (predictor.main, judge.main):
         with pytest.raises(SystemExit):
             main([str(photo), *point, "--max-pixels", "0"])
@@ -408,7 +410,7 @@ def test_maps_of_photos_with_odd_names_are_written_under_their_names(odd_names, 
 
 def test_photos_with_odd_names_are_judged_evaluated_and_trained_on(odd_names, tiny, tmp_path, capsys):
     import eval as evaluation
-    assert sorted(data.Photos(odd_names, 8).names) == sorted(NAMES)
+    assert sorted(photos.Photos(odd_names, 8).names) == sorted(NAMES)
     judge.main([str(odd_names), "--bank", str(tmp_path / "bank"), "--pairs", "2", "--model", str(tiny / "original")])
     assert f"{2 * len(NAMES)} pairs asked" in capsys.readouterr().out
     args = ["--dataset", "photos", "--data", str(odd_names), "--checkpoint", str(tiny / "predictor"),
@@ -431,7 +433,7 @@ def test_a_bad_photo_with_an_odd_name_is_one_line(odd_names, tiny, tmp_path, cap
     lines = [x for x in capsys.readouterr().err.split("\n") if "cannot read" in x]
     assert stop.value.code == 2 and len(lines) == len(NAMES) and all("not an image" in x for x in lines)
     (odd_names / "gone.png").symlink_to("nowhere")
-    data.save_png(odd_names / "good.png", np.zeros((3, 16, 16)))
+    pictures.save_png(odd_names / "good.png", np.zeros((3, 16, 16)))
     predictor.main([str(odd_names), "--checkpoint", str(tiny / "predictor"), "--out", str(tmp_path / "o")])
     assert len(list((tmp_path / "o").iterdir())) == 10
 
