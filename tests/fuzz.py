@@ -55,7 +55,7 @@ import questions
 from bank import Bank
 from config import UserError
 from dit import DiT, DiTConfig
-from predictor import load_predictor
+from predictor import load_predictor, photo_maps
 from relations import MODALITIES
 from schedule import Schedule
 from sd2 import VAE, UNet
@@ -437,7 +437,7 @@ def make_adapter(folder):
 def predicted(policy):
     """Maps of a photo by a predictor that was opened."""
     if policy.size <= 64:
-        policy.tabled(policy.photo_maps(torch.rand(3, 16, 12), steps=2))
+        policy.tabled(photo_maps(policy, torch.rand(3, 16, 12), steps=2))
 
 
 def make_marigold(folder):

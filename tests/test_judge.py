@@ -21,6 +21,7 @@ from mini_judge import SPECIAL, MiniSizes, Probe, class_weights, judge_loss
 from photos import Photos
 from pools import ScenePool
 from questions import true_relations
+from ranks import Draw
 from relations import MODALITIES, draw_markers
 
 NAMES = list(MODALITIES)
@@ -311,7 +312,7 @@ def test_class_weights_make_both_answers_count_the_same():
 
 def grads(answers, maps):
     model, probe = build_mini_judge(SIZES, seeded()), Probe(SIZES, seeded(1))
-    loss, stats = judge_loss(model, probe, maps, answers, seeded(2))
+    loss, stats = judge_loss(model, probe, maps, answers, Draw(seeded(2), len(maps["rgb"])))
     loss.backward()
     norm = {True: 0.0, False: 0.0}
     for name, p in model.model.named_parameters():
@@ -346,7 +347,7 @@ def answer_loss(maps, gap, m, taught=0.0):
             out[:, k, first], out[:, k, second] = (gap / 2, -gap / 2) if name == m else (0.0, 0.0)
         return out
     model.logits = logits
-    return judge_loss(model, probe, maps, True, seeded(2))[1]["loss/answers"].item()
+    return judge_loss(model, probe, maps, True, Draw(seeded(2), len(maps["rgb"])))[1]["loss/answers"].item()
 
 
 @pytest.mark.parametrize("m", NAMES)
@@ -393,7 +394,7 @@ def test_a_few_steps_on_one_batch_reduce_every_part_of_the_loss(maps):
     small = {k: v[:4] for k, v in maps.items()}
     history = []
     for _ in range(40):
-        loss, stats = judge_loss(model, probe, small, True, seeded(5), pairs=16)
+        loss, stats = judge_loss(model, probe, small, True, Draw(seeded(5), len(small["rgb"])), pairs=16)
         opt.zero_grad()
         loss.backward()
         opt.step()
@@ -404,7 +405,7 @@ def test_a_few_steps_on_one_batch_reduce_every_part_of_the_loss(maps):
 
 def test_the_loss_is_the_same_for_the_same_generator(maps):
     model, probe = build_mini_judge(SIZES, seeded()), Probe(SIZES, seeded(1))
-    values = [judge_loss(model, probe, maps, True, seeded(seed))[0].item() for seed in (0, 0, 1)]
+    values = [judge_loss(model, probe, maps, True, Draw(seeded(seed), len(maps["rgb"])))[0].item() for seed in (0, 0, 1)]
     assert values[0] == values[1] != values[2]
 
 
@@ -412,7 +413,7 @@ def test_scenes_under_the_open_sky_give_a_finite_loss():
     maps = ScenePool("wild", "train", 8, 16).all()
     assert not maps["mask"].all() and maps["depth"].isinf().any()
     model, probe = build_mini_judge(SIZES, seeded()), Probe(SIZES, seeded(1))
-    loss, _ = judge_loss(model, probe, maps, True, seeded())
+    loss, _ = judge_loss(model, probe, maps, True, Draw(seeded(), len(maps["rgb"])))
     loss.backward()
     assert loss.isfinite() and all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 

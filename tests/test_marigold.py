@@ -15,7 +15,7 @@ import one_step
 import pytest
 import torch
 from expect import edit, refused, seeded
-from formulas import log_prob
+from formulas import STEPS, flow_eta_step, log_prob
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -32,7 +32,8 @@ from copies import frozen_copy, keep_in_bf16
 from judge import build_mini_judge
 from marigold import VAE, Marigold, Schedule, UNet
 from mini_judge import MiniSizes
-from predictor import COEFFICIENTS, ddim_sde_step, load_predictor, sample_ode
+from predictor import COEFFICIENTS, ddim_sde_step, load_predictor, plan_walk, rollout, sample_ode
+from ranks import Draw
 from relations import NAMES, srgb_encode
 from schedule import flow_time
 
@@ -487,7 +488,7 @@ def test_exploration_in_the_flow_is_ddim_with_noise_rescaled(models, kind, T, et
     for abar, abar_s, t, s in zip(abars, abars[1:], grid, grid[1:], strict=False):
         a, sigma = math.sqrt(abar), math.sqrt(1 - abar)
         v = (sigma * x_vp + a * v_vp) - (a * x_vp - sigma * v_vp)                                   # noise - clean
-        ours = grpo.flow_eta_step(x_vp / size_of(abar), v, t, s, eta, eps)
+        ours = flow_eta_step(x_vp / size_of(abar), v, t, s, eta, eps)
         for mine, theirs in zip(ours, ddim_sde_step(x_vp, v_vp, abar, abar_s, eta, eps), strict=True):
             torch.testing.assert_close(mine * size_of(abar_s), theirs, rtol=1e-9, atol=1e-9)
 
@@ -498,7 +499,7 @@ def test_exploration_is_finite_for_every_number_of_steps(models, name):
     for T in range(2, 101):
         grid = models["lighting"].times(T)
         for i in range(T - 1):
-            x_next, mean, std = grpo.STEPS[name](x, v, grid[i], grid[i + 1], 1.0, eps)
+            x_next, mean, std = STEPS[name](x, v, grid[i], grid[i + 1], 1.0, eps)
             assert x_next.isfinite().all() and mean.isfinite().all() and std > 0, (T, i)
 
 
@@ -510,7 +511,9 @@ def test_the_last_step_is_deterministic_and_not_trained(models):
     def velocity(x, t):
         seen.append((x, 0.1 * x))
         return seen[-1][1]
-    x0, taken = grpo.rollout(velocity, noise, grid, 3, 3, grpo.STEPS["ddim"], 1.0, seeded(1))
+    draw = Draw(seeded(1), 1)
+    plan = plan_walk(grid, 3, "ddim", 1.0, draw)
+    x0, taken = rollout(velocity, noise, plan, 3, lambda shape: torch.randn(shape, generator=draw.rng))
     assert [(s.t, s.s) for s in taken] == [(grid[i], grid[i + 1]) for i in range(3)]
     x, v = seen[-1]
     assert torch.equal(x0.flatten(0, 1), x + (grid[4] - grid[3]) * v)

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 import pools
 import predictor
 from command import run_command
-from dit import DiT, DiTConfig, flow_loss, to_state
-from predictor import DATA_STD, load_predictor, predict_photo, sample_ode, times
+from dit import DATA_STD, DiT, DiTConfig, flow_loss, to_state
+from predictor import load_predictor, predict_photo, sample_ode
+from ranks import Draw
 from relations import MODALITIES, NAMES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -178,7 +179,7 @@ def test_a_scene_without_a_valid_pixel_gives_a_zero_state(maps):
 
 @pytest.mark.parametrize("T", [1, 2, 15])
 def test_times_walk_uniformly_from_one_to_zero(T):
-    grid = times(T)
+    grid = DiT.times(None, T)
     assert len(grid) == T + 1 and grid[0] == 1 and grid[-1] == 0
     np.testing.assert_allclose(np.diff(grid), -1 / T, rtol=0, atol=1e-12)
 
@@ -223,7 +224,7 @@ class Straight:
         return 3, *rgb.shape[-2:]
 
     def times(self, T):
-        return times(T)
+        return DiT.times(self, T)
 
     def start(self, noise, T):
         return noise
@@ -246,9 +247,9 @@ def test_the_exact_velocity_has_no_flow_loss(maps):
     """flow_loss draws x_t = (1 - t) x_0 + t x_1 and wants x_1 - x_0 = (x_t - x_0) / t: sign and direction of time."""
     x0 = torch.cat([to_state(maps, maps["mask"], m) for m in NAMES])
     exact = Straight(x0)
-    assert flow_loss(exact, maps, NAMES, seeded()) < 1e-6
+    assert flow_loss(exact, maps, NAMES, Draw(seeded(), len(maps["rgb"]))) < 1e-6
     exact.x0 = -x0
-    assert flow_loss(exact, maps, NAMES, seeded()) > 0.1
+    assert flow_loss(exact, maps, NAMES, Draw(seeded(), len(maps["rgb"]))) > 0.1
 
 
 def test_flow_loss_ignores_what_stands_at_invalid_pixels(model, maps):
@@ -256,14 +257,14 @@ def test_flow_loss_ignores_what_stands_at_invalid_pixels(model, maps):
     assert not maps["mask"].all()
     for m in NAMES:
         other[m] = torch.where(maps["mask"], maps[m], 0.123)
-    a, b = (flow_loss(model, x, NAMES, seeded()) for x in (maps, other))
+    a, b = (flow_loss(model, x, NAMES, Draw(seeded(), len(x["rgb"]))) for x in (maps, other))
     assert torch.equal(a, b) and a > 0
 
 
 def test_flow_loss_sees_valid_pixels(model, maps):
     other = {k: v.clone() for k, v in maps.items()}
     other["albedo"] = torch.where(maps["mask"], 1 - maps["albedo"], maps["albedo"])
-    assert flow_loss(model, maps, NAMES, seeded()) != flow_loss(model, other, NAMES, seeded())
+    assert flow_loss(model, maps, NAMES, Draw(seeded(), len(maps["rgb"]))) != flow_loss(model, other, NAMES, Draw(seeded(), len(other["rgb"])))
 
 
 def test_a_few_steps_of_flow_matching_reduce_the_loss(maps):
@@ -271,7 +272,7 @@ def test_a_few_steps_of_flow_matching_reduce_the_loss(maps):
     opt = torch.optim.AdamW(fresh.parameters(), lr=3e-3)
     losses = []
     for _ in range(60):
-        loss = flow_loss(fresh, maps, NAMES, seeded(7))
+        loss = flow_loss(fresh, maps, NAMES, Draw(seeded(7), len(maps["rgb"])))
         opt.zero_grad()
         loss.backward()
         opt.step()
