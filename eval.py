@@ -11,18 +11,18 @@ Results of every benchmark image are appended to OUT/eval/*.jsonl: the same comm
 import sys
 from pathlib import Path
 
-import benchmark_report
-from benchmark_table import DATASETS, MissingData
-from command import run_command
-from config import Parser
-from files import write_json
+from data.pools import ScenePool, scene_batch
+from evaluation import benchmark_report
+from evaluation.benchmark_table import DATASETS, MissingData
+from evaluation.report import report_judge, report_scenes
+from evaluation.scores import PAIRS, eval_pairs, judge_scores, predict_maps, score_maps
 from judge import load_judge
-from pools import ScenePool, scene_batch
 from predictor import load_predictor
-from ranks import pick_device
 from relations import NAMES
-from report import report_judge, report_scenes
-from scores import PAIRS, eval_pairs, judge_scores, predict_maps, score_maps
+from runtime.command import run_command
+from runtime.config import Parser
+from runtime.files import write_json
+from runtime.ranks import pick_device
 
 PROCEDURAL = ("synthetic", "broad", "wild")
 

@@ -26,13 +26,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from data.maps import depth_normal_agreement, photo_agreement
 from kernels.log_ratio import log_ratio_kl
 from kernels.pair_credit import pair_credit
 from kernels.pair_reward import pair_reward
-from maps import depth_normal_agreement, photo_agreement
 from predictor import plan_walk, rollout, square_means
-from ranks import autocast, mean_over_ranks
 from relations import NAMES, check_points
+from runtime.ranks import autocast, mean_over_ranks
 
 FORM = dict(hard="hard", confidence="hard", soft="soft", brier="brier")         # of kernels/pair_reward.py
 GAP = 0.1                         # most that two computations of a velocity in bf16 differ, relative (eager, CPU: 0)

@@ -24,19 +24,19 @@ import torch.nn as nn
 import torch.nn.functional as F
 from transformers.utils import logging
 
-import vlm
-from bank import fill_bank
-from command import run_command
-from config import Parser
-from families import END, FAMILIES, SYSTEM, Prompt, read_answer
-from files import replace_files, write_json
+from data.bank import fill_bank
+from data.photos import read_rgb
+from data.pictures import save_png
+from data.questions import true_relations
 from kernels.draw_markers import mark_photos
-from mini_judge import mini_network, mini_tokenizer
-from photos import read_rgb
-from pictures import save_png
-from questions import true_relations
-from ranks import pick_device
+from models import vlm
+from models.families import END, FAMILIES, SYSTEM, Prompt, read_answer
+from models.mini_judge import mini_network, mini_tokenizer
 from relations import MODALITIES, draw_markers
+from runtime.command import run_command
+from runtime.config import Parser
+from runtime.files import replace_files, write_json
+from runtime.ranks import pick_device
 
 logging.disable_progress_bar()       # of loading and saving weights: errors stay one line
 TOKENS = 2**16                       # of the language model at a time in `ask`

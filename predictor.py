@@ -33,14 +33,14 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from command import run_command
-from config import Parser
-from dit import DiT
+from data.photos import find_images, read_rgb, resize_long
+from data.pictures import panel, picture_of, save_map, save_png
 from kernels.sde_step import sde_step
-from marigold import Marigold
-from photos import find_images, read_rgb, resize_long
-from pictures import panel, picture_of, save_map, save_png
-from ranks import pick_device
+from models.dit import DiT
+from models.marigold import Marigold
+from runtime.command import run_command
+from runtime.config import Parser
+from runtime.ranks import pick_device
 
 
 def flow_coefficients(t, s, a, t_next=None):

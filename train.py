@@ -14,28 +14,27 @@ from pathlib import Path
 
 import torch
 
-import files
 import grpo
 import kernels
-import lora
-import questions
-import ranks
-import report
-from bank import Bank, Judgements
-from command import run_command, run_stage
-from config import UserError, grpo_settings, parse, plan, stage_settings
-from copies import Networks, compile_velocity, trained_part, update_average
-from dit import DiT, DiTConfig, flow_loss
-from finetune import add_lora, tuning_gradient
+from data import questions
+from data.bank import Bank, Judgements
+from data.photos import read_first_rgb
+from data.pools import ScenePool, list_scenes, scene_pool, training_photos
+from evaluation import report
+from evaluation.watch import Watch, reward_statistics
 from judge import ORACLE, LazyJudge, Oracle, build_mini_judge, load_judge
-from mini_judge import MiniSizes, Probe, judge_loss
-from photos import read_first_rgb
-from pools import ScenePool, list_scenes, scene_pool, training_photos
+from models import lora
+from models.copies import Networks, compile_velocity, trained_part, update_average
+from models.dit import DiT, DiTConfig, flow_loss
+from models.finetune import add_lora, tuning_gradient
+from models.mini_judge import MiniSizes, Probe, judge_loss
 from predictor import load_predictor
-from ranks import STREAMS, generator
 from relations import MODALITIES, sample_pairs
-from run import Run, cosine, optimizers
-from watch import Watch, reward_statistics
+from runtime import files, ranks
+from runtime.command import run_command, run_stage
+from runtime.config import UserError, grpo_settings, parse, plan, stage_settings
+from runtime.ranks import STREAMS, generator
+from runtime.run import Run, cosine, optimizers
 
 
 def train_base(cfg, device):

@@ -20,7 +20,7 @@ if not torch.cuda.is_available():
 
 if torch.cuda.is_available():
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or deterministic products are refused
-    import ranks  # before the modules that take its functions by name
+    from runtime import ranks  # before the modules that take its functions by name
     pick_device = ranks.pick_device
     ranks.pick_device = lambda name, command: pick_device("cpu" if name == "auto" else name, command)
 

@@ -78,7 +78,7 @@ def outcome(folder):
     """Everything that a stage is for, without times and places: dict name -> tensor, number or text."""
     from safetensors.torch import load_file
 
-    from files import read_log
+    from runtime.files import read_log
     found = {}
     for path in sorted(p for p in Path(folder).rglob("*") if p.is_file()):
         name = str(path.relative_to(folder))
@@ -116,7 +116,7 @@ class Campaign:
         self.log, self.took = self.folder / "log", {}
         photos = self.folder / "photos"
         rng = torch.Generator().manual_seed(0)
-        from pictures import save_png
+        from data.pictures import save_png
         for i in range(12):
             save_png(photos / f"{i}.png", torch.rand(3, 20, 24, generator=rng).numpy())
         self.stages = commands(self.out, photos)

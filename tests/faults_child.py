@@ -11,9 +11,9 @@ from tqdm import tqdm
 import eval  # noqa: A004, F401  imported before the fork, for speed
 import judge  # noqa: F401
 import train  # noqa: F401
-from command import run_command
-from ranks import rank as rank_of
-from run import Run
+from runtime.command import run_command
+from runtime.ranks import rank as rank_of
+from runtime.run import Run
 
 torch.set_num_threads(1)
 tqdm.set_lock(threading.RLock())                                                # its own would outlive a killed process

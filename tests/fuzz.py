@@ -40,25 +40,17 @@ import torch
 from PIL import Image
 from test_marigold import SMALL, VAE_CONFIG, ZERO_SNR, fill, index_of, text_parts, unet_config
 
-import benchmark_table
-import benchmarks
-import formats
 import judge
-import lora
-import marigold
-import photos
-import pictures
-import pools
-import predictions
-import prepare
-import questions
-from bank import Bank
-from config import UserError
-from dit import DiT, DiTConfig
+from data import formats, photos, pictures, pools, prepare, questions
+from data.bank import Bank
+from evaluation import benchmark_table, benchmarks, predictions
+from models import lora, marigold
+from models.dit import DiT, DiTConfig
+from models.schedule import Schedule
+from models.sd2 import VAE, UNet
 from predictor import load_predictor, photo_maps
 from relations import MODALITIES
-from schedule import Schedule
-from sd2 import VAE, UNet
+from runtime.config import UserError
 
 SECONDS, MEMORY = 10, 2 << 30         # of one input: CPU time (six times as much by the clock), bytes of address space
 USER = (UserError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError, ValueError)
@@ -487,7 +479,7 @@ def read_judge(folder, path):
     return [lambda: judge.LazyJudge(place), answers]
 
 
-H5PY = importlib.util.find_spec("h5py") is not None                              # `prepare.py hypersim` alone needs it
+H5PY = importlib.util.find_spec("h5py") is not None                              # `data/prepare.py hypersim` alone needs it
 READERS = {
     "pictures": Reader(6, make_pictures, read_pictures),
     "scenes": Reader(1, scene, lambda folder, path: [lambda: pools.read_scene(folder, "room.0", 16)]),

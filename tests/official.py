@@ -14,11 +14,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-import benchmark_table
-import benchmarks
-import predictions
-from colour import ADOBE_TO_SRGB
-from pools import ScenePool
+from data.pools import ScenePool
+from evaluation import benchmark_table, benchmarks, predictions
+from evaluation.colour import ADOBE_TO_SRGB
 from relations import srgb_decode, srgb_encode
 
 SIDE = 64

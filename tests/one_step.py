@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import torch
 
 import grpo
-from bank import Judgements
-from ranks import Draw
-from watch import reward_statistics
+from data.bank import Judgements
+from evaluation.watch import reward_statistics
+from runtime.ranks import Draw
 
 
 def batch_of(cfg, policy, rgb, pts, prob, rng, device="cpu"):

@@ -1,4 +1,4 @@
-"""Small scenes on disk in the layout of prepare.py, whose right answers are known: left is near, dim and so on."""
+"""Small scenes on disk in the layout of data/prepare.py, whose right answers are known: left is near, dim and so on."""
 import numpy as np
 from PIL import Image
 

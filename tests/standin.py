@@ -115,8 +115,8 @@ class StandIn(TorchFunctionMode):
 
 def install(monkeypatch):
     """Make torch and the project believe in the stand-in; returns the device. Use inside `with StandIn()`."""
-    import mini_judge
-    import ranks
+    from models import mini_judge
+    from runtime import ranks
     make = torch.Tensor._make_subclass
 
     def on_device(rng, device):

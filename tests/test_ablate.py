@@ -1,4 +1,4 @@
-"""ablate.py: rows, equal compute, intervals, photos for the same gain, table, plot; baselines.py and plots.py."""
+"""bench/ablate.py: rows, equal compute, intervals, photos for the same gain, table, plot; baselines.py and plots.py."""
 import json
 import math
 import shutil
@@ -11,10 +11,10 @@ import pytest
 import test_train
 import torch
 
-import ablate
-import plots
-from config import Config, UserError
+from bench import ablate
+from evaluation import plots
 from predictor import load_predictor
+from runtime.config import Config, UserError
 
 QUICK = ["--seeds", "0", "--points", "2", "--val-images", "4", "--device", "cpu", "--set"]
 SMALL = [f"{k.replace('-', '_')}={v}" for k, v in zip(

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 import relations
-from bank import Bank
+from data.bank import Bank
 from relations import MODALITIES
 
 

@@ -10,11 +10,10 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import arithmetic
-import bench
-import kernels.bench
-import marigold
-import peer
+import kernels
+from bench import arithmetic, peer
+from bench import system as bench
+from models import marigold
 
 ROOT = Path(bench.__file__).parent
 CPU = torch.device("cpu")
@@ -22,7 +21,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def dry(tmp_path_factory):
-    """JSON of `python bench.py --all` on a CPU, but for the full-size network and the counting of its operations."""
+    """JSON of `python -m bench.system --all` on a CPU, but for the full-size network and the counting of its operations."""
     path = tmp_path_factory.mktemp("bench") / "dry.json"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench, "on_cpu", lambda bench: None)

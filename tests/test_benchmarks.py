@@ -7,11 +7,9 @@ import official
 import pytest
 from official import bench_of, pool
 
-import benchmark_table
-import benchmarks
-import formats
-import predictions
-from benchmark_table import BENCHMARKS, MissingData
+from data import formats
+from evaluation import benchmark_table, benchmarks, predictions
+from evaluation.benchmark_table import BENCHMARKS, MissingData
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 every = pytest.mark.parametrize("bench", BENCHMARKS, ids=lambda b: f"{b.dataset}-{b.task}")

@@ -5,7 +5,7 @@ import json
 import pytest
 
 import train
-from config import CHOICES, FREE, NETWORK, PRESETS, Config, grpo_settings, parse, problem, stage_settings
+from runtime.config import CHOICES, FREE, NETWORK, PRESETS, Config, grpo_settings, parse, problem, stage_settings
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 WEIGHTS = ["--policy", "P", "--judge", "J", "--images", "I"]

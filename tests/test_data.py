@@ -10,9 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-import photos
-import pictures
-import pools
+from data import photos, pictures, pools
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 RNG = np.random.default_rng(0)

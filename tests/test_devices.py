@@ -16,27 +16,26 @@ from one_step import Gather, batch_of, explore, learn
 from standin import CUDA, Generator, StandIn, install, marked
 from test_train import TINY
 
-import baselines
-import bench
-import families
-import files
 import kernels
-import ranks
 import relations
-import report
-import scenes
 import train
-from config import parse
-from copies import frozen_copy
-from dit import DiT, DiTConfig
-from finetune import add_lora, sentence_loss
+from bench import baselines
+from bench import system as bench
+from data import scenes
+from data.pools import ScenePool, scene_pool
+from evaluation import report
+from evaluation.scores import predict_maps
+from evaluation.watch import diagnose
 from grpo import consistency
 from judge import load_judge
-from pools import ScenePool, scene_pool
+from models import families
+from models.copies import frozen_copy
+from models.dit import DiT, DiTConfig
+from models.finetune import add_lora, sentence_loss
 from predictor import load_predictor, photo_maps
 from relations import NAMES
-from scores import predict_maps
-from watch import diagnose
+from runtime import files, ranks
+from runtime.config import parse
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py runs on the GPU that is there")
 

@@ -5,7 +5,7 @@ import torch
 import kernels
 from judge import build_mini_judge
 from kernels import draw_markers as dm
-from mini_judge import MiniSizes
+from models.mini_judge import MiniSizes
 from relations import draw_markers
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

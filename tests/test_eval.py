@@ -8,13 +8,13 @@ import torch
 from PIL import Image
 
 import eval as evaluation
-from command import run_command
-from pools import ScenePool, scene_batch
-from questions import true_relations
+from data.pools import ScenePool, scene_batch
+from data.questions import true_relations
+from evaluation.report import compare_scores
+from evaluation.scores import HEURISTICS, METRICS, PAIRS, eval_pairs, judge_scores, predict_maps, score_maps
+from evaluation.watch import diagnose, drift
 from relations import NAMES
-from report import compare_scores
-from scores import HEURISTICS, METRICS, PAIRS, eval_pairs, judge_scores, predict_maps, score_maps
-from watch import diagnose, drift
+from runtime.command import run_command
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "hypersim_scenes"
 QUICK = ["--images", "4", "--size", "16", "--denoise-steps", "1"]

@@ -128,7 +128,7 @@ def test_a_rank_whose_numbers_are_bad_ends_both_with_one_line(campaign, tmp_path
     assert "Traceback" not in (tmp_path / "log.0").read_text() and "train.py" not in (tmp_path / "log.0").read_text()
     line = one_line(tmp_path / "log.1")
     assert "step 3" in line and "loss is nan" in line and ".png" in line
-    from files import read_checked
+    from runtime.files import read_checked
     assert read_checked(tmp_path / "run" / "photos" / "checkpoint.safetensors")[1]["step"] == "2"
 
 
@@ -175,7 +175,7 @@ def _limited(what, amount, argv, log):
 
 
 def test_a_full_disk_is_one_line_and_the_checkpoint_before_it_stays(campaign, tmp_path):
-    from files import read_checked
+    from runtime.files import read_checked
     argv = grpo(campaign, tmp_path / "run", "--eval-every", 0)
     ended(start("train", [*argv, "--stop-at", 2], tmp_path / "log"), 0)
     assert limited(resource.RLIMIT_FSIZE, 40_000, argv, tmp_path / "log") == 2  # a checkpoint is larger

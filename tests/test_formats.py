@@ -8,9 +8,9 @@ import official
 import pytest
 from PIL import Image
 
-import formats
-from files import decode_json
-from formats import Files
+from data import formats
+from data.formats import Files
+from runtime.files import decode_json
 
 RNG = np.random.default_rng(0)
 WIDE = RNG.integers(0, 65536, (13, 9, 3), dtype=np.uint16)

@@ -17,17 +17,17 @@ from safetensors.torch import load_file
 from test_train import TINY, log
 
 import relations
-import scenes
-from config import parse
-from copies import Networks, frozen_copy
-from dit import DiT, DiTConfig, flow_loss
+from data import scenes
+from data.pools import ScenePool
 from judge import build_mini_judge
-from mini_judge import MiniSizes, Probe, judge_loss
-from pools import ScenePool
+from models.copies import Networks, frozen_copy
+from models.dit import DiT, DiTConfig, flow_loss
+from models.mini_judge import MiniSizes, Probe, judge_loss
 from predictor import Transition
-from ranks import Draw, on_device
 from relations import NAMES
-from run import load_state_tensors, optimizers, state_tensors
+from runtime.config import parse
+from runtime.ranks import Draw, on_device
+from runtime.run import load_state_tensors, optimizers, state_tensors
 
 DEVICE = torch.device(os.environ.get("REASONX_TEST_DEVICE", "cuda"))
 ROOT = Path(__file__).resolve().parents[1]

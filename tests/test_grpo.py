@@ -14,7 +14,7 @@ import predictor
 from grpo import clipped_loss, group_advantage
 from kernels.pair_credit import pair_credit
 from predictor import COEFFICIENTS, Transition, ddim_sde_step, flow_sde_step, plan_walk, rollout
-from ranks import Draw
+from runtime.ranks import Draw
 
 DOUBLE = torch.float64
 TIGHT = dict(rtol=1e-12, atol=1e-13)         # fp64, ten to twenty operations on numbers of order one

@@ -14,15 +14,15 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import judge as judging
-from bank import Bank
-from families import FAMILIES, Prompt
+from data.bank import Bank
+from data.photos import Photos
+from data.pools import ScenePool
+from data.questions import true_relations
 from judge import build_mini_judge, load_judge
-from mini_judge import SPECIAL, MiniSizes, Probe, class_weights, judge_loss
-from photos import Photos
-from pools import ScenePool
-from questions import true_relations
-from ranks import Draw
+from models.families import FAMILIES, Prompt
+from models.mini_judge import SPECIAL, MiniSizes, Probe, class_weights, judge_loss
 from relations import MODALITIES, draw_markers
+from runtime.ranks import Draw
 
 NAMES = list(MODALITIES)
 SIZES = MiniSizes(size=16, patch=4, width=32, vision_layers=1, text_layers=1, heads=2)
@@ -405,7 +405,8 @@ def test_a_few_steps_on_one_batch_reduce_every_part_of_the_loss(maps):
 
 def test_the_loss_is_the_same_for_the_same_generator(maps):
     model, probe = build_mini_judge(SIZES, seeded()), Probe(SIZES, seeded(1))
-    values = [judge_loss(model, probe, maps, True, Draw(seeded(seed), len(maps["rgb"])))[0].item() for seed in (0, 0, 1)]
+    values = [judge_loss(model, probe, maps, True, Draw(seeded(seed), len(maps["rgb"])))[0].item()
+              for seed in (0, 0, 1)]
     assert values[0] == values[1] != values[2]
 
 

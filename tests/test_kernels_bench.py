@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels import bench
+from bench import kernels as bench
 
 
 def test_the_loop_and_the_vectorised_relation_agree(monkeypatch):

@@ -8,7 +8,7 @@ import kernels
 from kernels import log_ratio as lr
 from kernels import sde_step as ss
 from predictor import COEFFICIENTS, plan_walk, rollout
-from ranks import Draw
+from runtime.ranks import Draw
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 A, B, STD = 0.83, -0.21, 0.37

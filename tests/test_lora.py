@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from expect import edit, refused, seeded
 from safetensors.torch import load_file, save_file
 
-import lora
+from models import lora
 
 TARGETS = ("to_q", "to_out.0")
 ROUNDING = 1e-6                    # fp32, sums of 6 to 8 numbers near 1 in another order
@@ -353,7 +353,7 @@ def test_a_rank_that_contradicts_the_config_is_refused(folder):
 
 
 def test_a_frozen_copy_with_adapters_off_shares_the_base_and_is_it(x):
-    from copies import frozen_copy
+    from models.copies import frozen_copy
     net = adapted()
     ref = frozen_copy(net)
     lora.disable(ref)

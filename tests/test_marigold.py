@@ -19,23 +19,20 @@ from formulas import STEPS, flow_eta_step, log_prob
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import config
-import files
 import grpo
-import lora
-import marigold
 import predictor
-import sd2
 import train
-from command import run_command
-from copies import frozen_copy, keep_in_bf16
 from judge import build_mini_judge
-from marigold import VAE, Marigold, Schedule, UNet
-from mini_judge import MiniSizes
+from models import lora, marigold, sd2
+from models.copies import frozen_copy, keep_in_bf16
+from models.marigold import VAE, Marigold, Schedule, UNet
+from models.mini_judge import MiniSizes
+from models.schedule import flow_time
 from predictor import COEFFICIENTS, ddim_sde_step, load_predictor, plan_walk, rollout, sample_ode
-from ranks import Draw
 from relations import NAMES, srgb_encode
-from schedule import flow_time
+from runtime import config, files
+from runtime.command import run_command
+from runtime.ranks import Draw
 
 PARITY = 1e-5                      # fp32 against diffusers, maps in [0, 1] or [-1, 1]
 UNIT = 5e-5                        # the same for normals: divided by lengths down to 0.1 or so

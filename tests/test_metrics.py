@@ -7,10 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-import colour
-import intervals
-import metrics
-import surface
+from evaluation import colour, intervals, metrics, surface
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 RNG = np.random.default_rng(0)

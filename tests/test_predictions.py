@@ -9,20 +9,15 @@ import pytest
 import torch
 from official import bench_of
 
-import benchmark_report
-import benchmark_table
-import benchmarks
 import eval as evaluation
-import marigold
-import metrics
-import predictions
-import protocols
-from command import run_command
-from dit import DiT, DiTConfig
-from pictures import panel
+from data.pictures import panel
+from evaluation import benchmark_report, benchmark_table, benchmarks, metrics, predictions, protocols
+from models import marigold
+from models.dit import DiT, DiTConfig
+from models.schedule import Schedule
+from models.sd2 import VAE, UNet
 from predictor import load_predictor, predict_photo
-from schedule import Schedule
-from sd2 import VAE, UNet
+from runtime.command import run_command
 
 every = pytest.mark.parametrize("bench", benchmark_table.BENCHMARKS, ids=lambda b: f"{b.dataset}-{b.task}")
 

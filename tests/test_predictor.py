@@ -11,13 +11,13 @@ from expect import seeded
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import pools
 import predictor
-from command import run_command
-from dit import DATA_STD, DiT, DiTConfig, flow_loss, to_state
+from data import pools
+from models.dit import DATA_STD, DiT, DiTConfig, flow_loss, to_state
 from predictor import load_predictor, predict_photo, sample_ode
-from ranks import Draw
 from relations import MODALITIES, NAMES
+from runtime.command import run_command
+from runtime.ranks import Draw
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = DiTConfig(size=16, patch=4, width=32, encoder_layers=1, layers=2, heads=2)
@@ -264,7 +264,8 @@ def test_flow_loss_ignores_what_stands_at_invalid_pixels(model, maps):
 def test_flow_loss_sees_valid_pixels(model, maps):
     other = {k: v.clone() for k, v in maps.items()}
     other["albedo"] = torch.where(maps["mask"], 1 - maps["albedo"], maps["albedo"])
-    assert flow_loss(model, maps, NAMES, Draw(seeded(), len(maps["rgb"]))) != flow_loss(model, other, NAMES, Draw(seeded(), len(other["rgb"])))
+    losses = [flow_loss(model, x, NAMES, Draw(seeded(), len(maps["rgb"]))) for x in (maps, other)]
+    assert losses[0] != losses[1]
 
 
 def test_a_few_steps_of_flow_matching_reduce_the_loss(maps):

@@ -1,4 +1,4 @@
-"""prepare.py: small files in HyperSim's and InteriorVerse's own formats become true scene folders."""
+"""data.prepare: small files in HyperSim's and InteriorVerse's own formats become true scene folders."""
 import csv
 import struct
 import zlib
@@ -8,9 +8,7 @@ import pytest
 import torch
 from rooms import write_scene
 
-import pools
-import prepare
-import questions
+from data import pools, prepare, questions
 
 H, W = 48, 64
 TILTED = np.array([[.6, .02, .03], [.01, .45, -.04], [.002, .05, -1.0]])       # tilt and shift: no two axes alone

@@ -10,11 +10,8 @@ import torch
 from official import bench_of
 from PIL import Image
 
-import benchmark_table
-import metrics
-import protocols
-import surface
-from intervals import bootstrap_interval
+from evaluation import benchmark_table, metrics, protocols, surface
+from evaluation.intervals import bootstrap_interval
 from relations import srgb_decode
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from rooms import S, png, write_scene
 
-import questions
+from data import questions
 from relations import MODALITIES, draw_markers
 
 

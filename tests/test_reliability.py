@@ -7,11 +7,11 @@ import torch
 from rooms import S
 
 import eval as evaluation
-import questions
-import reliability
+from data import questions
+from evaluation import reliability
+from evaluation.scores import HEURISTICS
 from judge import build_mini_judge
-from mini_judge import MiniSizes
-from scores import HEURISTICS
+from models.mini_judge import MiniSizes
 
 RULES = HEURISTICS
 

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-import maps
-import surface
-from config import Config
+from data import maps
+from data.maps import assumed_camera, normals_from_depth
+from data.pools import ScenePool
+from evaluation import surface
 from grpo import Score, advantage, agreement, consistency, pair_weights, score
-from maps import assumed_camera, normals_from_depth
-from pools import ScenePool
 from relations import MODALITIES, relation, sample_pairs, srgb_decode
+from runtime.config import Config
 
 NAMES = list(MODALITIES)
 CFG = Config()

@@ -10,15 +10,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-import files
-import ranks
-import run as running
-from command import run_command
-from config import UserError
-from copies import update_average
-from ranks import generator
-from run import CHECKPOINT, NotFinite, Run, cosine, load_state_tensors, optimizers, state_tensors
-from watch import is_best, mean_accuracy
+from evaluation.watch import is_best, mean_accuracy
+from models.copies import update_average
+from runtime import files, ranks
+from runtime import run as running
+from runtime.command import run_command
+from runtime.config import UserError
+from runtime.ranks import generator
+from runtime.run import CHECKPOINT, NotFinite, Run, cosine, load_state_tensors, optimizers, state_tensors
 
 
 def net(seed=0):
@@ -505,6 +504,6 @@ def test_interrupting_says_how_to_go_on(capsys):
 def test_cuda_without_a_gpu_is_refused():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    from config import Config
+    from runtime.config import Config
     with pytest.raises(UserError, match="--device cpu"):
         ranks.setup(Config(device="cuda"))

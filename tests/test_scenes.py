@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import relations
-import scenes
+from data import scenes
 
 N, SIZE = 32, 32
 # float32 round trip through the sRGB curve, a power and a gain

@@ -17,21 +17,21 @@ from one_step import batch_of
 from PIL import Image
 from safetensors.torch import load_file
 
-import baselines
 import grpo
 import predictor
-import questions
-import ranks
-import run as running
 import train
-from command import run_command
-from config import UserError, parse
-from copies import frozen_copy, keep_in_bf16
-from dit import DiT, DiTConfig
+from bench import baselines
+from data import questions
+from data.pools import ScenePool
 from judge import PAPER_ACCURACY, Oracle
-from pools import ScenePool
+from models.copies import frozen_copy, keep_in_bf16
+from models.dit import DiT, DiTConfig
 from relations import MODALITIES, sample_pairs
-from run import NotFinite, Run
+from runtime import ranks
+from runtime import run as running
+from runtime.command import run_command
+from runtime.config import UserError, parse
+from runtime.run import NotFinite, Run
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = list(MODALITIES)

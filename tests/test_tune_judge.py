@@ -10,10 +10,10 @@ from rooms import write_scene
 from safetensors.torch import load_file
 
 import judge as judging
-import questions
 import train
-from finetune import LORA_TARGETS
+from data import questions
 from judge import load_judge
+from models.finetune import LORA_TARGETS
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_settings_of_tuning_that_do_not_add_up_are_refused(capsys, argv, words):
 
 
 def test_the_paper_preset_is_the_judge_release():
-    from config import parse
+    from runtime.config import parse
     cfg = parse(["--stage", "judge", "--preset", "paper", "--scenes", "DIR", "--judge", "MODEL"])[1]
     want = dict(judge_rank=16, judge_alpha=32.0, judge_dropout=0.05, judge_lr=4e-5, judge_decay=0.01, judge_warmup=0.03,
                 judge_batch=16, judge_micro=4, judge_passes=5.0, size=512)

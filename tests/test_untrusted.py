@@ -21,19 +21,15 @@ from expect import edit
 from PIL import Image
 from safetensors.torch import save_file
 
-import benchmarks
-import files
-import formats
 import judge
-import lora
-import photos
-import pictures
-import predictions
 import predictor
-import questions
-from command import run_command
-from dit import DiT, DiTConfig
+from data import formats, photos, pictures, questions
+from evaluation import benchmarks, predictions
+from models import lora
+from models.dit import DiT, DiTConfig
 from predictor import load_predictor
+from runtime import files
+from runtime.command import run_command
 
 EVIL = "import pathlib\npathlib.Path({marker!r}).write_text('ran')\nclass Evil: pass\n"
 
@@ -334,8 +330,8 @@ def photo(tmp_path):
 
 def test_every_command_takes_the_pixel_cap(photo, tiny, tmp_path):
     import eval as evaluation
-    import prepare
-    from config import parse
+    from data import prepare
+    from runtime.config import parse
     point = ["--red", "1", "1", "--green", "9", "9"]
     opened = [str(photo), "--checkpoint", str(tiny / "predictor"), "--out", str(tmp_path / "o")]
     commands = [

@@ -9,16 +9,14 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-import arithmetic
-import families
 import judge as judging
-import lora
-import vlm
-from families import SYSTEM, read_answer
-from finetune import LORA_TARGETS, add_lora, sentence_loss
+from bench import arithmetic
 from judge import load_judge
+from models import families, lora, vlm
+from models.families import SYSTEM, read_answer
+from models.finetune import LORA_TARGETS, add_lora, sentence_loss
+from models.vlm import convert_internvl
 from relations import MODALITIES
-from vlm import convert_internvl
 
 NAMES = list(MODALITIES)
 ROUNDING = 2e-5                    # fp32 logits of size 1-5 over sequences of another length or padding

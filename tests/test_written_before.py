@@ -7,7 +7,7 @@ import torch
 from expect import seeded
 from safetensors.torch import load_file
 
-from bank import Bank
+from data.bank import Bank
 from judge import load_judge
 from predictor import load_predictor, predict_photo
 

@@ -1,0 +1,131 @@
+"""What the published networks cost, counted on tensors without data: operations, and the memory of fine-tuning.
+
+The real-size network runs, and the bytes that autograd keeps are counted; `python -m bench.system --part memory` prints the
+table.
+"""
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from models import lora, marigold
+from models.copies import multiplying_layers
+
+CARDS = (8, 12, 16, 24, 32, 40, 48, 80)                                         # GB of common GPUs
+GB = 1e9
+SD2 = dict(  # sizes of the public weights
+    unet=dict(in_channels=16, out_channels=12, block_out_channels=[320, 640, 1280, 1280], layers_per_block=2,
+              attention_head_dim=[5, 10, 20, 20], cross_attention_dim=1024, norm_num_groups=32,
+              use_linear_projection=True, down_block_types=["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+              up_block_types=["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3),
+    vae=dict(block_out_channels=[128, 256, 512, 512], layers_per_block=2, latent_channels=4, norm_num_groups=32,
+             down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4),
+    scheduler=dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction",
+                   timestep_spacing="trailing", rescale_betas_zero_snr=True, set_alpha_to_one=False,
+                   clip_sample=False, num_train_timesteps=1000, steps_offset=1),
+    index=dict(_class_name="MarigoldIntrinsicsPipeline", default_processing_resolution=768, target_properties=dict(
+        target_names=["albedo", "shading", "residual"], **{k: dict(prediction_space="linear") for k in (
+            "albedo", "shading", "residual")})))
+JUDGE = dict(  # config.json of InternVL2.5-4B at the tile of the released judge
+    ps_version="v2", downsample_ratio=0.5, force_image_size=512, select_layer=-1,
+    vision_config=dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
+                       patch_size=14, image_size=448, qkv_bias=True, qk_normalization=False, hidden_act="gelu",
+                       layer_norm_eps=1e-6, norm_type="layer_norm", initializer_factor=0.1),
+    llm_config=dict(architectures=["Qwen2ForCausalLM"], hidden_size=2048, intermediate_size=11008,
+                    num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=2, vocab_size=151674,
+                    rms_norm_eps=1e-6, rope_theta=1e6, max_position_embeddings=32768))
+JUDGE_PARAMETERS = 3_712_916_480                                                # InternVL2.5-4B at 512 px
+
+
+def counted(fn):
+    """Floating-point operations of a call (2 per multiplication and addition of products).
+
+    Attention is taken apart into its products: the counter does not know the CPU's fused form.
+    """
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        fn()
+    return counter.get_total_flops()
+
+
+def size_of(x):
+    """Bytes of a tensor's storage and a name for it."""
+    storage = x.untyped_storage()
+    return storage._cdata, storage.nbytes()
+
+
+def activations(unet, px, batch=1):
+    """Bytes that autograd keeps of one bf16 forward pass at px x px: (plain, checkpointed).
+
+    checkpointed: the inputs of all layers, what lies outside them, and the dearest layer, which is computed again
+    """
+    weights = {size_of(p)[0] for p in unet.parameters()}
+    kept, layers, inputs, keep_alive = {}, [], {}, []
+
+    def into(target):
+        def pack(x):
+            key, n = size_of(x)
+            if key not in weights:
+                target[key] = n
+                keep_alive.append(x)                                            # no storage is named twice
+            return x
+        return torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x)
+
+    plain_layer, norms = marigold.UNet._layer, dict(group_norm=F.group_norm, layer_norm=F.layer_norm)
+
+    def layer(self, resnet, attention, x, emb, context):
+        mine = {}
+        layers.append(mine)
+        inputs.update([size_of(x)])
+        keep_alive.append(x)
+        with into(mine):
+            return plain_layer(self, resnet, attention, x, emb, context)
+
+    marigold.UNet._layer = layer
+    for name, norm in norms.items():                                            # autocast on a GPU keeps these in fp32
+        setattr(F, name, lambda x, *args, norm=norm: norm(x.float(), *args))
+    try:
+        with into(kept), torch.autocast("cpu", torch.bfloat16):
+            side = px // 8
+            unet(torch.empty(batch, unet.config["in_channels"], side, side), 0, torch.empty(1, 2, 1024))
+    finally:
+        marigold.UNet._layer = plain_layer
+        for name, norm in norms.items():
+            setattr(F, name, norm)
+    plain = dict(kept)
+    for mine in layers:
+        plain.update(mine)
+    return sum(plain.values()), sum((kept | inputs).values()) + max(sum(mine.values()) for mine in layers)
+
+
+def parameters(module, trained=False):
+    """Number of (trained) parameters."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
+
+
+@functools.cache
+def table(rank=16):
+    """Rows of the memory table, in GB: fp32 weights, AdamW, average, bf16 reference and activations of one state."""
+    rows = []
+    with FakeTensorMode():
+        for px in (512, 768):
+            for how in ("full", f"LoRA r {rank}"):
+                unet, vae = marigold.UNet(SD2["unet"]), marigold.VAE(SD2["vae"])
+                if how != "full":
+                    lora.inject(unet, marigold.LORA_TARGETS, rank, rank)
+                trained = parameters(unet, trained=True)
+                halved = sum(p.numel() for m in multiplying_layers(unet) for p in m.parameters())
+                frozen = 12 * parameters(unet) - 2 * halved if how == "full" else 4 * parameters(unet)
+                state = frozen + 4 * (parameters(vae) + trained * (3 if how == "full" else 5))
+                decoding = px * px * 256 * 12                                   # bytes, the VAE decoder's widest layer
+                for checkpointed, kept in enumerate(activations(unet, px)):
+                    kept = max(kept, decoding)
+                    total = (state + kept) / GB
+                    fits = lambda need: next((c for c in CARDS if need <= 0.92 * c), None)      # noqa: E731
+                    judged = total + 2 * JUDGE_PARAMETERS / GB
+                    rows.append(dict(px=px, training=how, checkpointing=bool(checkpointed), trained=trained,
+                                     state_gb=state / GB, activations_gb=kept / GB, total_gb=total, card_gb=fits(total),
+                                     with_judge_gb=judged, with_judge_card_gb=fits(judged), peak_gb=None))
+    return rows

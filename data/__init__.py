@@ -1,0 +1,1 @@
+"""Everything that is read or written about photos, scenes and a judge's answers."""

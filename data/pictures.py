@@ -1,0 +1,117 @@
+"""Pictures that are written or shown: PNG files, the .npy and PNG of a predicted map, the colour map, panels.
+
+Every file is whole or absent (files.write_bytes). A path that is printed is printed with repr.
+"""
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from runtime.files import write_bytes
+
+# colour map, near to far: pale yellow, orange, red, plum, violet, indigo, navy, near black; luma falls evenly
+ANCHORS = np.array([[254, 246, 190], [253, 205, 106], [243, 150, 70], [216, 96, 86],
+                    [165, 62, 118], [108, 44, 124], [56, 28, 98], [16, 12, 44]]) / 255
+
+
+def save_png(path, image):
+    """Write a PIL image, or a (3, H, W) or (H, W) array in [0, 1] as 8 bit, atomically; returns the path."""
+    if not isinstance(image, Image.Image):
+        pixels = np.round(np.clip(np.asarray(image, np.float64), 0, 1) * 255).astype(np.uint8)
+        image = Image.fromarray(pixels if pixels.ndim == 2 else pixels.transpose(1, 2, 0).copy())
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, buffer.getvalue())
+    return path
+
+
+def save_map(out_dir, name, modality, array, native=None):
+    """Write OUT/NAME_MODALITY.npy (float32, native space) and PNGs to look at; returns the list of paths.
+
+    array    depth (1, H, W) or (H, W); normal (3, H, W) in [-1, 1]; others (3, H, W) sRGB in [0, 1]
+    native   what the .npy holds where the model's own space is another (Marigold's linear albedo); None: array
+    PNG      depth: 16 bit, the map's min..max -> 0..65535, and NAME_depth_colour.png; normal (n + 1) / 2;
+             others 8-bit sRGB, clipped. This is the HyperSim-style layout, so a folder of them reads back
+    name     may hold sub-folders, never a way out of out_dir
+    """
+    array = np.asarray(array, np.float32)
+    stem = Path(out_dir, f"{name}_{modality}")
+    array = array[None] if array.ndim == 2 else array
+    native = array if native is None else np.asarray(native, np.float32)
+    if array.ndim != 3 or array.shape[0] != (1 if modality == "depth" else 3):
+        raise ValueError(f"pictures.py: save_map got {array.shape} for {modality!r}; want (1, H, W) for 'depth', "
+                         f"(3, H, W) for others; check the modality")
+    if not (np.isfinite(array).all() and np.isfinite(native).all()):
+        raise ValueError(f"pictures.py: save_map got non-finite {modality!r} for {name!r}; want finite; fix it")
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ValueError(f"pictures.py: save_map got name {name!r}; want one inside {str(out_dir)!r}; drop '..'")
+    buffer = io.BytesIO()
+    np.save(buffer, native)
+    files = [Path(f"{stem}.npy"), Path(f"{stem}.png")]
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(files[0], buffer.getvalue())
+    if modality == "depth":
+        span = np.ptp(array.astype(np.float64)) or 1.0
+        levels = np.round((array[0] - float(array.min())) / span * 65535).astype(np.uint16)
+        save_png(files[1], Image.fromarray(levels))
+        return files + [save_png(f"{stem}_colour.png", colour_depth(array))]
+    save_png(files[1], (array + 1) / 2 if modality == "normal" else array)
+    return files
+
+
+def colour_map(t):
+    """(H, W) numbers in [0, 1] -> (3, H, W) float64 in [0, 1]: 0 is the bright end of the table, 1 the dark end."""
+    knots = np.linspace(0, 1, len(ANCHORS))
+    return np.stack([np.interp(t, knots, ANCHORS[:, c]) for c in range(3)])
+
+
+def colour_depth(depth):
+    """(H, W) or (1, H, W) depth, lower = closer -> (3, H, W) float32 in [0, 1]: near is bright, far dark.
+
+    Stretched between the 2 % and 98 % quantiles; a constant map is the middle of the table.
+    """
+    depth = np.asarray(depth, np.float64).reshape(np.shape(depth)[-2:])
+    low, high = np.quantile(depth, [0.02, 0.98])
+    t = np.clip((depth - low) / (high - low), 0, 1) if high > low else np.full(depth.shape, 0.5)
+    return colour_map(t).astype(np.float32)
+
+
+def picture_of(modality, array):
+    """A map in native space -> (3, H, W) picture in [0, 1]: depth in colours, normals (n + 1) / 2, others as is."""
+    if modality == "depth":
+        return colour_depth(array)
+    return (array + 1) / 2 if modality == "normal" else array
+
+
+def panel(images, columns=5):
+    """Grid of labelled pictures -> PIL image.
+
+    images   [(label, (3, h, w) array in [0, 1])]; a map below 128 px is enlarged by a whole factor (nearest)
+    columns  tiles per row; tiles are as large as the largest picture, labels that do not fit are cut
+    """
+    tiles = []
+    for label, x in images:
+        x = np.round(np.clip(np.asarray(x, np.float64), 0, 1) * 255).astype(np.uint8).transpose(1, 2, 0)
+        factor = -(-128 // min(x.shape[:2])) if min(x.shape[:2]) < 128 else 1
+        # the default font holds Latin letters only
+        tiles.append((" ".join(str(label).split()).encode("ascii", "replace").decode(),
+                      Image.fromarray(x.repeat(factor, 0).repeat(factor, 1))))
+    if not tiles or columns < 1:
+        raise ValueError(f"pictures.py: panel got {len(tiles)} images, {columns} columns; want >= 1; add one")
+    columns = min(columns, len(tiles))
+    gap = 4                                                                       # px between tiles
+    head = 16                                                                     # px of a label
+    width, height = (max(t.size[k] for _, t in tiles) for k in (0, 1))
+    rows = -(-len(tiles) // columns)
+    grid = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + head + gap) + gap), "white")
+    draw = ImageDraw.Draw(grid)
+    for i, (label, tile) in enumerate(tiles):
+        x, y = gap + i % columns * (width + gap), gap + i // columns * (height + head + gap)
+        while label and draw.textlength(label) > width:
+            label = label[:-1]
+        draw.text((x, y + 1), label, fill="black")
+        grid.paste(tile, (x, y + head))
+    return grid

@@ -1,0 +1,149 @@
+"""Pools of scenes with true maps: folders in HyperSim's style, and procedural scenes kept in memory.
+
+sample    rgb (3, H, W) float32, sRGB-encoded in [0, 1]; depth (1, H, W), lower = closer, up to scale and shift; normal
+          (3, H, W) unit, x right, y up, z toward the camera, 0 = invalid; albedo, irradiance (3, H, W) sRGB-encoded in
+          [0, 1]; mask (1, H, W) bool, True = valid
+"""
+import functools
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from data import scenes
+from data.photos import Photos, fit_square, open_image
+
+MAPS = ("rgb", "depth", "normal", "albedo", "irradiance")
+
+
+def list_scenes(folder):
+    """Sorted scene ids of a HyperSim-style folder (ID_rgb.png, ...); any one map makes a scene."""
+    folder = Path(folder)
+    ids = {p.name[:-len(f"_{m}.png")] for m in MAPS for p in folder.glob(f"*_{m}.png")}
+    if not ids:
+        got = "no scene in" if folder.is_dir() else "no folder"
+        raise FileNotFoundError(f"pools.py: {got} {str(folder)!r}; want ID_rgb.png, ...; check the path")
+    return sorted(ids)
+
+
+def _read_map(folder, scene, name):
+    """One map of a scene -> (C, H, W) float32 in [0, 1], as stored."""
+    path = Path(folder, f"{scene}_{name}.png")
+    if not path.is_file():
+        raise FileNotFoundError(f"pools.py: no {path.name} beside the maps of {scene} in {str(folder)!r}; "
+                                "want one file per modality (README, Data)")
+    image = open_image(path)
+    modes = ("L", "I;16", "I") if name == "depth" else ("RGB",)
+    if image.mode not in modes or (name != "depth" and image.info["wide"]):
+        got = "16-bit RGB (Pillow would cut it to 8)" if image.mode in modes else f"mode {image.mode}"
+        raise ValueError(f"pools.py: {str(path)!r} got {got}, want "
+                         f"{'8- or 16-bit gray' if name == 'depth' else '8-bit RGB'}; convert it")
+    pixels = np.asarray(image).astype(np.float32) / (65535 if image.mode.startswith("I") else 255)
+    return torch.from_numpy(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1).copy())
+
+
+def read_scene(folder, scene, size=None):
+    """Read one HyperSim-style scene (the released judge's layout) as a sample dict.
+
+    size     None = as stored; else centred square crop, colours antialiased, depth, normal and mask nearest:
+             no depth is averaged across an edge
+    returns  rgb, depth, normal, albedo, irradiance, mask. depth is stored value / range, in [0, 1], affine
+             per image; normals are renormalised. mask is False where the stored normal is zero (0, 0, 0 or
+             mid-gray): there depth reads as closest, and normal is set to the zero vector
+    raises   FileNotFoundError for a missing map; ValueError for another mode or different sizes
+    """
+    maps = {m: _read_map(folder, scene, m) for m in MAPS}
+    H, W = maps["rgb"].shape[1:]
+    for m, x in maps.items():
+        if x.shape[1:] != (H, W):
+            raise ValueError(f"pools.py: {scene}_{m}.png in {str(folder)!r} got {x.shape[2]} x {x.shape[1]} "
+                             f"pixels, want {W} x {H} as {scene}_rgb.png; export all maps at one size")
+    normal = 2 * maps["normal"] - 1
+    length = normal.norm(dim=0, keepdim=True)                                     # (1, H, W)
+    mask = maps["normal"].any(0, keepdim=True) & (length > 0.05)    # mid-gray (127, 128) decodes to < .01
+    maps["normal"] = torch.where(mask, normal / length.clamp_min(0.05), 0.0)
+    maps["mask"] = mask
+    if size is not None:
+        measured = ("depth", "normal", "mask")
+        maps = {m: fit_square(x, size, "nearest" if m in measured else "antialias") for m, x in maps.items()}
+    return maps
+
+
+def read_scene_folder(folder, size=None):
+    """Yield (id, sample) for every scene of a folder, sorted by id; see list_scenes and read_scene."""
+    for scene in list_scenes(folder):
+        yield scene, read_scene(folder, scene, size)
+
+
+def scene_batch(folder, size):
+    """All scenes of a HyperSim-style folder at one size, stacked: dict of (n, C, size, size)."""
+    samples = [sample for _, sample in read_scene_folder(folder, size)]
+    return {k: torch.stack([s[k] for s in samples]) for k in samples[0]}
+
+
+class ScenePool:
+    """Procedural scenes in memory, rendered once: about 27 bytes per pixel and scene (float16 maps).
+
+    domain, split  of scenes.py;  n scenes from the start of the split;  size px;  keys: which maps are kept
+    device         where they are rendered, and kept if that is a GPU with room: at most ROOM of its free memory
+    .maps          dict of (n, C, H, W) float16 tensors, mask bool
+    """
+
+    ROOM = 0.4
+    KEYS = ("rgb", "depth", "normal", "albedo", "irradiance", "mask")
+
+    def __init__(self, domain, split, n, size, keys=KEYS, device="cpu"):
+        device = torch.device(device)
+        self.maps = {}
+        chunk = max(1, (512 * 32 * 32 if device.type == "cpu" else scenes.CHUNK["cuda"]) // size**2)
+        for i in tqdm(range(0, n, chunk), desc=f"{domain} scenes", leave=False, disable=n <= 1000):
+            maps = scenes.render_scenes(domain, scenes.scene_ids(split, min(chunk, n - i), i).to(device), size)
+            maps = {k: maps[k] if k == "mask" else maps[k].half() for k in keys}
+            if i == 0:
+                home = self._home(n * sum(v[0].nbytes for v in maps.values()), device)
+                self.maps = {k: v.new_empty(n, *v.shape[1:], device=home) for k, v in maps.items()}
+            for k, v in maps.items():
+                self.maps[k][i:i + len(v)].copy_(v)
+
+    def _home(self, size, device):
+        """Where maps of `size` bytes are kept."""
+        if device.type == "cpu":
+            return device
+        torch.cuda.empty_cache()                                                  # a stage before left some behind
+        return device if size <= self.ROOM * torch.cuda.mem_get_info(device)[0] else torch.device("cpu")
+
+    def __len__(self):
+        return len(next(iter(self.maps.values())))
+
+    def pick(self, index, device="cpu"):
+        """Maps of the scenes `index` (B,) as float32 on a device: dict of (B, C, H, W)."""
+        if torch.is_tensor(index):
+            index = index.to(next(iter(self.maps.values())).device, non_blocking=True)
+        return {k: v[index].to(device) if v.dtype == torch.bool else v[index].to(device).float()
+                for k, v in self.maps.items()}
+
+    def all(self):
+        """Maps of every scene, float32 on the CPU."""
+        return self.pick(slice(None))
+
+
+@functools.lru_cache(maxsize=6)
+def scene_pool(*args, **kwargs):
+    """ScenePool of the same arguments, rendered once per process."""
+    return ScenePool(*args, **kwargs)
+
+
+def training_photos(cfg, device):
+    """Unlabeled photos for GRPO: those of --images, or procedural wild ones.
+
+    cfg      images, photos, size of config.Config
+    returns  photos (n, 3, S, S) uint8, n names, and a few words that say what they are
+    """
+    if cfg.images:
+        found = Photos(cfg.images, cfg.size, cfg.photos)
+        what = f"{len(found)} photos of {cfg.images} ({len(found.skipped)} unreadable)"
+        return found.images, found.names, what
+    pool = ScenePool("wild", "train", cfg.photos, cfg.size, keys=("rgb",), device=device)
+    rgb = (pool.all()["rgb"] * 255).round().byte()
+    return rgb, [f"wild {i}" for i in range(len(rgb))], f"{len(rgb)} procedural wild photos"

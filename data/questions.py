@@ -1,0 +1,234 @@
+"""Questions with true answers from scene folders: what a judge is tuned on and measured by.
+
+row         dict: id, scene, modality, pts [[row, col], [row, col]] red first in pixels of the tile, first (True: answer
+            one is right), margin (relations.margin); image (a path) instead of pts where markers are drawn already
+randomness  of a scene follows from the seed and its id: other scenes in the folder change nothing
+balance     red and green exactly, by swapping the colours; as many "same" as "different" albedos over all rows
+no answer   in dead zones, at invalid pixels, and for irradiance where the albedo is black (it shows no light)
+split       by scene, never by question: an id up to its first "." is the room, so a room is on one side only
+files       JSON lines as InternVL's trainer and the judge release read them: id, image, width, height, conversations
+"""
+import hashlib
+import json
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from data import photos
+from data.pictures import save_png
+from data.pools import list_scenes, read_scene
+from relations import LUMA, MODALITIES, draw_markers, margin, relation, sample_pairs
+from runtime.config import UserError
+from runtime.files import DamageGuard, decode_json, path_inside, read_json, refuse, write_json, write_text
+from runtime.ranks import barrier, generator, rank
+
+BLACK = 0.1                       # encoded luma (1 % linear) of an albedo that shows no light
+CANDIDATES = 24                   # pairs that are drawn per wanted question
+SHARE = 0.1                       # of the rooms that are held out
+JSONL = {"train": "intrinsic_judgement_train.jsonl", "val": "intrinsic_judgement_val.jsonl"}
+
+
+def true_relations(maps, pts):
+    """Relations of all modalities from ground truth: (B, P, M) int8; 0 where a point is invalid."""
+    nan = {m: maps[m].masked_fill(~maps["mask"], torch.nan) for m in MODALITIES}
+    return torch.stack([relation(nan[m], pts, m) for m in MODALITIES], -1)
+
+
+def split_of(scene, share=SHARE):
+    """"train" or "val", by the room a scene id names: a tenth of all rooms is held out, on every machine the same."""
+    room = scene.split(".")[0]
+    return "val" if int(hashlib.sha256(room.encode()).hexdigest()[:8], 16) < share * 2**32 else "train"
+
+
+def draw_questions(folder, scene, n, size, seed, grid=1):
+    """Up to n questions per modality about one scene, drawn at `size` px: list of rows.
+
+    raises  ValueError: normals zero everywhere, constant depth; as pools.read_scene
+    """
+    maps = read_scene(folder, scene, size)
+    _check_maps(maps, f"questions.py: {scene}_%s.png in {str(folder)!r}")
+    rng = generator(seed, int(hashlib.sha256(scene.encode()).hexdigest()[:15], 16))
+    pts = sample_pairs(1, (size, size), CANDIDATES * n, rng, mask=maps["mask"][None], grid=grid)[0]   # (K, 2, 2)
+    luma = torch.einsum("chw,c->hw", maps["albedo"], torch.tensor(LUMA))
+    valid = dict.fromkeys(MODALITIES, maps["mask"])
+    valid["irradiance"] = maps["mask"] & (luma > BLACK)
+    rows = []
+    for name in MODALITIES:
+        value = maps[name].masked_fill(~valid[name], torch.nan)
+        begin = int(torch.randint(2, (1,), generator=rng))                      # which answer comes first
+        chosen = _choose(relation(value, pts, name), margin(value, pts, name), pts, n, begin, swaps=name != "albedo")
+        rows += [dict(id=f"{scene}_{name}_{i}", scene=scene, modality=name, pts=pair.tolist(), first=first, margin=by)
+                 for i, (pair, first, by) in enumerate(chosen)]
+    return rows
+
+
+def _check_maps(maps, where):
+    if not maps["mask"].any():
+        raise ValueError(f"{where % 'normal'}: got all-zero normals, want (n + 1) / 2; they mark every pixel invalid")
+    depth = maps["depth"][maps["mask"]]
+    if depth.min() == depth.max():
+        raise ValueError(f"{where % 'depth'}: got one depth ({depth[0]:.4f}) everywhere, want near and far; export it "
+                         "again")
+
+
+def _choose(rel, gap, pts, n, begin, swaps):
+    """Up to n pairs of K whose answers alternate: list of (pair (2, 2), answer one is right, margin).
+
+    rel, gap  (K,) relation and margin;  pts  (K, 2, 2);  begin  0: answer one comes first
+    swaps     True: swapping the colours swaps the answers. Otherwise pairs of both answers are looked for.
+    """
+    if swaps:
+        places = rel.nonzero()[:n, 0].tolist()
+    else:
+        sides = [(rel > 0).nonzero()[:, 0].tolist(), (rel < 0).nonzero()[:, 0].tolist()]
+        places = [k for i in range(n) for k in sides[(begin + i) % 2][i // 2:i // 2 + 1]]
+    chosen = []
+    for i, k in enumerate(places):
+        first = bool(rel[k] > 0)
+        if swaps and first != ((begin + i) % 2 == 0):
+            chosen.append((pts[k].flip(0), not first, -float(gap[k])))
+        else:
+            chosen.append((pts[k], first, float(gap[k])))
+    return chosen
+
+
+def balance(rows, seed):
+    """Drop albedo questions of the commoner answer, chosen by the seed, until both answers are equally many."""
+    sides = {w: [r["id"] for r in rows if r["modality"] == "albedo" and r["first"] == w] for w in (True, False)}
+    more = max(sides, key=lambda w: len(sides[w]))
+    surplus = len(sides[more]) - len(sides[not more])
+    order = torch.randperm(len(sides[more]), generator=generator(seed, 29))[:surplus].tolist()
+    dropped = {sides[more][k] for k in order}
+    return [r for r in rows if r["id"] not in dropped]
+
+
+def build_questions(folder, n, size, seed, split=None, grid=1):
+    """Rows of all scenes of a folder (of one split), balanced, sorted by scene. raises as draw_questions."""
+    scenes = [s for s in list_scenes(folder) if split in (None, split_of(s))]
+    bar = tqdm(scenes, desc=f"{split or 'all'} questions", unit="scene", leave=False, disable=len(scenes) < 50)
+    return balance([row for scene in bar for row in draw_questions(folder, scene, n, size, seed, grid)], seed)
+
+
+def load_questions(path, folder, n, size, seed, split, write, grid=1):
+    """`build_questions`, kept in a file: drawn once for all ranks and resumptions.
+
+    write  False: the file is read, not written
+    """
+    key = [str(folder), n, size, seed, split, grid, len(list_scenes(folder))]
+    if Path(path).is_file():
+        kept = read_json(path)
+        if kept.get("key") == key:
+            return kept["rows"]
+    rows = build_questions(folder, n, size, seed, split, grid)
+    if write:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, dict(key=key, rows=rows))
+    return rows
+
+
+def read_photo(row, folder, size):
+    """The unmarked photo of a row, or the marked one of a JSONL file: (3, size, size)."""
+    if "image" in row:
+        rgb = photos.read_rgb(row["image"])
+        return F.interpolate(rgb[None], (size, size), mode="bilinear", antialias=True)[0].clamp(0, 1)
+    return photos.fit_square(photos.read_rgb(Path(folder, f"{row['scene']}_rgb.png")), size)
+
+
+def marked_photos(rows, folder, size):
+    """Marked photos of rows: (N, 3, size, size) in [0, 1]."""
+    out = []
+    for row in rows:
+        rgb = read_photo(row, folder, size)
+        out.append(rgb if "image" in row else draw_markers(rgb[None], torch.tensor(row["pts"])[None, None])[0, 0])
+    return torch.stack(out)
+
+
+def write_jsonl(rows, folder, out, size, name):
+    """Write rows in the released JSONL layout: OUT/images/ID.png with markers, then OUT/<name>; returns its path.
+
+    The list is written last and at once, so a run that was stopped leaves none. raises OSError
+    """
+    out = Path(out)
+    lines = []
+    for row in tqdm(rows, desc=name, unit="photo", leave=False, disable=len(rows) < 200):
+        picture = f"images/{row['id']}.png"
+        save_png(out / picture, marked_photos([row], folder, size)[0].numpy())
+        m = MODALITIES[row["modality"]]
+        red, green = row["pts"]
+        answer = m.answers[0 if row["first"] else 1]
+        lines.append(dict(
+            id=row["id"], image=picture, width=size, height=size,
+            conversations=[{"from": "human", "value": f"<image>\n{m.question}"}, {"from": "gpt", "value": answer}],
+            metadata=dict(dataset=Path(folder).name, modality=row["modality"], question=m.question, answer=answer,
+                          scene=row["scene"], red_xy=red[::-1], green_xy=green[::-1], margin=row["margin"])))
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / name, "".join(json.dumps(line) + "\n" for line in lines))
+    return out / name
+
+
+def read_jsonl(path):
+    """Rows of a JSONL file in the released layout; pictures lie beside it.
+
+    raises  FileNotFoundError; ValueError naming file and line: no JSON, a picture outside the folder, a question or an
+            answer that is not the official wording
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"questions.py: no file {str(path)!r}; want a .jsonl file; check the path")
+    rows = []
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):            # a name may hold other line breaks
+        where = f"questions.py: {str(path)!r} line {number}"
+        if line.strip():
+            with DamageGuard(where, "no sample", "id, image and two conversations", "edit the line"):
+                rows.append(_row(decode_json(line, where), path.parent, number, where))
+    if not rows:
+        raise ValueError(f"questions.py: {str(path)!r} is empty; want one sample a line; export it again")
+    return rows
+
+
+def _row(entry, root, number, where):
+    known = {m.question: (name, m.answers) for name, m in MODALITIES.items()}
+    asked, said = (c["value"] for c in entry["conversations"])
+    place = path_inside(root, entry["image"], f"{where}: image")
+    name, answers = known.get(asked.removeprefix("<image>\n"), (None, ()))
+    if name is None or said not in answers:
+        refuse(where, repr(asked if name is None else said), "an official question and answer (relations.MODALITIES)",
+               "edit the line")
+    about = entry.get("metadata") or {}
+    key = str(entry.get("id", number))
+    return dict(id=key, modality=name, first=said == answers[0], image=str(place), scene=str(about.get("scene", key)),
+                margin=float(about.get("margin", math.nan)))
+
+
+def epoch_order(n, epoch, seed):
+    """Order of n rows in one pass, the same on every rank."""
+    return torch.randperm(n, generator=generator(seed, 31, epoch)).tolist()
+
+
+def batch_of(rows, step, batch, seed):
+    """Rows of a step: passes follow each other without a gap."""
+    n = len(rows)
+    places = range(step * batch, (step + 1) * batch)
+    orders = {e: epoch_order(n, e, seed) for e in {p // n for p in places}}
+    return [rows[orders[p // n][p % n]] for p in places]
+
+
+def training_questions(cfg, grid):
+    """Training questions of --scenes, drawn once by rank 0 and kept in OUT/judge; as they are in a .jsonl file.
+
+    raises  UserError: no question
+    """
+    if cfg.scenes.endswith(".jsonl"):
+        return read_jsonl(cfg.scenes)
+    path = Path(cfg.out) / "judge" / "questions.json"
+    rows = []
+    for is_turn in (rank() == 0, True):                                         # the others read what rank 0 has drawn
+        if is_turn:
+            rows = load_questions(path, cfg.scenes, cfg.judge_pairs, cfg.size, cfg.seed, "train", rank() == 0, grid)
+        barrier()
+    if not rows:
+        raise UserError(f"train.py: {cfg.scenes} gives no training question; want more scenes (a tenth is held out)")
+    return rows

@@ -1,0 +1,1 @@
+"""Figures, tables, the public benchmarks, and the watch over a run."""

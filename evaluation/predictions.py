@@ -1,0 +1,287 @@
+"""Predictions of benchmark images, from a network or from saved maps, scored one by one and kept on disk.
+
+Every image's values are appended to OUT/eval/*.jsonl as soon as they are known. The file's name is a digest of the
+data, the predictions, the settings and the code: the same command goes on where it was killed, and no other command
+reads its numbers.
+"""
+import hashlib
+import inspect
+import json
+import sys
+import sysconfig
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import relations
+from data import formats
+from data.photos import resize_long
+from evaluation import benchmarks, protocols
+from evaluation.benchmark_table import MIT_LIGHTS
+from predictor import load_predictor, predict_photo
+from relations import srgb_decode
+from runtime.files import write_text
+from runtime.ranks import pick_device
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where predictions come from: a network, or a folder of saved maps.
+
+    label    for the tables
+    lacks    (bench, items) -> why it cannot be evaluated, or ""
+    key      (bench, items) -> text that changes whenever the maps may
+    read     (bench, files, item) -> sample, called in a second thread
+    predict  (bench, sample) -> pred of protocols.py;  saved: the maps are another method's files
+    """
+
+    label: str
+    lacks: Callable
+    key: Callable
+    read: Callable
+    predict: Callable
+    saved: bool = False
+
+
+def weights_key(policy):
+    """Digest of a network: its configuration; names, shapes and about 4096 evenly spaced values of every tensor."""
+    config = (getattr(policy, "cfg", None) or
+              (policy.about, policy.schedule.config, policy.unet.config, policy.vae.config))
+    h = hashlib.sha256(repr(config).encode())
+    for name, x in {**policy.state_dict(), **dict(policy.named_buffers())}.items():     # not all buffers are state
+        flat = x.detach().flatten()
+        h.update(f"{name}{tuple(x.shape)}{x.dtype}".encode())
+        h.update(flat[::max(1, len(flat) // 4096)].float().cpu().numpy().tobytes())
+    return h.hexdigest()
+
+
+def maps_at_size(policy, rgb, processing_res, args, wanted, size):
+    """Maps of one photo at another size: the one place where a benchmark calls a predictor.
+
+    rgb      (3, H, W) sRGB in [0, 1]; wanted: modalities; size (H, W)
+    args     of the command line: denoise_steps, ensemble_size, seed
+    returns  dict modality -> (C, *size) float32 numpy in the modality's encoding
+    """
+    with torch.no_grad():
+        maps = predict_photo(policy, rgb, processing_res or max(rgb.shape[-2:]), args.denoise_steps or 0, args.seed,
+                             args.ensemble_size)
+        return {m: (maps[m] if maps[m].shape[-2:] == size else
+                    F.interpolate(maps[m][None].float(), size, mode="bilinear", align_corners=False)[0]).numpy()
+                for m in wanted}
+
+
+def linear_arrays(maps, space):
+    """Maps as protocols.py wants them: albedo and irradiance linear, depth without its channel axis.
+
+    space  "srgb" or "linear", of the albedo and irradiance given
+    """
+    out = {}
+    for m, x in maps.items():
+        if m in ("albedo", "irradiance") and space == "srgb":
+            x = srgb_decode(torch.from_numpy(np.asarray(x, np.float64))).numpy()
+        out[m] = x[0] if m == "depth" else x
+    return out
+
+
+def network_source(path, args):
+    """Predictions of a checkpoint. args: of the command line: processing_res, denoise_steps, ensemble_size, seed.
+
+    differs: photos are reduced to the processing resolution once, in the reading thread, and the maps enlarged from
+    there: a 4032 x 6048 photo never exists next to its maps.
+    """
+    policy = load_predictor(path).to(pick_device("auto", "eval.py"))
+    trained = getattr(getattr(policy, "cfg", None), "size", None)              # px, of our DiT; None: the protocol's
+
+    def resolution(bench):
+        return next(r for r in (args.processing_res, trained, bench.processing_res) if r is not None)
+
+    def lacks(bench, items):
+        less = [m for m in bench.needs if m not in policy.modalities]
+        return less and f"{path} predicts {', '.join(policy.modalities)}; want {', '.join(less)} too"
+
+    def read(bench, files, item):
+        sample = benchmarks.load_sample(bench, files, item, axes=True)
+        res = resolution(bench)
+        sample["photos"] = [resize_long(x, res) if 0 < res < max(x.shape[1:]) else x for x in sample["photos"]]
+        return sample
+
+    def maps(bench, sample):
+        wanted = [m for m in (*bench.needs, *bench.also) if m in policy.modalities]
+        return [linear_arrays(maps_at_size(policy, x, resolution(bench), args, wanted, tuple(sample["size"])), "srgb")
+                for x in sample["photos"]]
+
+    steps = args.denoise_steps or getattr(policy, "steps", 10)
+    settings = f"{steps} steps, ensemble {args.ensemble_size}, seed {args.seed}, "
+    edge = next((r for r in (args.processing_res, trained) if r is not None), None)
+    settings += "long edge " + ("of the protocol" if edge is None else f"{edge} px" if edge else "of the photo")
+
+    def key(bench, items):
+        return weights_key(policy) + settings
+
+    return Source(f"{path}: {settings}", lacks, key, read, maps)
+
+
+def prediction_file(bench, files, name, modality):
+    """Where the saved map of a photo is expected, or the first accepted name that exists.
+
+    depth    pred_STEM.npy (NYUv2: pred_0001.npy), normals STEM.npy, IID STEM_albedo.npy, STEM_shading.npy (Marigold's)
+    others   STEM_MODALITY.npy; albedo and shading also .png; IIW and MAW also STEM-r.png (Bell et al.) and STEM.png
+    """
+    place = PurePosixPath(name).parent
+    stem = PurePosixPath(name).stem
+    if bench.task == "depth":
+        return str(place / f"pred_{stem.split('_')[1] if bench.prediction == 'rgb_id' else stem}.npy")
+    if bench.task == "normal":
+        return str(place / f"{stem}.npy")
+    ending = "shading" if bench.task == "iid" and modality == "irradiance" else modality
+    accepted = [f"{stem}_{ending}.npy"]
+    if modality in ("albedo", "irradiance"):
+        accepted.append(f"{stem}_{ending}.png")
+    if bench.task in ("whdr", "maw"):
+        accepted += [f"{stem}-r.png", f"{stem}.npy", f"{stem}.png"]
+    names = [str(place / n) for n in accepted]
+    return next((n for n in names if files.size(n) >= 0), names[0])
+
+
+def read_prediction(files, name, modality):
+    """One saved map -> (C, H, W) float array as stored; an 8-bit .png of albedo or irradiance is over 255.
+
+    raises   FileNotFoundError; ValueError: another number of channels, another type, alpha, 16 bits
+    """
+    where = files.where(name)
+    if name.endswith(".png"):
+        return formats.decode_rgb(files.read(name), where).transpose(2, 0, 1) / 255.0
+    array = formats.decode_npy(files.read(name), where)
+    channels = 1 if modality == "depth" else 3
+    if array.ndim == 2 and channels == 1:
+        array = array[None]
+    elif array.ndim == 3 and array.shape[0] != channels and array.shape[2] == channels:
+        array = array.transpose(2, 0, 1)
+    if array.ndim != 3 or array.shape[0] != channels:
+        raise ValueError(f"{where}: got shape {array.shape}, want ({channels}, H, W); save it again")
+    if array.dtype.kind != "f":
+        raise ValueError(f"{where}: got {array.dtype} values, want floating point; save it again")
+    return array
+
+
+def saved_source(path, args):
+    """Predictions that another method saved, in Marigold's naming (prediction_file). args: pred_space is read."""
+    saved = formats.Files(path)
+
+    def names(bench, item):
+        """Where the maps of each photo of an item are expected: [{modality: file}]."""
+        return [{m: prediction_file(bench, saved, photo, m) for m in (*bench.needs, *bench.also)}
+                for photo in (item["rgb"], *(item[k] for k in MIT_LIGHTS[1:] if k in item))]
+
+    def lacks(bench, items):
+        photos = [files for item in items for files in names(bench, item)]
+        wanted = {m for files in photos for m, f in files.items() if m in bench.needs or saved.size(f) >= 0}
+        absent = [files[m] for files in photos for m in files if m in wanted and saved.size(files[m]) < 0]
+        total = len(photos) * len(wanted)
+        return absent and (f"{path}: got no prediction for {len(absent)} of {total} maps of {bench.dataset} (first: "
+                           f"{absent[0]}), want all; predict them too")
+
+    def key(bench, items):
+        return str(Path(path).resolve()) + str([[saved.stamp(f) for f in files.values()]
+                                                for item in items for files in names(bench, item)]) + space(bench)
+
+    def space(bench):
+        return args.pred_space or ("linear" if bench.dataset == "hypersim" else "srgb")
+
+    def read(bench, files, item):
+        sample = benchmarks.load_sample(bench, files, item, axes=True)
+        own = {files.place(f) for role, f in item.items() if role != "name"}
+        sample["saved"] = []
+        for maps in names(bench, item):
+            maps = {m: f for m, f in maps.items() if m in bench.needs or saved.size(f) >= 0}
+            for f in maps.values():
+                if saved.place(f) in own:
+                    raise ValueError(f"{saved.where(f)}: got a file of {bench.dataset} itself as a prediction, want "
+                                     "another folder in --pred-dir")
+            sample["saved"].append(linear_arrays({m: read_prediction(saved, f, m) for m, f in maps.items()},
+                                          space(bench)))
+        return sample
+
+    def maps(bench, sample):
+        return sample["saved"]
+
+    label = f"maps in {path} (colours {args.pred_space or 'sRGB-encoded, linear for hypersim'})"
+    return Source(label, lacks, key, read, maps, saved=True)
+
+
+def find_source(path, args):
+    """Source of a path: a predictor's folder or hub id, or a folder or tar of saved maps. args as in both."""
+    there = Path(path)
+    maps = there.is_file() or (there.is_dir() and not any((there / n).exists() for n in ("predictor.json",
+                                                                                         "model_index.json")))
+    return saved_source(path, args) if maps else network_source(path, args)
+
+
+def project_source():
+    """Text of this module and of all modules of the project that it uses, directly or through others: dict by name."""
+    root = Path(relations.__file__).parent
+    installed = Path(sysconfig.get_path("purelib"))                             # may lie below the root
+    found = {}
+    waiting = [sys.modules[__name__]]
+    while waiting:
+        module = waiting.pop()
+        folders = Path(getattr(module, "__file__", None) or "/").parents
+        if root not in folders or installed in folders or module.__name__ in found:
+            continue
+        found[module.__name__] = inspect.getsource(module)
+        for value in vars(module).values():
+            waiting.append(value if inspect.ismodule(value) else sys.modules.get(getattr(value, "__module__", None)))
+    return found
+
+
+CODE = sorted(project_source().items())   # read at import: results keep the digest of the code that is running
+
+
+def results_file(bench, source, files, items, out):
+    """JSONL of results per image; its name changes with the data, the predictions, the settings and the code."""
+    stamps = [[files.stamp(f) for role, f in item.items() if role != "name"] for item in items]
+    key = hashlib.sha256(repr((CODE, stamps, files.where("x"), source.key(bench, items))).encode()).hexdigest()[:16]
+    return Path(out, "eval", f"{bench.dataset}-{bench.task}-{key}.jsonl")
+
+
+def read_results(bench, path):
+    """Images with a result in a file: dict name -> values. The file is cut before the first line that is not whole."""
+    if not path.is_file():
+        return {}
+    rows = []
+    lines = path.read_bytes().splitlines()
+    for line in lines:
+        try:
+            rows.append(json.loads(line))
+        except (ValueError, RecursionError):
+            break                                                               # the writer was killed
+    rows = protocols.whole_rows(bench, rows)
+    if len(rows) < len(lines):
+        print(f"{path}: got {len(lines)} lines, the first {len(rows)} whole; going on after them")
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+    return {row.pop("name"): row for row in rows}
+
+
+def evaluate_images(bench, source, files, items, path):
+    """Values per image, resumed from `path`; the next image is read while this one is predicted and scored."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    done = read_results(bench, path)
+    left = [item for item in items if item["name"] not in done]
+    if len(left) < len(items):
+        print(f"{bench.dataset}: {len(items) - len(left)} of {len(items)} images are already in {path}")
+    with ThreadPoolExecutor(1) as pool, open(path, "a") as log:
+        waiting = [pool.submit(source.read, bench, files, left[0])] if left else []
+        for i in tqdm(range(len(left)), desc=f"{bench.dataset} {bench.task}", disable=len(left) < 3):
+            sample = waiting.pop().result()
+            waiting = [pool.submit(source.read, bench, files, left[i + 1])] if i + 1 < len(left) else []
+            row = protocols.score_prediction(bench, source.predict(bench, sample), sample)
+            log.write(json.dumps(dict(name=left[i]["name"], **row)) + "\n")
+            log.flush()
+            done[left[i]["name"]] = row
+    return [done[item["name"]] for item in items]

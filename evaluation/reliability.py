@@ -1,0 +1,116 @@
+"""How far a judge can be trusted: accuracy over every question, by margin and confidence, and colour bias.
+
+accuracy     share of right answers over *all* questions; an undecided answer (p = 0.5 exactly, text that says nothing)
+             is wrong. `released`: the judge release's own figure, which drops undecided answers from the denominator
+confidence   c = max(p, 1 - p); expected calibration error = sum over ten bins of [0.5, 1] of n / N |accuracy - c|
+swap         the same pair with red and green swapped: a judge that says "red" both times is biased, not informed
+"""
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from data import questions
+from relations import MODALITIES
+
+BINS = 10                         # of the confidence in [0.5, 1]
+MARGINS = (0.0, 0.05, 0.1, 0.2, 0.4)   # lower edges, in units of relations.margin
+
+
+def swap_colours(row):
+    """A row with red and green swapped. raises ValueError for a picture whose markers are drawn already."""
+    if "image" in row:
+        raise ValueError(f"reliability.py: got {row['id']!r} with drawn markers, want points to exchange the colours; "
+                         "evaluate on a scene folder")
+    return row | dict(pts=row["pts"][::-1])
+
+
+def score_rows(judge, rows, folder, batch=32):
+    """Probability of answer one to every row's own question, one prefill each: (N,) float64 numpy."""
+    prob = np.empty(len(rows))
+    by = {m: [i for i, r in enumerate(rows) if r["modality"] == m] for m in MODALITIES}
+    parts = [(m, places[i:i + batch]) for m, places in by.items() for i in range(0, len(places), batch)]
+    for m, places in tqdm(parts, desc="judge", unit="batch", leave=False, disable=len(parts) < 8):
+        images = questions.marked_photos([rows[i] for i in places], folder, judge.size).to(judge.mean.device)
+        prob[places] = judge.score(images, m).double().cpu().numpy()
+    return prob
+
+
+def average_orders(prob, swapped, albedo):
+    """Mean of both orders in terms of the first one; albedo is symmetric in the colours. Arrays (N,)."""
+    return (prob + np.where(albedo, swapped, 1 - swapped)) / 2
+
+
+def calibration(prob, first):
+    """Expected calibration error and its table: a dict low, n, confidence, accuracy per bin that holds answers."""
+    confidence = np.maximum(prob, 1 - prob)
+    right = right_answers(prob, first)
+    place = np.clip(((confidence - 0.5) * 2 * BINS).astype(int), 0, BINS - 1)
+    table = [dict(low=0.5 + k / (2 * BINS), n=int((place == k).sum()), confidence=float(confidence[place == k].mean()),
+                  accuracy=float(right[place == k].mean())) for k in range(BINS) if (place == k).any()]
+    return sum(row["n"] * abs(row["accuracy"] - row["confidence"]) for row in table) / len(prob), table
+
+
+def right_answers(prob, first):
+    """Which answers are right: (N,) bool; an undecided one is wrong."""
+    return np.where(first, prob > 0.5, prob < 0.5)
+
+
+def right_guesses(rule, rows, folder, size):
+    """Right answers of a one-line rule of scores.HEURISTICS: (N,) bool; a rule that is undecided says the second."""
+    said = []
+    for row in rows:
+        rgb = questions.read_photo(row, folder, size)
+        said.append(float(rule(rgb[None], torch.tensor(row["pts"])[None, None])) > 0)
+    return np.array(said) == np.array([r["first"] for r in rows])
+
+
+def judge_figures(judge, rows, folder, rules, swap_average=False):
+    """All figures per modality: dict of dicts, every number of the tables.
+
+    rules         scores.HEURISTICS;  swap_average  True: answers are the mean of both orders
+    raises        ValueError: no row; colours that cannot be swapped
+    """
+    if not rows:
+        raise ValueError("reliability.py: got no question; want scenes with ground truth")
+    can_swap = not any("image" in r for r in rows)
+    single = score_rows(judge, rows, folder)
+    swapped = score_rows(judge, [swap_colours(r) for r in rows], folder) if can_swap or swap_average else None
+    albedo = np.array([r["modality"] == "albedo" for r in rows])
+    prob = average_orders(single, swapped, albedo) if swap_average else single
+    first = np.array([r["first"] for r in rows])
+    size = np.abs([r["margin"] for r in rows])
+    out = {}
+    for m in MODALITIES:
+        on = np.array([r["modality"] == m for r in rows])
+        if not on.any():
+            continue
+        out[m] = accuracy_figures(prob[on], first[on], size[on])
+        if can_swap:
+            right = right_guesses(rules[m][1], [r for r, k in zip(rows, on, strict=True) if k], folder, judge.size)
+            out[m]["heuristic"] = float(right.mean())
+            out[m] |= swap_figures(single[on], swapped[on], m == "albedo")
+    return out
+
+
+def accuracy_figures(prob, first, margin):
+    """Figures of one modality's answers: arrays (N,) of probability, truth and size of the margin (NaN: not known)."""
+    right = right_answers(prob, first)
+    decided = prob != 0.5
+    ece, bins = calibration(prob, first)
+    place = np.digitize(margin, MARGINS) - 1
+    by_margin = [dict(low=low, n=int((place == k).sum()), accuracy=float(right[place == k].mean()))
+                 for k, low in enumerate(MARGINS) if (place == k).any() and np.isfinite(margin).all()]
+    return dict(n=len(prob), accuracy=float(right.mean()), undecided=int((~decided).sum()),
+                released=float(right[decided].mean()) if decided.any() else float("nan"), ece=float(ece), bins=bins,
+                first=float(first.mean()), says_first=float((prob > 0.5).mean()), margins=by_margin)
+
+
+def swap_figures(prob, swapped, symmetric):
+    """How often the answers to both orders of the colours disagree with each other, or are the same word.
+
+    prob, swapped  (N,) probability of answer one;  symmetric  True: the answer is the same in both orders
+    """
+    one = prob > 0.5
+    two = swapped > 0.5
+    return dict(inconsistent=float((one != two if symmetric else one == two).mean()),
+                always_first=float((one & two).mean()), always_second=float((~one & ~two).mean()))

@@ -1,0 +1,207 @@
+"""The tables of scenes and judges, and what a training run reports at its end.
+
+Numbers are unweighted means over images; a change has a paired bootstrap 95 % interval (intervals.py).
+"""
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from data import questions
+from data.pictures import panel, picture_of, save_png
+from data.pools import ScenePool
+from evaluation import reliability
+from evaluation.intervals import bootstrap_interval, verdict
+from evaluation.scores import (
+    HEURISTICS,
+    METRICS,
+    PAIRS,
+    eval_pairs,
+    judge_scores,
+    photo_scores,
+    predict_maps,
+    score_maps,
+)
+from grpo import agreement
+from judge import ORACLE, load_judge
+from predictor import load_predictor
+from relations import NAMES
+from runtime.files import write_json
+from runtime.ranks import pick_device
+from runtime.run import about
+
+
+def print_table(title, rows, header):
+    """Print rows of strings under a header, columns aligned."""
+    rows = [header, *rows]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    print(f"\n{title}")
+    for row in rows:
+        print("  " + "  ".join(cell.ljust(w) if i < 2 else cell.rjust(w)
+                               for i, (cell, w) in enumerate(zip(row, widths, strict=True))))
+    sys.stdout.flush()
+
+
+def format_number(x):
+    """Four decimals, two for large numbers."""
+    return f"{x:.4f}" if abs(x) < 10 else f"{x:.2f}"
+
+
+def format_interval(low, high):
+    """Two ends in brackets; "-" where there is none."""
+    return f"[{format_number(low)}, {format_number(high)}]" if np.isfinite([low, high]).all() else "-"
+
+
+def compare_scores(base, new):
+    """Rows of the before/after table: dict metric -> base, x, relative change, 95 % interval of it, verdict."""
+    rows = {}
+    for name in base:
+        better = METRICS[name][1]
+        known = np.isfinite(base[name]) & np.isfinite(new[name])                 # images that have such pairs
+        if not known.any() or base[name][known].mean() == 0:                    # nothing to be relative to
+            change = low = high = float("nan")
+        else:
+            change, low, high = bootstrap_interval(base[name][known], new[name][known], relative=True)
+        rows[name] = dict(base=float(np.nanmean(base[name])), x=float(np.nanmean(new[name])),
+                          change=change, low=low, high=high,
+                          verdict=verdict(low, high, better))
+    return rows
+
+
+def report_scenes(name, values, base_values=None, judge_values=None):
+    """Print the tables of one set of scenes; returns every printed number as a dict.
+
+    values, base_values  of scores.score_maps, the evaluated predictor's and the one it is compared with
+    judge_values         of scores.judge_scores
+    """
+    n = len(next(iter(values.values())))
+    result = dict(dataset=name, n=n)
+    title = f"{name}: {n} images evaluated of {n}; unweighted mean over images"
+    if base_values is None:
+        result["metrics"] = {k: float(np.nanmean(v)) for k, v in values.items()}
+        lines = [(k, METRICS[k][0], format_number(v)) for k, v in result["metrics"].items()]
+        print_table(title, lines, ("metric", "protocol", "value"))
+    else:
+        result["metrics"] = compare_scores(base_values, values)
+        lines = [(k, METRICS[k][0], format_number(r["base"]), format_number(r["x"]), f"{100 * r['change']:+.1f} %",
+                  f"[{100 * r['low']:+.1f}, {100 * r['high']:+.1f}]", r["verdict"])
+                 for k, r in result["metrics"].items()]
+        print_table(title + "; change with paired bootstrap 95 % interval", lines,
+                    ("metric", "protocol", "base", "X", "change", "95 %", ""))
+    if judge_values is not None:
+        result["judge"] = known = {k: float(np.nanmean(v)) for k, v in judge_values.items()}
+        lines = [(m, HEURISTICS[m][0], *(f"{known[f'{who}/{m}']:.3f}" if f"{who}/{m}" in known else "-"
+                                         for who in ("judge", "predictor", "heuristic"))) for m in NAMES]
+        print_table(f"{name}: accuracy on pairs that the judge can be asked; every pair counts", lines,
+                    ("modality", "heuristic", "judge", "predictor" if base_values is None else "base", "heuristic"))
+    return result
+
+
+def report_judge(args):
+    """Print the tables of --dataset judge; returns every printed number as a dict.
+
+    args  of the command line: judge, out, scenes, split, pairs, seed, text, swap_average
+    """
+    judge = load_judge(args.judge or Path(args.out) / "judge", pick_device("auto", "eval.py"), text=args.text)
+    if args.scenes.endswith(".jsonl"):
+        rows = questions.read_jsonl(args.scenes)
+    else:
+        rows = questions.build_questions(args.scenes, args.pairs, judge.size, args.seed,
+                               None if args.split == "all" else args.split, judge.grid)
+    result = reliability.judge_figures(judge, rows, args.scenes, HEURISTICS, args.swap_average)
+    n = len(rows)
+    rooms = len({r["scene"].split(".")[0] for r in rows})
+    lines = [(m, HEURISTICS[m][0], str(r["n"]), f"{r['accuracy']:.3f}", f"{r.get('heuristic', np.nan):.3f}",
+              f"{r['ece']:.3f}", f"{r.get('inconsistent', np.nan):.3f}", f"{r.get('always_first', np.nan):.3f}",
+              f"{r.get('always_second', np.nan):.3f}", str(r["undecided"]), f"{r['released']:.3f}")
+             for m, r in result.items()]
+    orders = ", both orders averaged" if args.swap_average else ""
+    print_table(f"judge: {n} questions of {n} about {rooms} rooms of {args.scenes} ({args.split}), {judge.size} px, "
+                f"balanced answers{orders}; every question counts", lines,
+                ("modality", "heuristic", "n", "judge", "heuristic", "ECE", "inconsistent", "first twice",
+                 "second twice", "undecided", "decided only"))
+    lines = [(m, "  ".join(f"{b['low']:.2f}: {b['accuracy']:.3f} of {b['n']}" for b in r["margins"]))
+             for m, r in result.items()]
+    print_table("accuracy by margin (relations.margin, lower edge: accuracy of n)", lines, ("modality", "margin"))
+    lines = [(m, "  ".join(f"{b['low']:.2f}: {b['accuracy']:.3f} at {b['confidence']:.3f}, {b['n']}"
+                           for b in r["bins"])) for m, r in result.items()]
+    print_table("reliability (confidence bin, lower edge: accuracy at mean confidence, n)", lines,
+                ("modality", "confidence"))
+    return dict(dataset="judge", n=n, rooms=rooms, swap_average=args.swap_average, judge=result)
+
+
+def report_wild(cfg, device, start, folder):
+    """Before/after table on held-out scenes, the judge beside it, a picture; writes OUT/report.json, OUT/panel.png.
+
+    cfg            of the run: out, judge, size, eval_images, eval_steps, micro, seed
+    start, folder  the predictor that GRPO started from, and what it has made of it
+    """
+    out = Path(cfg.out)
+    before, after = (load_predictor(path).to(device) for path in (start, folder))
+    oracle = cfg.judge == ORACLE
+    judge_model = None if oracle else load_judge(cfg.judge or out / "judge").to(device)
+    results = []
+    for name in ("wild", "synthetic", "broad"):
+        maps = ScenePool(name, "test", cfg.eval_images, cfg.size).all()
+        pairs = eval_pairs(maps, PAIRS, 1, 0)
+        pred = [predict_maps(p, maps["rgb"], cfg.eval_steps, 0, cfg.micro or 64) for p in (before, after)]
+        values = [score_maps(p, maps, pairs) for p in pred]
+        ask = judge_model is not None and name != "synthetic"
+        answers = judge_scores(judge_model, maps, pred[0], 0) if ask else None
+        results.append(report_scenes(name, values[1], values[0], answers))
+        if name == "wild":
+            save_panel(out / "panel.png", maps["rgb"], *pred, truth=maps)
+    write_json(out / "report.json", dict(about=about(), seed=cfg.seed, tables=results))
+    print(f"\nwritten: {out}/report.json, {out}/panel.png; "
+          f"maps of your own photos: python predictor.py PHOTO --checkpoint {out}/grpo")
+
+
+def report_photos(cfg, device, judged, start, folder):
+    """Before/after figures without ground truth on the photos of --images; writes OUT/photos/report.json, panel.png.
+
+    cfg            of the run: images, eval_images, eval_steps, micro, seed, and what the rewards read
+    judged         data.bank.Judgements, of which the first cfg.eval_images are shown
+    start, folder  the predictor that GRPO started from, and what it has made of it
+    """
+    n = cfg.eval_images
+    rgb = judged.rgb[:n].float() / 255
+    pred = []
+    rows = {}
+    for path in (start, folder):                                                # one in memory at a time
+        policy = load_predictor(path).to(device)
+        pred.append(predict_maps(policy, rgb, cfg.eval_steps, 0, cfg.micro or 64))
+        del policy
+    for m in pred[0]:
+        prob = judged.prob[:n, :, NAMES.index(m)]
+        rows[f"reward/{m}"] = [agreement(p[m][:, None], judged.pts[:n], prob, m, cfg)[2][:, 0].numpy() for p in pred]
+    if {"depth", "normal"} <= pred[0].keys():
+        rows["depth-normal RMSE"] = [photo_scores(p) for p in pred]
+    confidences = {m: float((2 * judged.prob[:n, :, k] - 1).abs().mean()) for k, m in enumerate(NAMES)}
+    result = {"n": len(rgb), "judge/confidence": confidences}
+    lines = []
+    for name, (a, b) in rows.items():
+        change, low, high = bootstrap_interval(a, b)
+        result[name] = dict(base=float(a.mean()), x=float(b.mean()), change=change, low=low, high=high)
+        _, _, m = name.partition("reward/")
+        confidence = f"confidence {confidences[m]:.3f}" if m else "ours"
+        lines.append((name, confidence, f"{a.mean():.4f}", f"{b.mean():.4f}", f"{change:+.4f}",
+                      f"[{low:+.4f}, {high:+.4f}]"))
+    print_table(f"{cfg.images}: {len(rgb)} of the photos trained on; no ground truth exists; paired bootstrap 95 %",
+                lines, ("figure", "judge", "base", "X", "change", "95 %"))
+    write_json(folder / "report.json", dict(about=about(), seed=cfg.seed, **result))
+    save_panel(folder / "panel.png", rgb, *pred, labels=judged.names)
+
+
+def save_panel(path, rgb, before, after, truth=None, labels=None, rows=4):
+    """Write a picture: a row per photo (n, 3, H, W), with each modality before, after and, if known, in truth."""
+    tiles = []
+    for i in range(min(rows, len(rgb))):
+        tiles.append((labels[i] if labels else "photo", rgb[i].numpy()))
+        for m in before:
+            for word, maps in (("base", before), ("X", after), ("truth", truth)):
+                if maps is not None:
+                    value = maps[m][i]
+                    if word == "truth" and m == "depth":                        # sky as far as the farthest surface
+                        value = value.masked_fill(~truth["mask"][i], value[truth["mask"][i]].max())
+                    tiles.append((f"{m} {word}", picture_of(m, value.numpy())))
+    save_png(path, panel(tiles, columns=len(tiles) // min(rows, len(rgb))))

@@ -1,0 +1,154 @@
+"""What is measured on procedural scenes and on folders of scenes: errors of maps, accuracy of judges on pairs.
+
+Every figure is a list of one number per image, so that two predictors can be compared image by image.
+"""
+import numpy as np
+import torch
+
+from data.maps import assumed_camera
+from data.questions import true_relations
+from evaluation import metrics, surface
+from predictor import sample_ode
+from relations import NAMES, at_points, margin, sample_pairs, srgb_decode
+from runtime.ranks import generator
+
+PAIRS = 24                        # per image and modality
+DEPTH_RANGE = (0.1, 100.0)        # metres, clips aligned predictions
+METRICS = {  # modality/name: (text, sign of the good direction)
+    "depth/abs_rel": ("AbsRel, least-squares scale and shift", -1),
+    "depth/delta1": ("delta1, same alignment", 1),
+    "depth/pairs": ("pair accuracy", 1),
+    "normal/angle": ("mean angle, degrees", -1),
+    "normal/pairs": ("pair accuracy", 1),
+    "albedo/whdr10": ("WHDR 10 %, linear, labels from ground truth (ours)", -1),
+    "albedo/si_mse": ("scale-invariant MSE, linear", -1),
+    "albedo/pairs": ("pair accuracy, balanced", 1),
+    "irradiance/si_mse": ("scale-invariant MSE, linear", -1),
+    "irradiance/pairs": ("pair accuracy", 1),
+}
+HEURISTICS = {  # modality: (text, score > 0: the first answer); a judge that loses to them is a poor reward
+    "depth": ("lower pixel is closer", lambda rgb, pts: (pts[..., 0, 0] - pts[..., 1, 0]).float()),
+    "normal": ("upper pixel faces the camera more", lambda rgb, pts: (pts[..., 1, 0] - pts[..., 0, 0]).float()),
+    "albedo": ("close chromaticity is the same colour", lambda rgb, pts: 0.03 - chroma_distance(rgb, pts)),
+    "irradiance": ("brighter pixel is more lit", lambda rgb, pts: margin(rgb, pts, "irradiance")),
+}
+
+
+def chroma_distance(rgb, pts):
+    """Distance of r / (r + g + b) and g / (r + g + b) between the points: (B, 3, H, W), (B, P, 2, 2) -> (B, P)."""
+    value = at_points(rgb, pts)                                                 # (B, P, 2, 3)
+    chroma = (value / value.sum(-1, keepdim=True).clamp_min(1e-3))[..., :2]
+    return (chroma[..., 0, :] - chroma[..., 1, :]).norm(dim=-1)
+
+
+def eval_pairs(maps, n, grid, seed):
+    """Pairs whose true relation is known, per modality, balanced for albedo; the same for predictors and judges.
+
+    returns  dict modality -> pts (B, n, 2, 2), truth (B, n) int8 with 0 where an image has too few such pairs
+    """
+    B, _, H, W = maps["rgb"].shape
+    pts = sample_pairs(B, (H, W), 8 * n, generator(seed, 17), mask=maps["mask"], grid=grid)
+    truth = true_relations(maps, pts)                                           # (B, 8n, M)
+    chosen = {}
+    for k, m in enumerate(NAMES):
+        rel = truth[..., k]
+        if m == "albedo":                                                       # n/2 of each answer, in draw order
+            place = torch.where(rel > 0, (rel > 0).cumsum(1), (rel < 0).cumsum(1))
+            keep = (rel != 0) & (place <= n // 2)
+        else:
+            keep = (rel != 0) & ((rel != 0).cumsum(1) <= n)
+        order = (~keep).to(torch.int8).argsort(dim=1, stable=True)[:, :n]
+        chosen[m] = (pts.gather(1, order[..., None, None].expand(-1, -1, 2, 2)), (rel * keep).gather(1, order))
+    return chosen
+
+
+def accuracy(score, truth):
+    """Share of right signs per image over pairs with a truth: (B, P) x2 -> (B,) numpy, NaN where there is none."""
+    ok = ((score > 0) == (truth > 0)) & (truth != 0)
+    return (ok.sum(1).double() / (truth != 0).sum(1)).numpy()
+
+
+@torch.no_grad()
+def predict_maps(policy, rgb, steps, seed, batch=64):
+    """All maps of photos (B, 3, H, W): dict modality -> (B, C, H, W) on the CPU. Every policy gets the same noise."""
+    noise = torch.randn(len(rgb), *policy.shape(rgb), generator=generator(seed, 23))
+    device = next(policy.parameters()).device
+    out = {m: [] for m in policy.modalities}
+    for i in range(0, len(rgb), batch):
+        part = rgb[i:i + batch].to(device)
+        cond = policy.encode(part)
+        for m in policy.modalities:
+            out[m].append(sample_ode(policy, part, m, steps, noise=noise[i:i + batch].to(device), cond=cond).cpu())
+    return {m: torch.cat(v) for m, v in out.items()}
+
+
+def score_maps(pred, maps, pairs, warn=True):
+    """Every metric of METRICS whose modality was predicted, per image.
+
+    pred     dict modality -> (B, C, H, W) in the encodings of relations.MODALITIES
+    maps     true maps of a scene pool: the modalities, depth in metres, mask (B, 1, H, W);  pairs  of `eval_pairs`
+    warn     print a line where a fitted depth scale is negative
+    returns  dict name -> (B,) float64 numpy
+    """
+    out = {name: [] for name in METRICS if name.split("/")[0] in pred and not name.endswith("pairs")}
+    linear = {(w, m): srgb_decode(v[m]).permute(0, 2, 3, 1).double().numpy()
+              for w, v in (("pred", pred), ("true", maps)) for m in ("albedo", "irradiance") if m in pred}
+    mask = maps["mask"][:, 0].numpy()
+    inverted = 0                                                                # fitted depth scales below 0
+    for i, ok in enumerate(mask):
+        if "depth" in pred:
+            true = maps["depth"][i, 0].masked_fill(~maps["mask"][i, 0], 1.0).double().numpy()
+            guess = pred["depth"][i, 0].double().numpy()
+            scale, shift = metrics.align_depth(guess, true, ok)
+            inverted += scale < 0
+            depth = metrics.depth_metrics((scale * guess + shift).clip(*DEPTH_RANGE), true, ok)
+            out["depth/abs_rel"].append(depth["abs_rel"])
+            out["depth/delta1"].append(depth["delta1"])
+        if "normal" in pred:
+            angle = metrics.normal_error(pred["normal"][i].numpy(), maps["normal"][i].numpy())
+            out["normal/angle"].append(np.nanmean(angle[ok]))
+        if "albedo" in pred:
+            pts, truth = (x[i] for x in pairs["albedo"])
+            out["albedo/whdr10"].append(metrics.whdr_from_gt(
+                linear["pred", "albedo"][i], linear["true", "albedo"][i], pts[truth != 0].numpy(), 0.1))
+        for m in {"albedo", "irradiance"} & pred.keys():
+            out[f"{m}/si_mse"].append(metrics.si_mse(linear["pred", m][i], linear["true", m][i], ok))
+    if inverted and warn:
+        print(f"depth: {inverted} of {len(mask)} fitted scales are negative: "
+              "there the prediction looks like inverse depth")
+    out = {k: np.array(v, dtype=float) for k, v in out.items()}
+    for m in pred:
+        pts, truth = pairs[m]
+        out[f"{m}/pairs"] = accuracy(margin(pred[m], pts, m), truth)
+    return {name: out[name] for name in METRICS if name in out}
+
+
+def judge_scores(judge, maps, pred, seed):
+    """Accuracy of the judge, of a predictor's maps and of the four heuristics on pairs that the judge can be asked.
+
+    pred     dict modality -> (B, C, H, W);  returns  dict "judge/m", "predictor/m", "heuristic/m" -> (B,) numpy
+    """
+    out = {}
+    pairs = eval_pairs(maps, PAIRS, judge.grid, seed)
+    for k, m in enumerate(NAMES):
+        pts, truth = pairs[m]
+        device = next(judge.parameters()).device
+        prob = torch.cat([judge.ask(maps["rgb"][i:i + 32].to(device), pts[i:i + 32].to(device)).cpu()
+                          for i in range(0, len(pts), 32)])
+        out[f"judge/{m}"] = accuracy(prob[..., k] - 0.5, truth)
+        if m in pred:
+            out[f"predictor/{m}"] = accuracy(margin(pred[m], pts, m), truth)
+        out[f"heuristic/{m}"] = accuracy(HEURISTICS[m][1](maps["rgb"], pts), truth)
+    return out
+
+
+def photo_scores(pred):
+    """Depth-normal consistency per photo, a figure that needs no truth: maps (B, C, H, W) -> (B,) RMSE of unit normals.
+
+    The paper names no camera: ours is relations.assumed_camera.
+    """
+    figures = []
+    for depth, normal in zip(pred["depth"], pred["normal"], strict=True):
+        z, *camera = assumed_camera(depth[0].double().numpy())
+        figures.append(surface.depth_normal_consistency(z, normal.double().numpy(), *camera))
+    return np.array(figures)

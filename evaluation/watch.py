@@ -1,0 +1,149 @@
+"""The watch over a GRPO run: its validation figures, its best copy, its early end when a figure drifts.
+
+The averaged policy is evaluated on validation scenes that no stage learns from. When a figure has left its band, the
+average goes back to what it was at the evaluation before, and the run ends.
+"""
+import json
+import math
+
+import numpy as np
+import torch
+
+from data.pools import scene_pool
+from evaluation import metrics
+from evaluation.scores import METRICS, PAIRS, eval_pairs, predict_maps, score_maps
+from grpo import is_unanimous
+from runtime.files import read_log, write_json
+from runtime.ranks import combine_numbers, rank
+from runtime.run import about
+
+
+def evaluated_rows(folder):
+    """Rows of a run's log that hold validation figures."""
+    return [row for row in read_log(folder / "metrics.jsonl") if any(k.startswith("synthetic/") for k in row)]
+
+
+def reward_statistics(scored):
+    """What the log shows of a step's rewards: dict modality -> grpo.Score -> dict name -> 0-dim tensor."""
+    stats = {}
+    for m, one in scored.items():
+        stats |= {f"reward/{m}": one.reward.mean(), f"reward/{m}_spread": one.reward.std(1, correction=0).mean(),
+                  f"reward/{m}_unanimous": is_unanimous(one.reward).float().mean()}
+    for one in scored.values():
+        stats |= {f"reward/{name}": agree.mean() for name, _, agree in one.consistency}
+    if scored:
+        stats["reward"] = sum(stats[f"reward/{m}"] for m in scored) / len(scored)
+    return stats
+
+
+class Watch:
+    """Evaluates the average of a GRPO run, keeps the best, and ends the run when a figure has left its band.
+
+    nets   models.copies.Networks;  run  runtime.run.Run, whose `ended` it sets;  origin  what saved copies say of it
+    cfg    eval_every, eval_steps, val_images, band, forget, size, micro, fsdp of config.Config
+    """
+
+    def __init__(self, nets, run, cfg, **origin):
+        self.nets = nets
+        self.run = run
+        self.cfg = cfg
+        self.origin = origin | {k: v for k, v in about().items() if k in ("command", "commit")}
+        seen = [row for row in evaluated_rows(run.folder) if row["step"] < run.start]
+        self.drifted = drift(seen[-1], seen[0], cfg.band, cfg.forget) if seen else ""    # alike on every rank
+        self.kept = [p.detach().clone() for p in self.averaged]                 # of the evaluation before
+        run.ended = bool(self.drifted)
+
+    @property
+    def averaged(self):
+        """The averaged parameters."""
+        return list(self.nets.modules["average"].parameters())
+
+    def evaluate(self, step):
+        """Validation figures after a step, for the log; {} between evaluations and on ranks that take no part."""
+        cfg = self.cfg
+        if not cfg.eval_every or step and (step + 1) % cfg.eval_every:
+            return {}
+        figures = self._figures(step) if self.nets.takes_part else {}
+        self.run.ended = bool(combine_numbers(dict(drifted_max=float(bool(self.drifted))))["drifted_max"])
+        with torch.no_grad():
+            for p, kept in zip(self.averaged, self.kept, strict=True):
+                if self.run.ended:
+                    p.copy_(kept)
+                else:
+                    kept.copy_(p)
+        return figures
+
+    def _figures(self, step):
+        """Figures of the average; says what has left its band since the first step, and saves the best so far."""
+        cfg = self.cfg
+        figures = diagnose(self.nets.average, cfg.size, cfg.eval_steps, cfg.val_images, batch=cfg.micro or 64)
+        figures = combine_numbers(figures) if cfg.fsdp else figures             # or ranks might judge it differently
+        start = (evaluated_rows(self.run.folder) or [figures])[0]
+        self.drifted = drift(figures, start, cfg.band, cfg.forget)
+        if not self.drifted and is_best(self.run.folder, figures):
+            self.nets.save_average(self.run.folder / "best", **self.origin, step=step + 1)
+            if rank() == 0:
+                write_json(self.run.folder / "best.json", dict(step=step + 1, score=mean_accuracy(figures), **figures))
+        return figures
+
+    def close(self):
+        """Say why the run ended early, if it did; write the average once the run is complete."""
+        if self.drifted and rank() == 0:
+            print(f"grpo: stopped after step {self.run.done}: {self.drifted}; the result is the average at the "
+                  "evaluation before; more --kl-weight or --replay, or a smaller --lr, keeps the next from drifting; "
+                  "with --band 0 --forget 0 this one goes on", flush=True)
+        if self.run.complete and self.nets.takes_part:
+            self.nets.save_average(self.run.folder, **self.origin)
+
+
+def is_best(folder, figures):
+    """Whether validation figures are the best of a run so far (best.json), by the mean of all pair accuracies."""
+    best = folder / "best.json"
+    score = mean_accuracy(figures)
+    return math.isfinite(score) and not (best.exists() and json.loads(best.read_text())["score"] >= score)
+
+
+def mean_accuracy(figures):
+    """Mean of all pair accuracies among validation figures; nan where there is none."""
+    values = [v for k, v in figures.items() if k.endswith("/pairs")]
+    return sum(values) / len(values) if values else math.nan
+
+
+def diagnose(policy, size, steps, n=24, seed=0, batch=64):
+    """Figures on n validation scenes a domain, for the log: scores, and the sharpness and spread of wild maps.
+
+    No stage learns from them. A reward that rises while high-frequency energy or spread leaves the true maps' band is
+    being hacked; synthetic scores that fall are forgetting.
+    """
+    out = {}
+    for domain in ("wild", "synthetic"):
+        maps = scene_pool(domain, "val", n, size).all()
+        pred = predict_maps(policy, maps["rgb"], steps, seed, batch)
+        values = score_maps(pred, maps, eval_pairs(maps, PAIRS, 1, seed), warn=False)
+        out |= {f"{domain}/{k}": float(np.nanmean(v)) for k, v in values.items()}
+        if domain == "wild":
+            for m in policy.modalities:
+                energy = [metrics.high_frequency_energy(x.numpy()) for x in pred[m]]
+                out |= {f"wild/{m}_high_frequency": float(np.mean(energy)),
+                        f"wild/{m}_spread": float(pred[m].std((2, 3)).mean())}
+    return out
+
+
+def drift(now, start, band, forget):
+    """What has left its band since the start, as words; "" while nothing has.
+
+    now, start  figures of `diagnose`
+    band        factor by which sharpness and spread of wild maps may change, either way; 0: any
+    forget      share by which a synthetic validation error may grow; 0: any
+    """
+    for name in now:
+        if start.get(name) is None or now[name] is None:                        # not finite, or not measured then
+            continue
+        if band and name.startswith("wild/") and name.endswith(("_high_frequency", "_spread")):
+            factor = now[name] / max(start.get(name) or 0, 1e-12)
+            if not 1 / band <= factor <= band:
+                return f"{name} is {factor:.2g} x what it was (--band {band:g})"
+        domain, _, metric = name.partition("/")
+        if forget and domain == "synthetic" and METRICS[metric][1] < 0 and now[name] > (1 + forget) * start[name]:
+            return f"{name} has grown from {start[name]:.4g} to {now[name]:.4g} (--forget {forget:g})"
+    return ""

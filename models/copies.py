@@ -1,0 +1,134 @@
+"""The copies of a predictor in a GRPO run: the policy, its frozen reference, the actor that samples, the average.
+
+All that decides how they are stored stands here: 16-bit weights, adapters (LoRA), weights spread over processes
+(FSDP2), torch.compile, exponential averages.
+"""
+import copy
+
+import torch
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from models import lora
+from runtime.ranks import STREAMS, gather_tensor, generator, in_bf16, local_part, rank, spread_weights
+
+COMPILED_VARIANTS = 64            # of one function: networks and sizes of one process
+
+
+class Networks:
+    """The copies of a policy that a GRPO run uses.
+
+    policy     trains; with cfg.lora only its adapters do
+    reference  the frozen start; it keeps in 16 bits what is multiplied in 16 bits
+    average    exponential moving average of the policy: it is evaluated and kept
+    actor      samples the groups: the policy itself, or with cfg.compile a compiled 16-bit copy of it
+    open_policy  function of no arguments: the predictor that training starts from, on the CPU
+    cfg          lora, checkpointing, compile, fsdp, precision, ema, seed of config.Config
+    """
+
+    def __init__(self, open_policy, cfg, device):
+        self.cfg = cfg
+        self._open_policy = open_policy
+        self.policy = prepare_policy(open_policy().to("cpu" if cfg.fsdp else device), cfg)
+        self.reference = frozen_copy(self.policy)
+        self.average = frozen_copy(self.policy)
+        lora.disable(self.reference)
+        self._actor = frozen_copy(self.policy) if cfg.compile else self.policy
+        if not cfg.lora and not cfg.fsdp and in_bf16(cfg.precision, device):
+            for net in {self.reference, self._actor} - {self.policy}:
+                keep_in_bf16(net.network)
+        for net in (self.policy, self.reference, self._actor) if cfg.compile else ():
+            compile_velocity(net)
+        for net in (self.policy, self.reference, self.average) if cfg.fsdp else ():
+            spread_weights(net.network, device, ("encode", "velocity") if net.network is net else ())
+            net.to(device)
+        # what belongs to a checkpoint: the parameters that train, alone
+        self.modules = dict(policy=trained_part(self.policy), average=trained_part(self.average, like=self.policy))
+        self._acting = list(trained_part(self._actor, like=self.policy).parameters())
+
+    @property
+    def params(self):
+        """The parameters that train."""
+        return list(self.modules["policy"].parameters())
+
+    @property
+    def actor(self):
+        """The policy as it is now, in the form that samples."""
+        if self._actor is not self.policy:
+            copy_parameters(self._acting, self.params)
+        return self._actor
+
+    def follow(self, step):
+        """Move the average toward the policy after `step`; the decay rises to cfg.ema over the first steps."""
+        update_average(self.modules["average"], self.modules["policy"], min(self.cfg.ema, (step + 1) / (step + 10)))
+
+    @property
+    def takes_part(self):
+        """Whether this rank evaluates and writes the average: rank 0, or all when weights are spread over them."""
+        return rank() == 0 or bool(self.cfg.fsdp)
+
+    def save_average(self, folder, **about):
+        """Write the averaged policy, on rank 0; all that take part call. raises OSError."""
+        state = {}
+        if self.cfg.fsdp:
+            state = {k: gather_tensor(v) for k, v in self.average.network.state_dict().items()}
+        if rank() > 0:
+            return
+        average = self.average
+        if self.cfg.fsdp:
+            average = prepare_policy(self._open_policy(), self.cfg)
+            average.network.load_state_dict(state)
+        average.save(folder, **about)
+
+
+def prepare_policy(policy, cfg):
+    """A predictor with fresh adapters and recomputed activations, if cfg asks for them."""
+    if cfg.lora:
+        rng = generator(cfg.seed, STREAMS["lora"])
+        lora.inject(policy.network, policy.lora_targets, cfg.lora, cfg.lora, rng=rng)
+    policy.checkpointing(bool(cfg.checkpointing))
+    return policy
+
+
+def trained_part(module, like=None):
+    """The parameters of a module that train (in `like`, if given), as a module that shares them: what a run keeps."""
+    names = [name for name, p in (like or module).named_parameters() if p.requires_grad]
+    own = dict(module.named_parameters())
+    return torch.nn.ParameterDict({name.replace(".", "|"): own[name] for name in names})
+
+
+def frozen_copy(module):
+    """A frozen deep copy that shares the parameters which are frozen already."""
+    frozen = {id(p): p for p in module.parameters() if not p.requires_grad}
+    return copy.deepcopy(module, frozen).requires_grad_(False)
+
+
+def multiplying_layers(network):
+    """The layers of a network whose weights autocast casts."""
+    return [m for m in network.modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))]
+
+
+def keep_in_bf16(network):
+    """Keep in bf16 the weights that autocast would cast at every call, in place: the same bits, half the memory."""
+    for m in multiplying_layers(network):
+        m.to(torch.bfloat16)
+
+
+def compile_velocity(policy):
+    """torch.compile a predictor's velocity, in place; on a GPU its convolutions' weights lie channels last."""
+    torch._dynamo.config.recompile_limit = COMPILED_VARIANTS
+    if next(policy.network.parameters()).is_cuda:
+        policy.network.to(memory_format=torch.channels_last)
+    policy.velocity = torch.compile(policy.velocity, dynamic=False)
+
+
+def copy_parameters(copies, params):
+    """Copy parameters into those of another network, rounded to their dtype."""
+    with torch.no_grad():
+        for c, p in zip(copies, params, strict=True):
+            c.copy_(p)
+
+
+def update_average(average, model, decay):
+    """Move the averaged weights toward the model's: average <- decay average + (1 - decay) model."""
+    pairs = [(local_part(a), local_part(p)) for a, p in zip(average.parameters(), model.parameters(), strict=True)]
+    get_ema_multi_avg_fn(decay)(*zip(*pairs, strict=True), None)                # few launches on a GPU

@@ -1,0 +1,71 @@
+"""Fine-tuning a published judge on true answers: adapters on its language model, the loss on a whole sentence.
+
+Source: the judge release's recipe (LoRA on the seven linear layers, next-token cross-entropy on the answer).
+"""
+import torch
+import torch.nn.functional as F
+
+from data import questions
+from models import lora
+from runtime import ranks
+from runtime.ranks import generator
+
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # of the language model
+
+
+def add_lora(judge, r, alpha, dropout, rng, checkpointing=False):
+    """Freeze a judge.Judge and give the linear layers of its language model adapters; returns their paths in it.
+
+    checkpointing  True: recompute activations in the backward pass (while training)
+    """
+    judge.model.requires_grad_(False)
+    judge.origin = ""                                                           # the weights are no longer the files'
+    text = judge.model.model.language_model
+    if checkpointing:
+        getattr(text, "activation_checkpointing_enable", text.gradient_checkpointing_enable)(dict(use_reentrant=False))
+    return lora.inject(text, LORA_TARGETS, r, alpha, dropout, rng)
+
+
+def sentence_loss(judge, images, modalities, first):
+    """Next-token cross-entropy on the whole answer sentence and its end mark, as in the judge release.
+
+    images (N, 3, S, S) marked; modalities N names; first N bools, True: the first answer is right
+    returns  sum over answer tokens (scalar), number of answer tokens
+    """
+    prompt = judge.prompt
+    answers = [prompt.sentences[m][0 if f else 1] for m, f in zip(modalities, first, strict=True)]
+    tails = [[*prompt.blocks[m], *answer[len(prompt.blocks[m]) - len(prompt.asked[m]):]]
+             for m, answer in zip(modalities, answers, strict=True)]
+    ids, position, mask = prompt.pad(tails, images.device)
+    with torch.set_grad_enabled(any(p.requires_grad for p in judge.family.eye(judge.model).parameters())):
+        features = judge.vision(images)
+    hidden = judge.family.hidden_states(judge.model, features, ids, position, mask)[:, :-1]
+    taught = torch.zeros_like(mask)
+    for i, answer in enumerate(answers):
+        taught[i, -len(answer):] = True
+    logits = judge.model.lm_head(hidden[taught[:, 1:]])                         # (answer tokens, vocab)
+    return F.cross_entropy(logits.float(), ids[taught], reduction="sum"), int(taught.sum())
+
+
+def tuning_gradient(judge, rows, step, cfg, device, run):
+    """Gather the gradient of one step of LoRA on a judge, micro-batch by micro-batch; returns its loss.
+
+    rows  all training questions, of data.questions;  run  runtime.run.Run
+    cfg   judge_batch, judge_micro, scenes, seed, precision of config.Config
+    A micro-batch draws its dropout from its own place in the run, so any number of processes takes the same steps.
+    """
+    batch = questions.batch_of(rows, step, cfg.judge_batch, cfg.seed)
+    tokens = sum(len(judge.prompt.sentences[r["modality"]][not r["first"]]) for r in batch)
+    own = range(ranks.rank(), cfg.judge_batch // cfg.judge_micro, ranks.world())
+    parts = {k: batch[k * cfg.judge_micro:(k + 1) * cfg.judge_micro] for k in own}
+    run.where = [r["id"] for part in parts.values() for r in part]
+    losses = []
+    for k, part in parts.items():
+        images = questions.marked_photos(part, cfg.scenes, judge.size).to(device)
+        with torch.random.fork_rng():
+            torch.manual_seed(int(torch.randint(2**62, (1,), generator=generator(cfg.seed, step, k))))
+            with ranks.autocast(cfg.precision, device):
+                total, n = sentence_loss(judge, images, [r["modality"] for r in part], [r["first"] for r in part])
+            run.backward(total * (ranks.world() / tokens))                      # `update` averages over the ranks
+        losses.append(total.detach() / n)
+    return sum(losses) / len(losses)

@@ -1,0 +1,170 @@
+"""Low-rank adapters: W x + (alpha / r) B A dropout(x) on chosen linear layers, in PEFT's files (Hu et al. 2022).
+
+    adapter_model.safetensors   base_model.model.<path>.lora_A.weight (r, in), .lora_B.weight (out, r)
+    adapter_config.json         r, lora_alpha, lora_dropout, target_modules, ...
+B starts at zero, so a fresh adapter changes nothing, bit for bit. Paths are relative to the network it was injected in.
+"""
+import math
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from runtime.files import bounded_integer, read_json, read_tensors, refuse, write_json, write_weights
+
+PREFIX = "base_model.model."
+REFUSED = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform")
+
+
+def merge_low_rank(weight, A, B, scale):
+    """Weight of the linear layer that a layer and its adapter amount to: W + scale B A, computed in float32.
+
+    weight   (out, in)  of the layer alone, any float dtype;  A (r, in), B (out, r)
+    scale    alpha / r
+    returns  (out, in) in the dtype of `weight`
+    """
+    return (weight.float() + scale * B.float() @ A.float()).to(weight.dtype)
+
+
+class LoRALinear(nn.Module):
+    """A frozen nn.Linear `base` plus a trainable adapter; with `active` False it computes what `base` does."""
+
+    def __init__(self, base, r, alpha, dropout=0.0, rng=None):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.r = r
+        self.alpha = alpha
+        self.dropout = dropout
+        self.active = True
+        self.train(base.training)
+        like = dict(dtype=torch.float32, device=base.weight.device)
+        bound = 1 / math.sqrt(base.in_features)                                 # kaiming_uniform(a = sqrt 5)
+        start = torch.rand(r, base.in_features, generator=rng) * 2 * bound - bound
+        self.lora_A = nn.Parameter(start.to(**like))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, **like))
+
+    def forward(self, x):
+        y = self.base(x)
+        if not self.active:
+            return y
+        low = F.linear(F.dropout(x, self.dropout, self.training).to(self.lora_A.dtype), self.lora_A)
+        return y + (self.alpha / self.r * F.linear(low, self.lora_B)).to(y.dtype)
+
+    def merged_weight(self):
+        """Weight (out, in) of the equivalent nn.Linear, in the dtype of the base."""
+        return merge_low_rank(self.base.weight, self.lora_A, self.lora_B, self.alpha / self.r)
+
+
+def adapters(network):
+    """The layers of a network that have an adapter: dict path -> LoRALinear."""
+    return {path: m for path, m in network.named_modules() if isinstance(m, LoRALinear)}
+
+
+def _path_ends_in(path, target):
+    return path == target or path.endswith(f".{target}")
+
+
+def inject(network, targets, r, alpha, dropout=0.0, rng=None):
+    """Freeze a network and give every nn.Linear whose path ends in one of `targets` an adapter; returns their paths.
+
+    raises  ValueError when a target matches no linear layer
+    """
+    found = [path for path, m in network.named_modules()
+             if isinstance(m, nn.Linear) and any(_path_ends_in(path, t) for t in targets)]
+    for t in targets:
+        if not any(_path_ends_in(path, t) for path in found):
+            raise ValueError(f"lora.inject: got target {t!r}, which names no linear layer of "
+                             f"{type(network).__name__}; want the end of a module path")
+    network.requires_grad_(False)
+    for path in found:
+        _replace(network, path, LoRALinear(network.get_submodule(path), r, alpha, dropout, rng))
+    return found
+
+
+def _replace(network, path, module):
+    parent, _, name = path.rpartition(".")
+    setattr(network.get_submodule(parent), name, module)
+
+
+def disable(network):
+    """Switch all adapters off: the network is its base again. Nothing happens to a network without adapters."""
+    for layer in adapters(network).values():
+        layer.active = False
+
+
+def merge(network):
+    """Fold all adapters into their linear layers, in place."""
+    for path, layer in adapters(network).items():
+        with torch.no_grad():
+            layer.base.weight.copy_(layer.merged_weight())
+        _replace(network, path, layer.base)
+
+
+def merged_state(network):
+    """state_dict of the network as if merged, under the names it had before `inject`."""
+    found = adapters(network)
+    state = {}
+    for key, value in network.state_dict().items():
+        path, _, name = key.rpartition(".")
+        parent, _, last = path.rpartition(".")
+        if path in found:                                                       # lora_A, lora_B
+            continue
+        if last == "base" and parent in found:
+            state[f"{parent}.{name}"] = found[parent].merged_weight() if name == "weight" else value
+        else:
+            state[key] = value
+    return state
+
+
+def save_adapter(network, folder, base="", task=None):
+    """Write the adapters in PEFT layout; `base` names the base model, `task` is PEFT's task_type. raises OSError."""
+    folder = Path(folder)
+    found = adapters(network)
+    one = next(iter(found.values()))
+    write_weights(folder / "adapter_model.safetensors", {
+        f"{PREFIX}{path}.{k}.weight": getattr(m, k) for path, m in found.items() for k in ("lora_A", "lora_B")})
+    write_json(folder / "adapter_config.json", dict(
+        peft_type="LORA", task_type=task, base_model_name_or_path=base, r=one.r, lora_alpha=one.alpha,
+        lora_dropout=one.dropout, target_modules=sorted(found), bias="none", inference_mode=True, fan_in_fan_out=False,
+        init_lora_weights=True))
+
+
+def load_adapter(network, folder):
+    """Inject the adapters of a PEFT folder into a network that has none.
+
+    raises  FileNotFoundError: no adapter there; ValueError: another kind of adapter, keys that fit no linear layer
+    """
+    folder = Path(folder)
+    where = f"lora.load_adapter: {folder}"
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"lora.load_adapter: got no {name} in {folder}; want a PEFT adapter folder")
+    cfg = read_json(folder / "adapter_config.json")
+    state = read_tensors(folder / "adapter_model.safetensors")
+    odd = [k for k in REFUSED if cfg.get(k)]
+    if cfg.get("peft_type") != "LORA" or odd:
+        raise ValueError(f"lora.load_adapter: got {cfg.get('peft_type')!r} with {odd or 'no further options'} in "
+                         f"{folder}; want plain LoRA; merge it with peft first")
+    paths = sorted({k.removeprefix(PREFIX).rsplit(".lora_", 1)[0] for k in state})
+    linear = {path for path, m in network.named_modules() if isinstance(m, nn.Linear)}
+    want = {f"{PREFIX}{p}.lora_{k}.weight" for p in paths for k in "AB"}
+    wrong = sorted(set(state) ^ want) + [p for p in paths if p not in linear]
+    if wrong:
+        raise ValueError(f"lora.load_adapter: {len(wrong)} of {len(state)} keys in {folder} match no linear layer "
+                         f"(first: {wrong[0]}); was it trained from another base?")
+    r = bounded_integer(cfg.get("r"), 1, 1 << 14, "r", where)
+    alpha = cfg.get("lora_alpha")
+    dropout = cfg.get("lora_dropout", 0.0)
+    for name, value, most in (("lora_alpha", alpha, 1e6), ("lora_dropout", dropout, 1)):
+        if not isinstance(value, (int, float)) or not 0 <= value <= most:
+            refuse(where, f"{name} = {value!r}", f"a number in 0..{most:g}", "copy it again")
+    for path, base in network.named_modules():                                  # before any memory is asked for
+        for k, want in (("lora_A", (r, base.in_features)), ("lora_B", (base.out_features, r))) if path in paths else ():
+            got = tuple(state[f"{PREFIX}{path}.{k}.weight"].shape)
+            if got != want:
+                raise ValueError(f"{where}: {path}.{k}: got {got}, want {want}; was it trained from another base?")
+    inject(network, paths, r, alpha, dropout)
+    for path, layer in adapters(network).items():
+        for k in ("lora_A", "lora_B"):
+            getattr(layer, k).data.copy_(state[f"{PREFIX}{path}.{k}.weight"])

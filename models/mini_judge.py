@@ -1,0 +1,227 @@
+"""The judge that is trained from scratch: its sizes and tokenizer, the probe that carries it, its loss.
+
+A judge of a million weights that sees only answers stays at chance; three training-only tasks on its vision tokens
+(dense maps, pairs of tokens, where the markers are) teach it to see, and are thrown away with the probe.
+differs: the paper fine-tunes a pre-trained MLLM (judge.add_lora, train.tune_judge) and needs none of this.
+"""
+import re
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import (
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLVisionConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
+
+from data.questions import true_relations
+from models.families import END, TURN
+from models.positions import grid_positions
+from relations import LUMA, MODALITIES, draw_markers, relative_depth, sample_pairs
+from runtime.ranks import mean_over_ranks, on_device, own_part, world
+
+IMG = "<IMG_CONTEXT>"
+IMG_START = "<img>"
+IMG_END = "</img>"
+EMPHASIS = (1.2, 2.0, 0.4, 0.4)      # of the probe's pair loss, by modality: shape is learnt slower than colour
+DENSE_EMPHASIS = (3.0, 1.0, 1.0, 3.0, 0.5, 0.5, 0.5, 1.0)     # depth, normal x y z, albedo r g b, irradiance luma
+ALBEDO = list(MODALITIES).index("albedo")
+SPECIAL = (TURN, END, IMG_START, IMG_END, IMG)
+
+
+@dataclass
+class MiniSizes:
+    """Sizes of the judge that is trained from scratch."""
+
+    size: int = 32           # px, side of the square photo
+    patch: int = 4           # px, side of a vision token
+    width: int = 128
+    vision_layers: int = 5
+    text_layers: int = 2
+    heads: int = 4
+
+
+def mini_tokenizer(whole_questions=True):
+    """Tokenizer over the official questions (one token each, or one a word) and answers (one a word).
+
+    A 4B judge brings its own.
+    """
+    questions = "".join(rf"{re.escape(m.question)}|" for m in MODALITIES.values() if whole_questions)
+    split = pre_tokenizers.Split(Regex(rf"{questions}\w+|[^\w\s]"), "removed", invert=True)
+    texts = [text for m in MODALITIES.values() for text in (m.question, *m.answers)]
+    tokens = sorted({w for text in [*texts, "system user assistant"] for w, _ in split.pre_tokenize_str(text)})
+    vocab = {w: i for i, w in enumerate([*SPECIAL, "<unk>", *tokens])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = split
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>",
+                                   additional_special_tokens=list(SPECIAL))
+
+
+def mini_network(sizes, tokenizer, rng):
+    """A randomly initialised InternVL of these sizes; the same rng seed gives the same weights."""
+    n = sizes.size // sizes.patch
+    vision = InternVLVisionConfig(
+        hidden_size=sizes.width, num_hidden_layers=sizes.vision_layers, num_attention_heads=sizes.heads,
+        attention_bias=True, intermediate_size=4 * sizes.width, image_size=[sizes.size] * 2,
+        patch_size=[sizes.patch] * 2, layer_scale_init_value=1.0)
+    text = Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=sizes.width, intermediate_size=2 * sizes.width,
+        num_hidden_layers=sizes.text_layers, num_attention_heads=sizes.heads, num_key_value_heads=sizes.heads,
+        tie_word_embeddings=False, use_cache=False)
+    config = InternVLConfig(
+        vision_config=vision.to_dict(), text_config=text.to_dict(), image_seq_length=n * n, downsample_ratio=1.0,
+        image_token_id=tokenizer.convert_tokens_to_ids(IMG), tie_word_embeddings=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(torch.randint(2**31, (1,), generator=rng)))
+        model = InternVLForConditionalGeneration(config)
+        with torch.no_grad():
+            positions = model.model.vision_tower.embeddings.position_embeddings
+            positions[0, 1:] = 0.5 * grid_positions(n, n, sizes.width)
+            for name, m in model.named_modules():                               # std 0.02 is far too small at width 128
+                if isinstance(m, nn.Linear) and name != "lm_head":
+                    nn.init.trunc_normal_(m.weight, std=m.in_features**-0.5)
+            nn.init.normal_(model.get_input_embeddings().weight)
+    return model
+
+
+class Probe(nn.Module):
+    """Training-only heads on the vision tokens; thrown away when the judge is saved.
+
+    A judge of a million weights that sees only answers stays at chance. Three denser tasks carry it: `dense` regresses
+    the maps under every token, `pairs` compares many random pairs of tokens of one photo, and `marker_head` says which
+    token holds the red and which the green marker, so that the language model can find them.
+    differs: the paper fine-tunes a pre-trained MLLM and needs none of them.
+    """
+
+    def __init__(self, sizes, rng, channels=8):
+        super().__init__()
+        self.patch = sizes.patch
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(torch.randint(2**31, (1,), generator=rng)))
+            self.norm = nn.LayerNorm(sizes.width)
+            self.dense = nn.Linear(sizes.width, channels * sizes.patch**2)
+            self.pairs = nn.Sequential(nn.Linear(2 * sizes.width, sizes.width), nn.GELU(),
+                                       nn.Linear(sizes.width, len(MODALITIES)))
+            self.marker_head = nn.Linear(sizes.width, 3)
+        self.side = sizes.size // sizes.patch
+
+    def index(self, pts):
+        """Number of the token that holds a point: (..., 2) px -> (...)."""
+        return (pts // self.patch * torch.tensor([self.side, 1], device=pts.device)).sum(-1)
+
+    def forward(self, tokens, pts):
+        """tokens (B, L, D), pts (B, P, 2, 2) px -> dense (B, L, K), pair logits (B, P, M), marker logits (B, L, 3)."""
+        tokens = self.norm(tokens)
+        B, P = pts.shape[:2]
+        index = self.index(pts).flatten(1)[..., None].expand(-1, -1, tokens.shape[-1])          # (B, 2P, D)
+        return self.dense(tokens), self.pairs(tokens.gather(1, index).view(B, P, -1)), self.marker_head(tokens)
+
+
+def class_weights(rel):
+    """Weights (..., M) that make both answers of a modality count the same, pairs without an answer 0; mean 1."""
+    yes = (rel > 0).float()
+    no = (rel < 0).float()
+    axes = tuple(range(rel.ndim - 1))
+    least = 1 / world()                                                         # of an answer that no rank has
+    weight = yes / mean_over_ranks(yes.sum(axes)).clamp_min(least)
+    weight = weight + no / mean_over_ranks(no.sum(axes)).clamp_min(least)
+    return weight * rel.shape[:-1].numel() / 2
+
+
+def dense_targets(maps, patch):
+    """Normalised depth, normal, albedo and irradiance luma under every token: (B, L, 8 p^2) and their mask."""
+    mask = maps["mask"]
+    depth = relative_depth(maps["depth"], mask)
+    luma = torch.einsum("bchw,c->bhw", maps["irradiance"], maps["irradiance"].new_tensor(LUMA))[:, None]
+    maps = torch.cat((2 * depth - 1, maps["normal"], 2 * maps["albedo"] - 1, 2 * luma - 1), 1)      # (B, 8, H, W)
+    maps = torch.where(mask, maps, 0.0)
+    return _tokens(maps, patch), _tokens(mask.float().expand(-1, 8, -1, -1), patch)
+
+
+def _tokens(x, patch):
+    """The values under every token: (B, C, H, W) -> (B, L, C p^2)."""
+    return F.pixel_unshuffle(x, patch).flatten(2).transpose(1, 2)
+
+
+def marker_loss(logits, index, shown):
+    """Cross-entropy of "no marker, red, green" per token, the three classes weighing the same.
+
+    logits (B, L, 3); index (B, 2) tokens of red and green; shown (B,) bool, False: the photo has no markers
+    """
+    target = torch.zeros(logits.shape[:2], dtype=torch.long, device=logits.device)
+    target.scatter_(1, index, torch.tensor([1, 2], device=logits.device) * shown[:, None])
+    weight = logits.new_tensor([1.0, logits.shape[1] / 2, logits.shape[1] / 2])
+    total = weight[target].sum()                                                # of this rank's rows
+    loss = F.cross_entropy(logits.float().flatten(0, 1), target.flatten(), weight=weight.float())
+    return loss * (total / mean_over_ranks(total))
+
+
+def choose_pairs(rel, rng):
+    """Number of the pair that is marked in each photo: relations (B, P, M) -> (B, 1).
+
+    "Same" albedo is rare, so every other photo marks such a pair if it has one.
+    """
+    n = len(rel) * world()                                                      # photos of all ranks
+    order = own_part(torch.rand(n, rel.shape[1], generator=rng, device=rel.device))
+    even = own_part(torch.arange(n, device=rel.device))[:, None] % 2 == 0
+    order += even * (rel[..., ALBEDO] > 0)
+    return order.argmax(1)[:, None]
+
+
+def answer_loss(judge, images, features, rel, pair_logits):
+    """Cross-entropy of the deciding words of four questions about marked photos.
+
+    features  of judge.vision;  rel (B, M) of the marked pairs;  pair_logits (B, M) of the probe for them
+    Pairs without an answer (dead zone, sky) are taught as 50/50, so that the judge is unsure there. Other answers are
+    taught half by the truth, half by the probe's probability for the same pair: a smoother target to start from.
+    differs: only the deciding word is supervised; the released recipe supervises the whole sentence.
+    """
+    logp = judge.logits(images, features=features).float().log_softmax(-1)      # (B, M, vocab)
+    words = torch.tensor([judge.prompt.answers[m] for m in MODALITIES], device=rel.device)      # (M, 2)
+    two = logp.gather(-1, words.expand(len(rel), -1, -1))
+    taught = pair_logits.detach().float().sigmoid()
+    first = torch.where(rel == 0, 0.5, (0.5 + 0.5 * rel + taught) / 2)          # (B, M) share of answer one
+    return -(torch.stack((first, 1 - first), -1) * two).sum(-1).mean()
+
+
+def judge_loss(judge, probe, maps, answers, draw, pairs=128):
+    """Loss of one step of training a judge from scratch.
+
+    maps     dict of scenes with rgb, depth, normal, albedo, irradiance, mask
+    answers  False: the vision tower alone (dense, pairs, markers);
+             True: also the answer to four questions on one marked pair
+    returns  scalar, dict of its 0-dim parts
+    """
+    rgb = maps["rgb"]
+    B, _, H, W = rgb.shape
+    n = draw.batch                                                              # photos of all ranks
+    rng = on_device(draw.rng, rgb.device)
+    pts = own_part(sample_pairs(n, (H, W), pairs, rng, grid=judge.grid))           # (B, P, 2, 2)
+    rel = true_relations(maps, pts)                                             # (B, P, M)
+    pick = choose_pairs(rel, rng)                                               # (B, 1)
+    marked_pts = pts.gather(1, pick[..., None, None].expand(-1, -1, 2, 2))      # (B, 1, 2, 2)
+    images = draw_markers(rgb, marked_pts)[:, 0]
+    shown = own_part(torch.rand(n, generator=rng, device=rgb.device) < (1.0 if answers else 0.5))  # others: unmarked
+    images = torch.where(shown.view(-1, 1, 1, 1), images, rgb)
+    features = judge.vision(images)
+    dense, pair_logits, marker_logits = probe(features[0], pts)
+    target, ok = dense_targets(maps, probe.patch)
+    ok = ok * ok.new_tensor(DENSE_EMPHASIS).repeat_interleave(probe.patch**2)
+    emphasis = dense.new_tensor(EMPHASIS).float()
+    loss_dense = ((dense - target).square() * ok).sum() / mean_over_ranks(ok.sum()).clamp_min(1)
+    loss_pairs = (F.binary_cross_entropy_with_logits(pair_logits.float(), (rel > 0).float(), reduction="none")
+                  * class_weights(rel) * emphasis).mean()
+    loss_marker = marker_loss(marker_logits, probe.index(marked_pts)[:, 0], shown)
+    stats = {"loss/dense": loss_dense.detach(), "loss/pairs": loss_pairs.detach(), "loss/marker": loss_marker.detach()}
+    loss = loss_dense + loss_pairs + loss_marker
+    if answers:
+        one = pick[..., None].expand(-1, -1, rel.shape[-1])                     # (B, 1, M)
+        loss_answers = answer_loss(judge, images, features, rel.gather(1, one)[:, 0], pair_logits.gather(1, one)[:, 0])
+        stats["loss/answers"] = loss_answers.detach()
+        loss = loss + loss_answers
+    return loss, stats

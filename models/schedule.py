@@ -1,0 +1,84 @@
+"""The noise levels of a DDIM scheduler's file, and the steps that a sampler takes through them.
+
+abar     alpha^2 of x_vp = alpha x0 + sigma eps, alpha^2 + sigma^2 = 1, one value a training timestep
+time     t = sigma / (alpha + sigma), that of x_t = (1 - t) x0 + t eps: 0 is the data, 1 is noise
+Source: DDIM (Song et al. 2021) with diffusers' configuration keys; zero terminal SNR (Lin et al. 2023).
+"""
+import math
+
+import numpy as np
+import torch
+
+from models.sd2 import check_config
+from runtime.files import bounded_integer, refuse
+
+MOST_TIMESTEPS = 10_000
+
+# what the file may say (None: any value); anything else is refused by name
+SCHEDULER_CONFIG = dict(
+    prediction_type="v_prediction", clip_sample=False, thresholding=False, num_train_timesteps=None, beta_start=None,
+    beta_end=None, beta_schedule="scaled_linear", rescale_betas_zero_snr=None, timestep_spacing=None,
+    set_alpha_to_one=None, steps_offset=None, clip_sample_range=None, dynamic_thresholding_ratio=None,
+    sample_max_value=None, skip_prk_steps=None)
+SCHEDULER_NEEDS = ("beta_start", "beta_end", "beta_schedule", "prediction_type", "timestep_spacing")
+
+
+class Schedule:
+    """Noise levels of the training timesteps and the timesteps that a sampler visits.
+
+    config  scheduler_config.json, a dict
+    .abar   (1000,) float64, decreasing;  .final  abar after the last step;  .t  (1000,) float64, our times, increasing
+    raises  ValueError: a scheduler or an option that is not implemented
+    """
+
+    def __init__(self, config):
+        check_config(config, SCHEDULER_CONFIG, "scheduler/scheduler_config.json", SCHEDULER_NEEDS)
+        if config.get("_class_name", "DDIMScheduler") != "DDIMScheduler":
+            raise ValueError(f"marigold: scheduler_config.json has _class_name = {config['_class_name']!r}, which is "
+                             "not implemented; want 'DDIMScheduler'")
+        self.config = config
+        self.spacing = config.get("timestep_spacing", "leading")
+        if self.spacing not in ("trailing", "leading"):
+            raise ValueError(f"marigold: scheduler_config.json has timestep_spacing = {self.spacing!r}, which is not "
+                             "implemented; want 'trailing' or 'leading'")
+        where = "marigold: scheduler_config.json"
+        n = bounded_integer(config.get("num_train_timesteps", 1000), 2, MOST_TIMESTEPS, "num_train_timesteps", where)
+        bounded_integer(config.get("steps_offset", 0), 0, n - 1, "steps_offset", where)
+        if not 0 < config["beta_start"] <= config["beta_end"] < 1:
+            refuse(where, f"beta {config['beta_start']}..{config['beta_end']}", "0 < beta_start <= beta_end < 1")
+        root = np.linspace(config["beta_start"] ** 0.5, config["beta_end"] ** 0.5, n)
+        alpha = np.sqrt(np.cumprod(1 - root**2))
+        if config.get("rescale_betas_zero_snr"):                                # Lin et al. 2023, algorithm 1
+            alpha = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
+        self.abar = alpha**2
+        self.final = 1.0 if config.get("set_alpha_to_one", True) else float(self.abar[0])
+        level = np.sqrt(1 - self.abar)
+        self.t = torch.from_numpy(level / (alpha + level))
+
+    def timesteps(self, T):
+        """The T timesteps a sampler visits, descending. raises ValueError when T is not in 1 .. 1000."""
+        n = len(self.abar)
+        offset = self.config.get("steps_offset", 0) if self.spacing == "leading" else 0
+        if not 1 <= T <= n - offset:
+            raise ValueError(f"marigold: got {T} denoising steps; want 1 .. {n - offset}")
+        if self.spacing == "leading":
+            return [i * (n // T) + offset for i in range(T)][::-1]
+        return (np.round(n - np.arange(T) * n / T).astype(int) - 1).tolist()
+
+    def steps(self, T, quirk=False):
+        """(timestep, abar there, abar after the step) of each step; the last ends at the scheduler's final abar.
+
+        quirk  diffusers ends each step at timestep - 1000 // T, which is not the next one when T does not divide 1000
+        """
+        visited = self.timesteps(T)
+        n = len(self.abar)
+        after = [t - n // T for t in visited] if quirk else [*visited[1:], -1]
+        return [(t, float(self.abar[t]), float(self.abar[s]) if s >= 0 else self.final)
+                for t, s in zip(visited, after, strict=True)]
+
+
+def flow_time(abar):
+    """Time t = sigma / (alpha + sigma) of a noise level abar, a float."""
+    alpha = math.sqrt(abar)
+    sigma = math.sqrt(1 - abar)
+    return sigma / (alpha + sigma)

@@ -1,0 +1,1 @@
+"""What every command needs: settings, files, processes, a run's folder and loop, errors."""

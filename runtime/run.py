@@ -1,0 +1,397 @@
+"""One stage's run: its folder, its steps, its checkpoints, its log, its optimizer update.
+
+A run folder holds run.json (settings, command, commit, versions, device), metrics.jsonl (one object a line) and
+checkpoint.safetensors (weights, average, optimizer state; step, settings, checksum in its header). The checkpoint
+before it stays as checkpoint-STEP.safetensors. No pickle anywhere. To resume, run the same command again.
+A failure on one rank ends all: the first to fail prints its line, the others leave when they miss it.
+"""
+import functools
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy
+import torch
+import transformers
+from tqdm import tqdm
+
+from runtime.config import UserError
+from runtime.files import finite_json, read_checked, read_log, sync, write_json, write_tensors, write_text
+from runtime.ranks import (
+    Draw,
+    add_over_ranks,
+    combine_numbers,
+    gather_tensor,
+    generator,
+    give_form,
+    is_spread,
+    local_part,
+    rank,
+    read_numbers,
+    world,
+)
+
+CHECKPOINT = "checkpoint.safetensors"
+
+
+class NotFinite(FloatingPointError):
+    """A loss, gradient, reward or map that is not finite, at `step` of a run; text "": another process tells which."""
+
+    def __init__(self, step, text):
+        super().__init__(text)
+        self.step = step
+
+
+@functools.cache
+def commit():
+    """Of the code that runs: 40 digits, with -dirty when files were changed; "unknown" without a repository or git."""
+    try:
+        done = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty",
+                               "--abbrev=40", "--exclude=*"], capture_output=True, text=True)
+    except FileNotFoundError:
+        return "unknown"
+    return done.stdout.strip() or "unknown"
+
+
+def about():
+    """Where numbers come from: command, commit, versions, device."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({os.cpu_count()} cores)"
+    return dict(command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), commit=commit(),
+                python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__,
+                numpy=numpy.__version__, device=gpu, processes=str(world()), threads=str(torch.get_num_threads()))
+
+
+# optimizers ---------------------------------------------------------------------------------------------------------
+
+def cosine(step, steps, warmup=0):
+    """Learning-rate factor: linear warm-up, then cosine from 1 to 0."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup))
+
+
+def optimizers(modules, lr, muon, weight_decay, betas=(0.9, 0.98)):
+    """AdamW for everything, or, with `muon` (its learning rate) > 0, Muon for the weights of hidden linear layers.
+
+    modules  list of nn.Module; embeddings, convolutions, biases, output layers (names in head, dense) stay with AdamW
+    differs: the paper uses AdamW throughout; training from scratch on a CPU, Muon needs about half as many photos.
+    """
+    hidden = {id(m.weight) for module in modules for name, m in module.named_modules()
+              if muon and isinstance(m, torch.nn.Linear) and not name.endswith(("head", "dense"))}
+    params = [p for module in modules for p in module.parameters() if p.requires_grad]
+    matrices = [p for p in params if id(p) in hidden]
+    rest = [p for p in params if id(p) not in hidden]
+    fused = all(p.is_cuda for p in rest)                                        # needs no copy of the parameters
+    chosen = [torch.optim.AdamW(rest, lr=lr, betas=betas, weight_decay=weight_decay, fused=fused or None)]
+    if matrices:
+        chosen.append(torch.optim.Muon(matrices, lr=muon, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
+    for group in (g for one in chosen for g in one.param_groups):
+        group["peak"] = group["lr"]
+    return chosen
+
+
+def state_tensors(modules, opts, wanted=True):
+    """All tensors of a run by flat name: "policy/..." of modules (dict name -> nn.Module), "opt0/..." of optimizers.
+
+    wanted  False: only take part in gathering spread tensors
+    """
+    flat = {f"{name}/{k}": v for name, module in modules.items() for k, v in module.state_dict().items()}
+    for n, opt in enumerate(opts):
+        for index, state in opt.state_dict()["state"].items():
+            flat |= {f"opt{n}/{index}/{k}": torch.as_tensor(v) for k, v in state.items()}
+    found = {}
+    for k, v in flat.items():
+        v = gather_tensor(v.detach())
+        if wanted:
+            found[k] = v.cpu().contiguous().clone()
+    return found
+
+
+def load_state_tensors(flat, modules, opts):
+    """Inverse of `state_tensors`, in place."""
+    for name, module in modules.items():
+        module.load_state_dict({k: give_form(flat[f"{name}/{k}"], v) for k, v in module.state_dict().items()})
+    for n, opt in enumerate(opts):
+        params = [p for group in opt.param_groups for p in group["params"]]
+        state = {}
+        for key in (k for k in flat if k.startswith(f"opt{n}/")):
+            _, index, k = key.split("/")
+            state.setdefault(int(index), {})[k] = give_form(flat[key], params[int(index)])
+        opt.load_state_dict(dict(opt.state_dict(), state=state))
+
+
+# the run ------------------------------------------------------------------------------------------------------------
+
+class Run:
+    """One stage's folder, log and checkpoints.
+
+    folder    Path;  settings  dict that must not change between a run and its resumption
+    modules   dict name -> nn.Module whose weights belong to the checkpoint;  opts  from `optimizers`
+    keep      how many checkpoints stay on the disk
+    .where    names of the photos of this rank's step, for messages
+    """
+
+    active = None                 # the run whose loop is under way: SIGTERM lets it finish its step and save
+    suspect = None                # step that the loop takes under torch's anomaly detection (--detect-anomaly)
+
+    def __init__(self, folder, settings, seed, n_steps, modules, opts, save_every=100, keep=2):
+        self.folder = Path(folder)
+        self.settings = settings
+        self.seed = seed
+        self.n_steps = n_steps
+        self.modules = modules
+        self.opts = opts
+        self.save_every = save_every
+        self.keep = keep
+        self.where = ()
+        self.step = 0
+        self.stop = False             # this process got SIGTERM
+        self.stopping = False         # all processes agree to stop after this step
+        self.ended = False            # the run ends before its last step: set by who watches it
+        self.problem = ""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.newest = None                                                      # step of a complete CHECKPOINT
+        self.start = self.done = self._restore()
+        seen = combine_numbers(dict(step_min=self.start, step_max=self.start))
+        if seen["step_min"] != seen["step_max"]:
+            raise UserError(f"{self.folder}: processes found checkpoints of steps {seen['step_min']:.0f} and "
+                            f"{seen['step_max']:.0f}; want --out on a disk that all of them share")
+        if rank() == 0:
+            self._tidy()
+        self.began = time.time()
+
+    def _tidy(self):
+        """Drop what a killed run left behind and rows later than the checkpoint; describe a new run."""
+        for part in self.folder.glob("*.part"):
+            part.unlink(missing_ok=True)
+        if self.start == 0:
+            (self.folder / "best.json").unlink(missing_ok=True)
+            write_json(self.folder / "run.json", dict(settings=self.settings, seed=self.seed, **about()))
+        log = self.folder / "metrics.jsonl"
+        if self.start < self.n_steps:
+            write_text(log, "".join(json.dumps(row) + "\n" for row in read_log(log) if row["step"] < self.start))
+
+    def checkpoints(self):
+        """Checkpoints in the folder, newest first."""
+        return [p for p in (self.folder / CHECKPOINT,) if p.exists()] + sorted(
+            self.folder.glob("checkpoint-*.safetensors"), reverse=True)
+
+    def _restore(self):
+        found = self.checkpoints()
+        damage = ""
+        for path in found:
+            try:
+                flat, header = read_checked(path)
+            except ValueError as error:
+                damage = damage or str(error)
+                if rank() == 0:
+                    print(f"{error}; looking for the one before it", file=sys.stderr, flush=True)
+                continue
+            self._accept(json.loads(header["settings"]) | {"seed": int(header["seed"])})
+            load_state_tensors(flat, self.modules, self.opts)
+            self.newest = int(header["step"]) if path.name == CHECKPOINT else None
+            return int(header["step"])
+        if found:
+            raise UserError(f"{damage}; no complete checkpoint is left: delete it to start this stage again")
+        return 0
+
+    def _accept(self, old):
+        """Refuse a checkpoint of other settings."""
+        new = self.settings | {"seed": self.seed}
+        changed = [f"{k} {old.get(k)} -> {new.get(k)}"
+                   for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
+        if changed:
+            raise UserError(f"{self.folder} holds a run with other settings ({', '.join(changed[:4])}); "
+                            "use another --out, or delete that folder")
+
+    @property
+    def remaining(self):
+        """Whether steps are left to take."""
+        return self.start < self.n_steps and not self.ended
+
+    @property
+    def complete(self):
+        """Whether the result is there: the last step has been taken, or the run was ended before it."""
+        return self.done >= self.n_steps or self.ended
+
+    def rng(self, step, stream=0):
+        """Generator of a step, the same on every rank (see ranks.Draw) and after a resume."""
+        return generator(self.seed, stream, 0, step)
+
+    def steps(self, label, stop_at=0, stream=0, batch=1):
+        """Yield the remaining steps, each with the random numbers of its whole batch, and save as they pass.
+
+        stop_at  stop after so many steps as if interrupted; 0: never
+        stream   number of this stage's stream of random numbers;  batch  photos of a step over all ranks
+        yields   (step, Draw)
+        raises   SystemExit(0) after a SIGTERM, when the step under way is done and saved
+        """
+        if self.ended:
+            return
+        end = min(self.n_steps, stop_at) if stop_at else self.n_steps
+        if self.start >= self.n_steps and rank() == 0:
+            print(f"{label}: complete ({self.n_steps} steps in {self.folder})", flush=True)
+        self.bar = tqdm(range(self.start, end), initial=self.start, total=end, desc=label, unit="step",
+                        disable=rank() > 0 or self.start >= end, mininterval=1.0)
+        Run.active = self
+        try:
+            for step in self.bar:
+                self.step = step
+                torch.autograd.set_detect_anomaly(step == Run.suspect)
+                self.step_began = time.perf_counter()
+                yield step, Draw(self.rng(step, stream), batch)
+                self.done = step + 1
+                self.stopping = self.stopping or (world() == 1 and self.stop)
+                if self.done % self.save_every == 0 or self.done == end or self.stopping or self.ended:
+                    self.save(self.done)
+                if self.ended:
+                    return
+                if self.stopping:
+                    if rank() == 0:
+                        print(f"{label}: stopped by SIGTERM after {self.done} of {self.n_steps} steps, saved in "
+                              f"{self.folder}; the same command goes on", file=sys.stderr, flush=True)
+                    raise SystemExit(0)
+        finally:
+            Run.active = None
+            torch.autograd.set_detect_anomaly(False)
+
+    def finished(self, last_file=""):
+        """True on rank 0 when the last step has been taken and its result, which ends with last_file, is to be written.
+
+        last_file  "": write it again in any case; else it goes first, so that half a result is not taken for one
+        """
+        if rank() > 0 or self.done < self.n_steps:
+            return False
+        mark = self.folder / last_file
+        if last_file and self.start >= self.n_steps and mark.exists():
+            return False
+        if last_file:
+            mark.unlink(missing_ok=True)
+        return True
+
+    def save(self, step):
+        """Write the checkpoint of `step` finished steps; the one before it stays under the name of its own step."""
+        if rank() > 0 and not any(is_spread(p) for m in self.modules.values() for p in m.parameters()):
+            return
+        flat = state_tensors(self.modules, self.opts, wanted=rank() == 0)
+        if rank() > 0:
+            return
+        log = self.folder / "metrics.jsonl"
+        path = self.folder / CHECKPOINT
+        if log.exists():
+            sync(log)
+        if self.newest is not None and self.newest != step and self.keep > 1:
+            os.replace(path, self.folder / f"checkpoint-{self.newest:08d}.safetensors")
+        write_tensors(path, flat, step=str(step), seed=str(self.seed), settings=json.dumps(self.settings), **about())
+        self.newest = step
+        for old in self.checkpoints()[self.keep:]:
+            old.unlink(missing_ok=True)
+
+    def _describe(self, text):
+        shown = ", ".join(map(str, self.where[:8])) + (", ..." if len(self.where) > 8 else "")
+        return (f"{self.folder.name}: step {self.step}: {text}{f' (photos: {shown})' if shown else ''}; "
+                "nothing was updated")
+
+    def fail(self, text):
+        """Stop all ranks, here when alone, else at the next `update`: none is left waiting. raises NotFinite."""
+        self.problem = self.problem or self._describe(text)
+        if world() == 1:
+            raise NotFinite(self.step, self.problem)
+
+    def check(self, **kinds):
+        """Name the first value that is not finite, and its photos. raises NotFinite.
+
+        kinds  such as map=dict modality -> (B, ...): "depth map is not finite"
+        """
+        values = {f"{name} {kind}": x for kind, found in kinds.items() for name, x in found.items()}
+        if not values:
+            return
+        bad = torch.stack([~x.detach().flatten(1).isfinite().all(1) for x in values.values()]).tolist()  # one wait
+        for what, rows in zip(values, bad, strict=True):
+            if any(rows) and not self.problem:                                  # at several ranks the first stays
+                self.where = [self.where[i] for i, row in enumerate(rows) if row]
+                self.fail(f"{what} is not finite")
+
+    def backward(self, loss):
+        """Add the gradient of a scalar to what has been gathered since the last update. raises NotFinite."""
+        if self.step == Run.suspect:
+            loss.backward()                                                     # names the operation
+        if not loss.isfinite():
+            self.fail(f"loss is {loss.item()}, lower the learning rate")
+        if self.step != Run.suspect:
+            loss.backward()
+
+    def _name(self, param):
+        return next((f"{name}/{k.replace('|', '.')}" for name, module in self.modules.items()
+                     for k, p in module.named_parameters() if p is param), "a parameter")
+
+    def _gather(self, params):
+        """Average gradients over ranks, those that a rank has not as zeros; agree on stopping. raises NotFinite."""
+        bad = next((p for p in params if p.grad is not None and not local_part(p.grad).isfinite().all()), None)
+        if bad is not None:                                                     # here it is still known whose it is
+            self.problem = self.problem or self._describe(f"gradient of {self._name(bad)} is not finite")
+        state = torch.tensor([*(p.grad is not None for p in params), self.stop, bool(self.problem)],
+                             dtype=torch.float32, device=params[0].device)
+        add_over_ranks(state)
+        *used, stop, problem = (state > 0).tolist()
+        if problem:
+            raise NotFinite(self.step, self.problem)
+        self.stopping = stop
+        moved = [p for p, needed in zip(params, used, strict=True) if needed and not is_spread(p)]
+        if moved:
+            flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in moved])
+            add_over_ranks(flat)
+            for p, g in zip(moved, flat.split([p.numel() for p in moved]), strict=True):
+                p.grad = give_form((g / world()).view_as(p), p)
+
+    def update(self, loss, params, factor, clip=1.0):
+        """Backward, average the gathered gradients over ranks, clip each parameter list by its own norm, step, clear.
+
+        loss    scalar with gradient, or None when `backward` has gathered all there is
+        params  list of parameter lists;  factor  share of the peak learning rates
+        returns float: largest gradient norm before clipping
+        raises  NotFinite naming what was not finite; nothing is updated then
+        """
+        if loss is not None:
+            self.backward(loss)
+        if world() > 1:
+            self._gather([p for group in params for p in group])
+        norms = [gather_tensor(torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None]))
+                 for group in params]
+        sizes = torch.stack([n.to(params[0][0].device) for n in norms]).tolist()                # one wait
+        if not all(map(math.isfinite, sizes)):
+            bad = next((p for group in params for p in group
+                        if p.grad is not None and not gather_tensor(p.grad).isfinite().all()), None)
+            raise NotFinite(self.step, self._describe(f"gradient of {self._name(bad)} is not finite"))
+        for group, norm in zip(params, norms, strict=True):
+            torch.nn.utils.clip_grads_with_norm_(group, clip, norm)
+        for opt in self.opts:
+            for group in opt.param_groups:
+                group["lr"] = factor * group["peak"]
+            opt.step()
+            opt.zero_grad(set_to_none=True)
+        return max(sizes)
+
+    @property
+    def seconds(self):
+        """Time since the step under way began."""
+        return time.perf_counter() - self.step_began
+
+    def log(self, step, values, show=(), **own):
+        """Append one JSON object to metrics.jsonl and show the values named in `show` beside the bar (rank 0).
+
+        values  dict name -> number or 0-dim tensor, combined over the ranks;  own  of rank 0 alone
+        """
+        values = combine_numbers(values)
+        if rank() > 0:
+            return
+        row = read_numbers({**values, **own})
+        with open(self.folder / "metrics.jsonl", "a") as f:
+            f.write(json.dumps(finite_json(dict(step=step, seconds=round(time.time() - self.began, 2), **row)),
+                               allow_nan=False) + "\n")
+        self.bar.set_postfix_str("  ".join(f"{k} {row[k]:.3g}" for k in show if k in row), refresh=False)
