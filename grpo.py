@@ -4,7 +4,7 @@ Algorithm 1 is four calls, in this order: sample_groups, score, advantage, polic
 
 agreement   of a map with the judge at a pair, p the judge's probability of the first answer (ReasonX reward):
                 reward      map says                 agreement                        dead zone (relations.py)
-                hard        relation, paper          1/2 + relation sign(2p - 1) / 2  one half, or not counted
+                hard        relation (paper)         1/2 + relation sign(2p - 1) / 2  --dead-zone: one half, or skipped
                 confidence  relation                 as hard, weighted by |2p - 1|    as hard
                 soft        tanh(margin / tau)       1/2 + vote (2p - 1) / 2          none: the margin counts
                 brier       tanh(margin / tau)       1 - (vote - (2p - 1))^2 / 4      none: the margin counts
@@ -14,8 +14,8 @@ credit      the reward is a sum of known per-pair terms, so it can be given back
                 pair    A[g, y, x]: each pair's centred agreement, splatted around its two points (kernels/pair_credit)
 consistency needs no judge (ReasonX names both as future work): normals of the depth map against the normals;
             albedo x irradiance, linear, against the photo, up to scale
-log p       = -(x_next - mean)^2 / (2 std^2) - log std - log(2 pi) / 2, MEAN over elements, fp32 (or fp64) always
-log-ratio   = d (2 (x_next - mean_old) - d) / (2 std^2), d = mean - mean_old: exactly 0 while the policy is the old one
+log-ratio   = d (2 (x_next - mean_old) - d) / (2 std^2), d = mean - mean_old, the MEAN over elements, in fp32 or fp64:
+            exactly 0 while the policy is the old one
 KL          = (mean - mean_ref)^2 / (2 std^2), mean over elements: contains |dt| (Flow-GRPO's published code omits it)
 squares     with noise that is one number per square of k x k pixels, density and ratio are those of the squares' means:
             a coarse change of the map has k times the signal. The KL stays that of white noise and holds all of v
@@ -26,11 +26,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from data.maps import depth_normal_agreement, photo_agreement
+from data.maps import consistency
 from kernels.log_ratio import log_ratio_kl
 from kernels.pair_credit import pair_credit
 from kernels.pair_reward import pair_reward
-from predictor import plan_walk, rollout, square_means
+from kernels.squares import square_means
+from predictor import plan_walk, rollout
 from relations import NAMES, check_points
 from runtime.ranks import autocast, mean_over_ranks
 
@@ -85,10 +86,7 @@ def draw_batch(judged, modalities, cfg, draw, device):
 
 
 class Conditioned:
-    """A network that has seen the photos of a batch, encoded once: velocities of any states of its rows.
-
-    `end_backward` sends what the velocities' gradients have gathered through the photo encoder, once
-    """
+    """A network that has seen the photos of a batch, encoded once: velocities of any states of its rows."""
 
     def __init__(self, net, batch):
         self.net = net
@@ -110,14 +108,9 @@ class Conditioned:
         return torch.cat([self.velocity(x[part], t, part, len(x)) for part in self.batch.portions(len(x))])
 
     def end_backward(self):
-        """Walk back through the photo encoder."""
+        """Send what the velocities' gradients have gathered through the photo encoder, once."""
         if self._encoded.requires_grad:
             self._encoded.backward(self._cond.grad)
-
-
-def stochastic_steps(cfg):
-    """K, number of noisy steps of a rollout."""
-    return dict(full=cfg.sample_steps - 1, branch=1, window=cfg.stochastic)[cfg.rollout]
 
 
 def draw_squares(batch):
@@ -138,7 +131,6 @@ def sample_groups(actor, batch):
     returns  dict modality -> maps (B, G, C, H, W) in its encoding; list of predictor.Transition, (M*B) rows
     """
     cfg = batch.cfg
-    draw = batch.draw
     M = len(batch.modalities)
     B = len(batch.rgb)
     net = Conditioned(actor, batch)
@@ -146,14 +138,15 @@ def sample_groups(actor, batch):
 
     def normal(shape):                                                          # (K, N, ...): N states of M*B rows
         K, N, *rest = shape
-        whole = K, M, draw.batch, N // (M * B), *rest
-        return draw.normal(whole, batch.rgb.device, axis=2).reshape(shape)
+        whole = K, M, batch.draw.batch, N // (M * B), *rest
+        return batch.draw.normal(whole, batch.rgb.device, axis=2).reshape(shape)
 
     starts = 1 if cfg.init_noise == "shared" else cfg.group
     noise = normal((starts, M * B, *actor.shape(batch.rgb)))
     noise = noise[0] if starts == 1 else noise.transpose(0, 1)                  # (M*B, c, h, w) or (M*B, G, c, h, w)
     squares = draw_squares(batch)
-    plan = plan_walk(actor.times(cfg.sample_steps), stochastic_steps(cfg), exploration, cfg.noise, draw, cfg.tail)
+    plan = plan_walk(actor.times(cfg.sample_steps), cfg.noisy_steps, exploration, cfg.noise, batch.draw,
+                     cfg.tail)
     with batch.autocast():                                                      # what trains is cast once, not T times
         x0, transitions = rollout(net.velocities, actor.start(noise, cfg.sample_steps), plan, cfg.group, normal,
                                   squares)
@@ -172,12 +165,6 @@ class Score:
     weight: torch.Tensor     # (B, P) share of each pair in the reward, rows sum to 1 (or are all 0)
     reward: torch.Tensor     # (B, G) their weighted sum
     consistency: list        # (name, weight, agreement (B, G, H, W)) with another map of the same photo
-
-
-def softness(cfg, modality):
-    """tau of a modality: --tau is one number for all, or one each in the order of MODALITIES."""
-    values = [float(t) for t in cfg.tau.split(",")]
-    return values[NAMES.index(modality) % len(values)]
 
 
 def normalize_rows(weight):
@@ -200,11 +187,18 @@ def agreement(pred, pts, prob, modality, cfg):
 
     pred     (B, G, C, H, W) in the modality's encoding;  pts (B, P, 2, 2) its pixels;  prob (B, P) of the first answer
     returns  agree (B, G, P) in [0, 1], weight (B, P) of each pair, reward (B, G) = their weighted sum
-    differs: the paper does not say what a pair in the dead zone counts; here one half, like an unsure answer
+    differs: the paper does not say what a pair in the dead zone counts. Here one half, like an unsure answer;
+    or --dead-zone skip: as much as the sample's other pairs on average, so that the reward is the mean over those
     """
     weight = pair_weights(prob, modality, cfg)
-    _, agree, reward = pair_reward(pred, pts, prob, weight, modality, FORM[cfg.reward], softness(cfg, modality),
-                                   cfg.window, check=False)
+    form = FORM[cfg.reward]
+    rel, agree, reward = pair_reward(pred, pts, prob, weight, modality, form, cfg.softness(modality), cfg.window,
+                                     check=False)
+    if form == "hard" and cfg.dead_zone == "skip":
+        share = weight[:, None] * (rel != 0)                                    # (B, G, P)
+        others = (agree * share).sum(-1, keepdim=True) / share.sum(-1, keepdim=True)        # NaN: the map answers none
+        agree = torch.where(rel == 0, others.nan_to_num(0.5), agree)
+        reward = (agree * weight[:, None]).sum(-1)
     return agree, weight, reward
 
 
@@ -217,19 +211,6 @@ def score(maps, batch, modality):
     prob = batch.prob[..., NAMES.index(modality)]
     return Score(*agreement(maps[modality], batch.pts, prob, modality, cfg),
                  consistency(maps, batch.rgb, modality, cfg))
-
-
-def consistency(maps, rgb, modality, cfg):
-    """Rewards of maps that fit each other: list of (name, weight, agreement (B, G, H, W)); [] unless asked for.
-
-    Sample g of one modality is held against sample g of the other
-    """
-    found = []
-    if cfg.depth_normal and modality in ("depth", "normal"):
-        found.append(("depth_normal", cfg.depth_normal, depth_normal_agreement(maps["depth"], maps["normal"])))
-    if cfg.shading and modality in ("albedo", "irradiance"):
-        found.append(("shading", cfg.shading, photo_agreement(maps["albedo"], maps["irradiance"], rgb[:, None])))
-    return found
 
 
 def is_unanimous(reward):
@@ -252,10 +233,7 @@ def group_advantage(reward, norm="group"):
 
 
 def scale_credit(credit, norm):
-    """Centred credit (B, G, ...) as an advantage: divided by its rms in each group, or over all rows of all ranks.
-
-    norm  "group" (paper), "global" or "none"; zeros stay exactly 0.  raises  ValueError  another norm
-    """
+    """Centred credit (B, G, ...) divided by its rms in each group, over all rows of all ranks, or not; 0 stays 0."""
     if norm not in ("group", "global", "none"):
         raise ValueError(f"grpo.group_advantage: got norm {norm!r}; want group, global or none")
     if norm == "none":
@@ -346,9 +324,8 @@ def policy_gradient(nets, batch, transitions, advantage, run, update=0):
     nets     .policy, .reference;  advantage  of `advantage`
     run      its `backward` gathers the gradient portion by portion, so one portion is in memory; its `fail` stops all
     update   number of this update since the rollout. At the first one the policy as it is now counts as the one that
-             acted. It may round otherwise there (--compile, a GPU): the run stops when the two are further apart than
-             that. `policy/gap` is the distance of their velocities, relative to their length.
-    returns  dict of what the log shows
+             acted, which may round otherwise (--compile, a GPU): the run stops when they are further apart than that
+    returns  dict of what the log shows; policy/gap is the distance of the two velocities, relative to their length
     """
     cfg = batch.cfg
     policy = Conditioned(nets.policy, batch)

@@ -21,10 +21,8 @@ What grpo.py, train.py and eval.py ask of a predictor (models/dit.py and models/
     checkpointing(on), save(folder)
 Source: ReasonX (arXiv 2512.04222) sec. 3.2, Flow-GRPO (arXiv 2505.05470) eq. 9, DDIM (arXiv 2010.02502) eq. 12, 16.
 """
-import hashlib
 import itertools
 import math
-import os
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,8 +32,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data.photos import find_images, read_rgb, resize_long
-from data.pictures import panel, picture_of, save_map, save_png
+from data.pictures import output_name, save_maps
 from kernels.sde_step import sde_step
+from kernels.squares import fill_squares
 from models.dit import DiT
 from models.marigold import Marigold
 from runtime.command import run_command
@@ -123,7 +122,7 @@ def ddim_sde_step(x, v, abar_t, abar_s, eta, eps):
     return _take_step(x, v, eps, A, B, std)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Leg:
     """One step of a planned walk: mean A x + B v, standard deviation std (0: deterministic)."""
 
@@ -135,14 +134,9 @@ class Leg:
 
 
 @dataclass
-class Transition:
+class Transition(Leg):
     """One stochastic step that will be trained. R rows share a state; K samples leave each row (branch: K = G)."""
 
-    t: float
-    s: float
-    A: float
-    B: float
-    std: float
     x: torch.Tensor          # (R, c, h, w) state at t
     x_next: torch.Tensor     # (R, K, c, h, w)
     mean: torch.Tensor       # (R, c, h, w) of the policy that acted
@@ -221,27 +215,6 @@ def rollout(velocity, x, plan, group, normal, squares=None):
     return x.unflatten(0, (R, group)), transitions
 
 
-def square_means(z, side):
-    """Means over squares of `side` pixels, smaller at the border: (..., h, w) -> (..., ceil(h / k), ceil(w / k))."""
-    flat = F.avg_pool2d(z.flatten(0, -3)[:, None], side, ceil_mode=True)[:, 0]
-    return flat.view(*z.shape[:-2], *flat.shape[-2:])
-
-
-def fill_squares(eps, squares):
-    """White noise gathered in squares of squares[r] pixels in row r: their means, scaled to unit variance.
-
-    eps (R, K, c, h, w) standard normal, squares (R,) int64 on the CPU -> the same shape; side 1 stays as it is
-    """
-    *_, h, w = eps.shape
-    for k in squares.unique().tolist():
-        if k > 1:
-            rows = (squares == k).nonzero()[:, 0].to(eps.device)
-            high, wide = (torch.tensor([min(k, n - i) for i in range(0, n, k)], device=eps.device) for n in (h, w))
-            noise = square_means(eps[rows], k) * (high[:, None] * wide).sqrt()
-            eps = eps.index_copy(0, rows, noise.repeat_interleave(k, -1).repeat_interleave(k, -2)[..., :h, :w])
-    return eps
-
-
 def load_predictor(path):
     """Open a predictor: a folder written by DiT.save, or a diffusers-layout Marigold folder or hub id.
 
@@ -295,15 +268,6 @@ def predict_photo(policy, rgb, processing_res=0, steps=0, seed=0, ensemble=1):
     return {m: maps[m] for m in policy.modalities}
 
 
-def output_name(path, done):
-    """Name of a photo's maps from its relative path, unlike those in `done`: a.jpg, a.png and folders stay apart."""
-    name = "_".join(path.with_suffix("").parts)
-    if len(os.fsencode(name)) > 200:                                            # a file name may have 255 bytes
-        name = f"{name[:40]}_{hashlib.sha256(os.fsencode(name)).hexdigest()[:16]}"
-    choices = itertools.chain((name, f"{name}_{path.suffix[1:]}"), (f"{name}_{k}" for k in itertools.count(2)))
-    return next(choice for choice in choices if choice not in done)
-
-
 def arguments(argv):
     """Parse and check the command line."""
     p = Parser(prog="predictor.py", allow_abbrev=False,
@@ -354,11 +318,7 @@ def main(argv=None):
         maps = policy.tabled(native)
         name = output_name(path.relative_to(root) if root.is_dir() else Path(path.name), done)
         done.add(name)
-        for (m, value), own in zip(maps.items(), native.values(), strict=True):
-            save_map(args.out, name, m, value.numpy(), own.numpy())
-        shown = {k: torch.from_numpy(picture_of(k, v.numpy())) for k, v in dict(photo=rgb, **maps).items()}
-        tiles = [(k, resize_long(v, min(512, max(v.shape[-2:]))).numpy()) for k, v in shown.items()]
-        save_png(Path(args.out) / f"{name}_panel.png", panel(tiles))
+        save_maps(args.out, name, rgb, maps, native)
     if bad == len(paths):
         raise ValueError(f"none of {bad} images in {args.images} could be read; want JPEG or PNG photos")
     print(f"{len(paths) - bad} of {len(paths)} photos -> {args.out} ({bad} unreadable, named above)" if bad else

@@ -7,7 +7,6 @@
 
 Each stage is one loop; the same command again resumes. A group stays on one rank.
 """
-import copy
 import functools
 import math
 from pathlib import Path
@@ -24,7 +23,7 @@ from evaluation import report
 from evaluation.watch import Watch, reward_statistics
 from judge import ORACLE, LazyJudge, Oracle, build_mini_judge, load_judge
 from models import lora
-from models.copies import Networks, compile_velocity, trained_part, update_average
+from models.copies import Networks, compile_velocity, frozen_copy, trained_part, update_average
 from models.dit import DiT, DiTConfig, flow_loss
 from models.finetune import add_lora, tuning_gradient
 from models.mini_judge import MiniSizes, Probe, judge_loss
@@ -33,7 +32,7 @@ from relations import MODALITIES, sample_pairs
 from runtime import files, ranks
 from runtime.command import run_command, run_stage
 from runtime.config import UserError, grpo_settings, parse, plan, stage_settings
-from runtime.ranks import STREAMS, generator
+from runtime.ranks import generator
 from runtime.run import Run, cosine, optimizers
 
 
@@ -41,7 +40,7 @@ def train_base(cfg, device):
     """Flow matching on synthetic scenes with ground truth; writes OUT/base."""
     policy = DiT(DiTConfig(cfg.size, cfg.patch, cfg.width, cfg.encoder_layers, cfg.layers, cfg.heads),
                  seed=cfg.seed).to(device)
-    average = copy.deepcopy(policy).requires_grad_(False)
+    average = frozen_copy(policy)
     if cfg.compile:
         compile_velocity(policy)
     params = list(policy.parameters())
@@ -52,7 +51,7 @@ def train_base(cfg, device):
               cfg.save_every, cfg.keep)
     if run.remaining:
         scenes = ScenePool("synthetic", "train", cfg.base_scenes, cfg.size, device=device)
-    for step, draw in run.steps("base", cfg.stop_at, STREAMS["base"], cfg.base_batch):
+    for step, draw in run.steps("base", cfg.stop_at, ranks.STREAMS["base"], cfg.base_batch):
         places = draw.integers(len(scenes), (draw.batch,))
         run.where = [f"scene {i}" for i in places.tolist()]
         with ranks.autocast(cfg.precision, device):
@@ -70,8 +69,8 @@ def train_judge(cfg, device):
         return tune_judge(cfg, device)
     sizes = MiniSizes(cfg.size, cfg.judge_patch, cfg.judge_width, cfg.judge_vision_layers, cfg.judge_text_layers,
                       cfg.judge_heads)
-    model = build_mini_judge(sizes, generator(cfg.seed, STREAMS["judge"])).to(device)
-    probe = Probe(sizes, generator(cfg.seed, STREAMS["judge"], 1)).to(device)
+    model = build_mini_judge(sizes, generator(cfg.seed, ranks.STREAMS["judge"])).to(device)
+    probe = Probe(sizes, generator(cfg.seed, ranks.STREAMS["judge"], 1)).to(device)
     vision = [*model.model.model.vision_tower.parameters(), *probe.parameters()]
     text = [p for name, p in model.model.named_parameters() if ".vision_tower." not in name]
     opts = optimizers([model, probe], cfg.judge_lr, cfg.judge_muon, cfg.judge_decay)
@@ -81,7 +80,7 @@ def train_judge(cfg, device):
               dict(judge=model, probe=probe), opts, cfg.save_every, cfg.keep)
     if run.remaining:
         scenes = ScenePool("broad", "train", cfg.judge_scenes, cfg.size, device=device)
-    for step, draw in run.steps("judge", cfg.stop_at, STREAMS["judge"], cfg.judge_batch):
+    for step, draw in run.steps("judge", cfg.stop_at, ranks.STREAMS["judge"], cfg.judge_batch):
         places = draw.integers(len(scenes), (draw.batch,))
         run.where = [f"scene {i}" for i in places.tolist()]
         with ranks.autocast(cfg.precision, device):
@@ -100,7 +99,7 @@ def tune_judge(cfg, device):
     """
     folder = Path(cfg.out) / "judge"
     model = load_judge(cfg.judge, device, size=cfg.size)
-    add_lora(model, cfg.judge_rank, cfg.judge_alpha, cfg.judge_dropout, generator(cfg.seed, STREAMS["lora"]),
+    add_lora(model, cfg.judge_rank, cfg.judge_alpha, cfg.judge_dropout, generator(cfg.seed, ranks.STREAMS["lora"]),
              checkpointing=True)
     rows = questions.training_questions(cfg, model.grid)
     ranks.divide_batch(cfg.judge_batch // cfg.judge_micro, "judge-batch / --judge-micro")
@@ -136,11 +135,11 @@ def judgements(cfg, device, together=True):
     if cfg.judge == ORACLE:
         scenes = scene_pool("wild", "train", cfg.photos, cfg.size, device=device).all()
         names = [f"wild {i}" for i in range(len(scenes["rgb"]))]
-        rng = generator(cfg.seed, STREAMS["oracle"])
+        rng = generator(cfg.seed, ranks.STREAMS["oracle"])
         pts = sample_pairs(len(names), (cfg.size, cfg.size), cfg.bank_pairs, rng, mask=scenes["mask"])
         prob = Oracle(scenes, rng).ask(scenes["rgb"], pts, names)
         return Judgements((scenes["rgb"] * 255).round().byte(), pts, prob, names)
-    judge = LazyJudge(cfg.judge or Path(cfg.out) / "judge", device)                # in memory only if the bank asks it
+    judge = LazyJudge(cfg.judge or Path(cfg.out) / "judge", device)             # in memory only if the bank asks it
     if judge.size != cfg.size:
         raise UserError(f"train.py: the judge sees {judge.size} px photos and --size is {cfg.size}; "
                         "use one size for both")
@@ -161,13 +160,14 @@ def train_grpo(cfg, device, sample=grpo.sample_groups, gradient=grpo.policy_grad
     result      an exponential average of the policy; paper: not said
     open there  dead zone, clip, beta and updates per rollout are ours (docs/deviations.md)
     """
-    nets = Networks(functools.partial(load_predictor, start_of(cfg)), cfg, device)
-    opts = optimizers([nets.policy], cfg.lr, 0, weight_decay=0.0, betas=(0.9, 0.95))
-    run = Run(grpo_folder(cfg), fixed_of(cfg), cfg.seed, cfg.steps, nets.modules, opts, cfg.save_every, cfg.keep)
-    watch = Watch(nets, run, cfg, base=str(start_of(cfg)), trained_on=cfg.images or "procedural wild photos")
+    nets = Networks(functools.partial(load_predictor, cfg.start), cfg, device)
+    run = Run(cfg.grpo_folder, fixed_of(cfg), cfg.seed, cfg.steps, nets.modules,
+              optimizers([nets.policy], cfg.lr, 0, weight_decay=0.0, betas=(0.9, 0.95)), cfg.save_every, cfg.keep)
+    watch = Watch(nets, run, cfg, base=str(cfg.start), trained_on=cfg.images or "procedural wild photos")
     photos = judgements(cfg, device) if run.remaining else None
-    replay = Replay(cfg, device) if run.remaining and cfg.replay else None
-    for step, draw in run.steps("grpo", cfg.stop_at, STREAMS["grpo"], cfg.batch):
+    replay = scene_pool("synthetic", "train", cfg.base_scenes, cfg.size, device=device) if (
+        run.remaining and cfg.replay) else None
+    for step, draw in run.steps("grpo", cfg.stop_at, ranks.STREAMS["grpo"], cfg.batch):
         batch = grpo.draw_batch(photos, nets.policy.modalities, cfg, draw, device)    # (B, 3, H, W), (B, P, 2, 2)
         run.where = batch.photos
         # 1 sample a group of G maps per photo and modality with the noisy sampler
@@ -182,42 +182,25 @@ def train_grpo(cfg, device, sample=grpo.sample_groups, gradient=grpo.policy_grad
         for update in range(cfg.updates):
             stats |= gradient(nets, batch, transitions, advantage, run, update)     # ratio is 1 at update 0
             if replay:
-                run.backward(replay.loss(nets.policy, batch, draw))
+                run.backward(cfg.replay * supervised_loss(nets.policy, replay, batch))
             stats["grad/norm"] = run.update(None, [nets.params], cosine(step, cfg.steps, warmup=10))
         nets.follow(step)                                                       # average <- EMA of policy
         run.log(step, stats | {"time/step": run.seconds}, show=("reward", "policy/kl"), **watch.evaluate(step))
     watch.close()
 
 
-class Replay:
-    """Supervised flow matching on synthetic scenes beside the GRPO loss (--replay; the paper has none)."""
-
-    def __init__(self, cfg, device):
-        self.scenes = scene_pool("synthetic", "train", cfg.base_scenes, cfg.size, device=device)
-        self.weight = cfg.replay
-
-    def loss(self, policy, batch, draw):
-        """Weighted loss of as many scenes as the batch has photos, in the batch's modalities."""
-        with batch.autocast():
-            maps = self.scenes.pick(draw.integers(len(self.scenes), (draw.batch,)), batch.rgb.device)
-            return self.weight * policy.loss(maps, batch.modalities, draw)
-
-
-def start_of(cfg):
-    """Folder or hub id of the predictor that GRPO starts from."""
-    return cfg.policy or Path(cfg.out) / "base"
-
-
-def grpo_folder(cfg):
-    """Where the GRPO stage keeps its run: OUT/grpo, or OUT/photos for the user's own photos."""
-    return Path(cfg.out) / ("photos" if cfg.images else "grpo")
+def supervised_loss(policy, scenes, batch):
+    """Supervised loss on as many synthetic scenes as the batch has photos, in its modalities (--replay)."""
+    places = batch.draw.integers(len(scenes), (batch.draw.batch,))
+    with batch.autocast():
+        return policy.loss(scenes.pick(places, batch.rgb.device), batch.modalities, batch.draw)
 
 
 def fixed_of(cfg):
     """What a GRPO run may not change when it resumes: settings, and digests of both weights."""
     ranks.divide_batch(cfg.batch, "batch")
     judge = cfg.judge if cfg.judge == ORACLE else files.weights_digest(cfg.judge or Path(cfg.out) / "judge")
-    return grpo_settings(cfg) | dict(policy_weights=files.weights_digest(start_of(cfg)), judge_weights=judge)
+    return grpo_settings(cfg) | dict(policy_weights=files.weights_digest(cfg.start), judge_weights=judge)
 
 
 STAGES = dict(base=train_base, judge=train_judge, grpo=train_grpo)
@@ -241,9 +224,9 @@ def main(argv=None):
             return
     if ranks.rank() == 0 and cfg.stage in ("all", "grpo") and not cfg.stop_at:
         if cfg.images:
-            report.report_photos(cfg, device, judgements(cfg, device, together=False), start_of(cfg), grpo_folder(cfg))
+            report.report_photos(cfg, device, judgements(cfg, device, together=False), cfg.start, cfg.grpo_folder)
         else:
-            report.report_wild(cfg, device, start_of(cfg), grpo_folder(cfg))
+            report.report_wild(cfg, device, cfg.start, cfg.grpo_folder)
 
 
 def needed_stages(cfg):

@@ -47,3 +47,17 @@ def photo_agreement(albedo, irradiance, rgb):
     axes = (-3, -2, -1)
     made = made * ((made * photo).sum(axes, keepdim=True) / made.square().sum(axes, keepdim=True).clamp_min(1e-12))
     return 1 - ((made - photo).abs() / (made + photo).clamp_min(1e-6)).mean(-3)
+
+
+def consistency(maps, rgb, modality, cfg):
+    """Rewards of maps that fit each other, which need no judge: list of (name, weight, agreement (B, G, H, W)).
+
+    maps  dict modality -> (B, G, C, H, W): sample g of one modality is held against sample g of the other
+    rgb   (B, 3, H, W);  cfg  weights depth_normal and shading of config.Config: [] while they are 0
+    """
+    found = []
+    if cfg.depth_normal and modality in ("depth", "normal"):
+        found.append(("depth_normal", cfg.depth_normal, depth_normal_agreement(maps["depth"], maps["normal"])))
+    if cfg.shading and modality in ("albedo", "irradiance"):
+        found.append(("shading", cfg.shading, photo_agreement(maps["albedo"], maps["irradiance"], rgb[:, None])))
+    return found

@@ -2,12 +2,17 @@
 
 Every file is whole or absent (files.write_bytes). A path that is printed is printed with repr.
 """
+import hashlib
 import io
+import itertools
+import os
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
 
+from data.photos import resize_long
 from runtime.files import write_bytes
 
 # colour map, near to far: pale yellow, orange, red, plum, violet, indigo, navy, near black; luma falls evenly
@@ -115,3 +120,24 @@ def panel(images, columns=5):
         draw.text((x, y + 1), label, fill="black")
         grid.paste(tile, (x, y + head))
     return grid
+
+
+def save_maps(out, name, rgb, maps, native):
+    """Write all maps of a photo: save_map of each, and NAME_panel.png of the photo and them.
+
+    rgb     (3, H, W) in [0, 1];  maps, native  dict name -> (C, H, W), in the modality table's encoding and the model's
+    """
+    for (m, value), own in zip(maps.items(), native.values(), strict=True):
+        save_map(out, name, m, value.numpy(), own.numpy())
+    shown = {k: torch.from_numpy(picture_of(k, v.numpy())) for k, v in dict(photo=rgb, **maps).items()}
+    tiles = [(k, resize_long(v, min(512, max(v.shape[-2:]))).numpy()) for k, v in shown.items()]
+    save_png(Path(out) / f"{name}_panel.png", panel(tiles))
+
+
+def output_name(path, done):
+    """Name of a photo's maps from its relative path, unlike those in `done`: a.jpg, a.png and folders stay apart."""
+    name = "_".join(path.with_suffix("").parts)
+    if len(os.fsencode(name)) > 200:                                            # a file name may have 255 bytes
+        name = f"{name[:40]}_{hashlib.sha256(os.fsencode(name)).hexdigest()[:16]}"
+    choices = itertools.chain((name, f"{name}_{path.suffix[1:]}"), (f"{name}_{k}" for k in itertools.count(2)))
+    return next(choice for choice in choices if choice not in done)

@@ -10,7 +10,9 @@ import os
 import re
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
+from relations import NAMES
 from runtime import files
 
 
@@ -96,6 +98,7 @@ class Config:
     reward: str = "hard"             # hard (paper), confidence: relation; soft, brier: tanh(margin/tau) against 2p-1
     tau: str = "0.1"                 # softness of soft and brier, in units of the margin: one, or one per modality
     jitter: int = 1                  # px, side of the square around a judged point in which the map is read (paper: 1)
+    dead_zone: str = "half"          # rewards hard, confidence: an answer in the dead zone counts half, or not: skip
     window: int = 0                  # px, radius of the mean read at a point (paper: 0, one pixel)
     modalities: str = "one"          # one drawn per step (paper), or joint: all four at every step
     balance: int = 0                 # 1: both answers to the albedo question carry half of the reward (paper: 0)
@@ -117,6 +120,26 @@ class Config:
     val_images: int = 24             # validation scenes per domain in the diagnostics
     band: float = 4.0                # at evaluations: stop if sharpness or spread have changed by this factor; 0: never
     forget: float = 0.5              # at evaluations: stop if a synthetic error has grown by this share; 0: never
+
+    @property
+    def start(self):
+        """Folder or hub id of the predictor that GRPO starts from."""
+        return self.policy or Path(self.out) / "base"
+
+    @property
+    def grpo_folder(self):
+        """Where GRPO keeps its run: OUT/grpo, or OUT/photos for the user's own photos."""
+        return Path(self.out) / ("photos" if self.images else "grpo")
+
+    @property
+    def noisy_steps(self):
+        """K, number of noisy steps of a rollout."""
+        return dict(full=self.sample_steps - 1, branch=1, window=self.stochastic)[self.rollout]
+
+    def softness(self, modality):
+        """tau of a modality: one number for all, or one each in the order of relations.MODALITIES."""
+        values = [float(t) for t in self.tau.split(",")]
+        return values[NAMES.index(modality) % len(values)]
 
 
 # --estimator: how rewards become a gradient. Sizes in px, KL, clip, replay, EMA, lr, T, N and G stay the preset's
@@ -153,7 +176,7 @@ CHOICES = {
     "exploration": ("auto", "flow", "ddim"), "credit": ("global", "pair"),
     "rollout": ("full", "branch", "window"),
     "init_noise": ("shared", "independent"),
-    "reward": ("hard", "soft", "confidence", "brier"), "modalities": ("one", "joint"),
+    "reward": ("hard", "soft", "confidence", "brier"), "dead_zone": ("half", "skip"), "modalities": ("one", "joint"),
     "norm": ("group", "global", "none"),
 }
 

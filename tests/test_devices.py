@@ -22,11 +22,11 @@ import train
 from bench import baselines
 from bench import system as bench
 from data import scenes
+from data.maps import consistency
 from data.pools import ScenePool, scene_pool
 from evaluation import report
 from evaluation.scores import predict_maps
 from evaluation.watch import diagnose
-from grpo import consistency
 from judge import load_judge
 from models import families
 from models.copies import frozen_copy

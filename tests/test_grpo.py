@@ -13,6 +13,7 @@ import grpo
 import predictor
 from grpo import clipped_loss, group_advantage
 from kernels.pair_credit import pair_credit
+from kernels.squares import fill_squares, square_means
 from predictor import COEFFICIENTS, Transition, ddim_sde_step, flow_sde_step, plan_walk, rollout
 from runtime.ranks import Draw
 
@@ -806,7 +807,7 @@ def test_each_row_has_the_squares_it_asked_for_and_their_share_of_the_loss(mode)
 
 def test_block_noise_has_unit_variance_in_whole_and_in_cut_squares():
     white = torch.randn(3, 4000, 1, 5, 4, generator=generator())
-    eps = predictor.fill_squares(white, torch.tensor([1, 2, 4]))
+    eps = fill_squares(white, torch.tensor([1, 2, 4]))
     torch.testing.assert_close(eps.square().mean((1, 2)), torch.ones(3, 5, 4), rtol=0, atol=0.15)
     assert torch.equal(eps[0], white[0]) and (eps[2, :, :, :4] == eps[2, :, :, :1, :1]).all()
     assert (eps[1, :, :, ::2, ::2] == eps[1, :, :, ::2, 1::2]).all()
@@ -818,7 +819,7 @@ def test_the_kl_of_block_noise_holds_the_fine_part_of_the_velocity_too():
     (_, [taken]), _, cond = roll(net, "branch", "flow", block=2)
     v = net(taken.x, taken.t, cond).detach()
     fine = v + torch.tensor([1.0, -1.0]).repeat(4)[:7] * torch.tensor([1.0, -1.0]).repeat(3)[:, None]
-    assert predictor.square_means(fine[..., :6, :6] - v[..., :6, :6], 2).abs().max() < 1e-6
+    assert square_means(fine[..., :6, :6] - v[..., :6, :6], 2).abs().max() < 1e-6
     white = roll(net, "branch", "flow")[0][1][0]
     want = gaussian_kl(taken.B * fine, taken.B * v, taken.std).mean()
     for one in (taken, white):

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from data import maps
-from data.maps import assumed_camera, normals_from_depth
+from data.maps import assumed_camera, consistency, normals_from_depth
 from data.pools import ScenePool
 from evaluation import surface
-from grpo import Score, advantage, agreement, consistency, pair_weights, score
+from grpo import Score, advantage, agreement, pair_weights, score
 from relations import MODALITIES, relation, sample_pairs, srgb_decode
 from runtime.config import Config
 
@@ -51,6 +51,21 @@ def test_a_map_that_answers_as_the_judge_does_beats_one_that_contradicts_it(m, r
     cfg = replace(CFG, reward=reward)
     found = [agreement(pred, pts, 0.5 + 0.5 * sign * rel, m, cfg)[2] for sign in (1, -1)]
     assert (found[0] > 0.5).all() and (found[1] < 0.5).all() and torch.allclose(found[0] + found[1], torch.ones(3, 1))
+
+
+def test_in_the_dead_zone_an_answer_counts_half_or_not_at_all():
+    """A map of three levels: 0, 0.5 and 1 of its range; a pair of equal points is in the dead zone."""
+    pred = torch.tensor([0.0, 0.5, 1.0]).repeat(8, 1).view(1, 1, 1, 8, 3)
+    red, green = torch.tensor([0, 0, 0, 1]), torch.tensor([2, 0, 1, 1])         # closer, dead, closer, dead
+    pts = torch.stack([torch.stack((torch.full((4,), 3), col), -1) for col in (red, green)], 1)[None]
+    prob = torch.tensor([[0.9, 0.9, 0.2, 0.3]])
+    half, skip = (agreement(pred, pts, prob, "depth", replace(CFG, dead_zone=word)) for word in ("half", "skip"))
+    assert half[0][0, 0].tolist() == [1, 0.5, 0, 0.5] and half[2].item() == 0.5
+    assert skip[0][0, 0].tolist() == [1, 0.5, 0, 0.5] and skip[2].item() == 0.5
+    sure = agreement(pred, pts, torch.tensor([[0.9, 0.9, 0.8, 0.3]]), "depth", replace(CFG, dead_zone="skip"))
+    assert sure[0][0, 0].tolist() == [1, 1, 1, 1] and sure[2].item() == 1       # the mean over the two that are asked
+    flat = agreement(torch.full_like(pred, 0.3), pts, prob, "depth", replace(CFG, dead_zone="skip"))
+    assert flat[2].item() == 0.5                                                # a map that answers nothing is unsure
 
 
 def test_a_balanced_albedo_reward_gives_both_answers_half_of_the_weight():

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 import judge
 import predictor
 from data import formats, photos, pictures, questions
+from data.pictures import output_name
 from evaluation import benchmarks, predictions
 from models import lora
 from models.dit import DiT, DiTConfig
@@ -451,7 +452,7 @@ def test_every_photo_has_maps_of_its_own():
     paths = ["a.jpg", "a.png", "b_a.jpg", "b/a.jpg", "b/a.png", "b_a.png",
              *(f"{'deep/' * 60}{k}.png" for k in range(3))]
     for path in map(Path, paths):
-        name = predictor.output_name(path, done)
+        name = output_name(path, done)
         assert len(os.fsencode(name)) < 220 and "/" not in name
         done.add(name)
     assert len(done) == len(paths) and {"a", "a_png", "b_a", "b_a_jpg", "b_a_png"} <= done
