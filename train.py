@@ -32,7 +32,7 @@ from relations import MODALITIES, sample_pairs
 from runtime import files, ranks
 from runtime.command import run_command, run_stage
 from runtime.config import UserError, grpo_settings, parse, plan, stage_settings
-from runtime.ranks import generator
+from runtime.ranks import STREAMS, generator
 from runtime.run import Run, cosine, optimizers
 
 
@@ -43,7 +43,6 @@ def train_base(cfg, device):
     average = frozen_copy(policy)
     if cfg.compile:
         compile_velocity(policy)
-    params = list(policy.parameters())
     opts = optimizers([policy], cfg.base_lr, cfg.base_muon, weight_decay=0.01)
     ranks.divide_batch(cfg.base_batch, "base-batch")
     fixed = stage_settings(cfg, "base", "size", "width", "encoder_layers", "layers", "heads", "patch", "compile")
@@ -51,12 +50,12 @@ def train_base(cfg, device):
               cfg.save_every, cfg.keep)
     if run.remaining:
         scenes = ScenePool("synthetic", "train", cfg.base_scenes, cfg.size, device=device)
-    for step, draw in run.steps("base", cfg.stop_at, ranks.STREAMS["base"], cfg.base_batch):
+    for step, draw in run.steps("base", cfg.stop_at, STREAMS["base"], cfg.base_batch):
         places = draw.integers(len(scenes), (draw.batch,))
         run.where = [f"scene {i}" for i in places.tolist()]
         with ranks.autocast(cfg.precision, device):
             loss = flow_loss(policy, scenes.pick(places, device), tuple(MODALITIES), draw)
-        norm = run.update(loss, [params], cosine(step, cfg.base_steps, warmup=100))
+        norm = run.update(loss, [list(policy.parameters())], cosine(step, cfg.base_steps, warmup=100))
         update_average(average, policy, min(cfg.base_ema, (step + 1) / (step + 10)))
         run.log(step, {"loss": loss.detach(), "grad/norm": norm}, show=("loss",))
     if run.finished("predictor.json"):
@@ -69,8 +68,8 @@ def train_judge(cfg, device):
         return tune_judge(cfg, device)
     sizes = MiniSizes(cfg.size, cfg.judge_patch, cfg.judge_width, cfg.judge_vision_layers, cfg.judge_text_layers,
                       cfg.judge_heads)
-    model = build_mini_judge(sizes, generator(cfg.seed, ranks.STREAMS["judge"])).to(device)
-    probe = Probe(sizes, generator(cfg.seed, ranks.STREAMS["judge"], 1)).to(device)
+    model = build_mini_judge(sizes, generator(cfg.seed, STREAMS["judge"])).to(device)
+    probe = Probe(sizes, generator(cfg.seed, STREAMS["judge"], 1)).to(device)
     vision = [*model.model.model.vision_tower.parameters(), *probe.parameters()]
     text = [p for name, p in model.model.named_parameters() if ".vision_tower." not in name]
     opts = optimizers([model, probe], cfg.judge_lr, cfg.judge_muon, cfg.judge_decay)
@@ -80,7 +79,7 @@ def train_judge(cfg, device):
               dict(judge=model, probe=probe), opts, cfg.save_every, cfg.keep)
     if run.remaining:
         scenes = ScenePool("broad", "train", cfg.judge_scenes, cfg.size, device=device)
-    for step, draw in run.steps("judge", cfg.stop_at, ranks.STREAMS["judge"], cfg.judge_batch):
+    for step, draw in run.steps("judge", cfg.stop_at, STREAMS["judge"], cfg.judge_batch):
         places = draw.integers(len(scenes), (draw.batch,))
         run.where = [f"scene {i}" for i in places.tolist()]
         with ranks.autocast(cfg.precision, device):
@@ -99,7 +98,7 @@ def tune_judge(cfg, device):
     """
     folder = Path(cfg.out) / "judge"
     model = load_judge(cfg.judge, device, size=cfg.size)
-    add_lora(model, cfg.judge_rank, cfg.judge_alpha, cfg.judge_dropout, generator(cfg.seed, ranks.STREAMS["lora"]),
+    add_lora(model, cfg.judge_rank, cfg.judge_alpha, cfg.judge_dropout, generator(cfg.seed, STREAMS["lora"]),
              checkpointing=True)
     rows = questions.training_questions(cfg, model.grid)
     ranks.divide_batch(cfg.judge_batch // cfg.judge_micro, "judge-batch / --judge-micro")
@@ -135,7 +134,7 @@ def judgements(cfg, device, together=True):
     if cfg.judge == ORACLE:
         scenes = scene_pool("wild", "train", cfg.photos, cfg.size, device=device).all()
         names = [f"wild {i}" for i in range(len(scenes["rgb"]))]
-        rng = generator(cfg.seed, ranks.STREAMS["oracle"])
+        rng = generator(cfg.seed, STREAMS["oracle"])
         pts = sample_pairs(len(names), (cfg.size, cfg.size), cfg.bank_pairs, rng, mask=scenes["mask"])
         prob = Oracle(scenes, rng).ask(scenes["rgb"], pts, names)
         return Judgements((scenes["rgb"] * 255).round().byte(), pts, prob, names)
@@ -161,13 +160,13 @@ def train_grpo(cfg, device, sample=grpo.sample_groups, gradient=grpo.policy_grad
     open there  dead zone, clip, beta and updates per rollout are ours (docs/deviations.md)
     """
     nets = Networks(functools.partial(load_predictor, cfg.start), cfg, device)
-    run = Run(cfg.grpo_folder, fixed_of(cfg), cfg.seed, cfg.steps, nets.modules,
-              optimizers([nets.policy], cfg.lr, 0, weight_decay=0.0, betas=(0.9, 0.95)), cfg.save_every, cfg.keep)
+    opts = optimizers([nets.policy], cfg.lr, 0, weight_decay=0.0, betas=(0.9, 0.95))
+    run = Run(cfg.grpo_folder, fixed_of(cfg), cfg.seed, cfg.steps, nets.modules, opts, cfg.save_every, cfg.keep)
     watch = Watch(nets, run, cfg, base=str(cfg.start), trained_on=cfg.images or "procedural wild photos")
     photos = judgements(cfg, device) if run.remaining else None
     replay = scene_pool("synthetic", "train", cfg.base_scenes, cfg.size, device=device) if (
         run.remaining and cfg.replay) else None
-    for step, draw in run.steps("grpo", cfg.stop_at, ranks.STREAMS["grpo"], cfg.batch):
+    for step, draw in run.steps("grpo", cfg.stop_at, STREAMS["grpo"], cfg.batch):
         batch = grpo.draw_batch(photos, nets.policy.modalities, cfg, draw, device)    # (B, 3, H, W), (B, P, 2, 2)
         run.where = batch.photos
         # 1 sample a group of G maps per photo and modality with the noisy sampler
@@ -245,10 +244,7 @@ def needed_stages(cfg):
 
 
 def check_inputs(cfg):
-    """Open everything the user named, so that a wrong path fails now and not after hours.
-
-    raises  UserError; FileNotFoundError and ValueError of what is opened
-    """
+    """Open everything the user named: a wrong path fails now, not after hours. raises UserError, OSError, ValueError."""
     if cfg.stage in ("all", "grpo"):
         if cfg.images:
             read_first_rgb(cfg.images)

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import predictor
-from data import pools
+from data import pictures, pools
 from models.dit import DATA_STD, DiT, DiTConfig, flow_loss, to_state
 from predictor import load_predictor, predict_photo, sample_ode
 from relations import MODALITIES, NAMES
@@ -479,8 +479,8 @@ def test_the_panel_of_a_large_photo_shows_the_whole_range_of_normals(folder, tmp
     """Shrinking a map for the panel must not clip normals that point left, down or away."""
     Image.fromarray(PIXELS).resize((600, 400)).save(tmp_path / "large.png")
     seen = []
-    real = predictor.panel
-    monkeypatch.setattr(predictor, "panel", lambda tiles, *rest: (seen.append(dict(tiles)), real(tiles, *rest))[1])
+    real = pictures.panel
+    monkeypatch.setattr(pictures, "panel", lambda tiles, *rest: (seen.append(dict(tiles)), real(tiles, *rest))[1])
     run(folder, tmp_path / "large.png", tmp_path / "out")
     truth = np.load(tmp_path / "out" / "large_normal.npy")
     assert truth.min() < -0.5 and np.asarray(seen[0]["normal"]).min() < 0.3
