@@ -3,13 +3,16 @@ import shutil
 from pathlib import Path
 
 import pytest
+import test_train
 import torch
 from expect import seeded
 from safetensors.torch import load_file
 
+import train
 from data.bank import Bank
 from judge import load_judge
 from predictor import load_predictor, predict_photo
+from runtime.config import UserError
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -44,3 +47,18 @@ def test_a_bank_is_found_and_nothing_is_asked_again(expected, tmp_path):
     bank = Bank(folder, Silent(load_judge(FIXTURES / "judge")))
     pts, prob = bank.fill(expected["bank/photos"], 16)
     assert bank.asked == 0 and torch.equal(pts, expected["bank/pts"]) and torch.equal(prob, expected["bank/prob"])
+
+
+def test_a_half_done_run_is_refused_in_one_line(tmp_path, monkeypatch):
+    """Its settings have other names: it could only go on as another run."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(FIXTURES / "predictor", "run/base")
+    shutil.copytree(FIXTURES / "judge", "run/judge")
+    shutil.copytree(FIXTURES / "half", "half")
+    flags = [*test_train.TINY, "--width", "16", "--judge-width", "16", "--precision", "fp32", "--out", "half",
+             "--stage", "grpo", "--policy", "run/base", "--judge", "run/judge", "--bank", str(FIXTURES / "bank")]
+    before = (tmp_path / "half/grpo/checkpoint.safetensors").read_bytes()
+    with pytest.raises(UserError, match="half/grpo holds a run with other settings .*use another --out") as caught:
+        train.main(flags)
+    assert "\n" not in str(caught.value)
+    assert (tmp_path / "half/grpo/checkpoint.safetensors").read_bytes() == before
