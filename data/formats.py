@@ -60,9 +60,9 @@ class Files:
             return
         if not self.path.is_file():
             raise FileNotFoundError(f"no {str(path)!r}; want a folder or a tar; check the path")
-        with DamageGuard(self.path, "a file that is no plain tar", "a folder or an uncompressed .tar",
-                         "decompress or unpack it"), \
-                _CappedReads(self.path) as file, tarfile.open(None, "r:", file) as tar:
+        damage = DamageGuard(self.path, "a file that is no plain tar", "a folder or an uncompressed .tar",
+                             "decompress or unpack it")
+        with damage, _CappedReads(self.path) as file, tarfile.open(None, "r:", file) as tar:
             self.index = self._members(tar)
         self.fd = os.open(self.path, os.O_RDONLY)
 

@@ -7,8 +7,9 @@ light (lamp or sun) with hard shadows; hemispheric ambient light; textures of fl
     rgb        = tonemap(albedo * irradiance, tone) [+ sensor noise]
 
 Conventions owned here: world y up, metres; camera x right, y up, z toward the camera; depth is planar z.
-All domains come from one function and one table of ranges (scene_table.py). `synthetic` trains the predictor, `wild`
-is unlabeled, and `broad` is domain-randomised for the judge: its ranges contain both others.
+All domains come from one function and one table of ranges (scene_table.py). `synthetic` trains the predictor. `wild`
+gives GRPO photos without maps, and the evaluation. `broad` is domain-randomised for the judge: its ranges contain both
+others, and its scenes are drawn independently.
 Every number of scene i of a domain is a hash of (domain, i, number of the draw). So a scene has the same bits in any
 batch on one device. Another device rounds differently, which can move an edge or a texture by a pixel.
 """
@@ -29,7 +30,7 @@ PLAIN, CHECKER, STRIPES, BLOTCHES = range(4)
 INWARD = torch.eye(3).repeat_interleave(2, 0) * torch.tensor([1., -1.] * 3)[:, None]     # normals of the room
 OPEN = 1e3                          # metres, height of a court, which has no ceiling
 SUN = 1e3                           # metres, distance of the sun
-CHUNK = {"cpu": 1 << 14, "cuda": 1 << 21}               # pixels rendered at once: fits the cache; fills a GPU, takes 3 GB
+CHUNK = {"cpu": 1 << 14, "cuda": 1 << 21}               # pixels rendered at once: fits a cache; fills a GPU, in 3 GB
 
 
 def scene_ids(split, n, start=0):
