@@ -248,7 +248,8 @@ def decode_exr(content, where):
         return _exr(content, where)
 
 
-def _exr(content, where):
+def _exr_header(content, where):
+    """Header of an OpenEXR file: dict attribute -> bytes, [(channel, dtype)] in the file's order, offset of its end."""
     magic, version = struct.unpack_from("<ii", content)
     if magic != EXR_MAGIC:
         refuse(where, "a file that is no OpenEXR", "an .exr")
@@ -269,6 +270,11 @@ def _exr(content, where):
         name, place = _text(header["channels"], place)
         channels.append((name, np.dtype(EXR_TYPES[struct.unpack_from("<i", header["channels"], place)[0]])))
         place += 16
+    return header, channels, at + 1
+
+
+def _exr(content, where):
+    header, channels, at = _exr_header(content, where)
     x0, y0, x1, y1 = struct.unpack("<4i", header["dataWindow"])
     W = x1 - x0 + 1
     H = y1 - y0 + 1
@@ -289,7 +295,7 @@ def _exr(content, where):
                 "resize it, or raise --max-pixels")
     planes = np.zeros((H, W, 3), np.float32)
     places = {name: [i for i in range(3) if wanted[i] == name] for name in wanted}
-    offsets = struct.unpack_from(f"<{-(-H // lines)}Q", content, at + 1)
+    offsets = struct.unpack_from(f"<{-(-H // lines)}Q", content, at)
     for offset in offsets:
         y, size = struct.unpack_from("<ii", content, offset)
         y -= y0

@@ -10,7 +10,7 @@ MIT_LIGHTS = [f"light{k:02d}" for k in range(1, 11)]
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One data set and task. Where to fetch it stands in ABOUT."""
+    """One data set and task; ABOUT says where to fetch it."""
 
     dataset: str
     task: str                 # depth, normal, whdr, maw, lmse, lights, iid, surface: what protocols.py scores

@@ -40,7 +40,7 @@ class Watch:
     """Evaluates the average of a GRPO run, saves the best, and ends the run when a figure has left its band.
 
     nets   models.copies.Networks;  run  runtime.run.Run, whose `ended` it sets
-    origin written into predictor.json of saved copies
+    origin facts that saved copies record, such as the base
     cfg    eval_every, eval_steps, val_images, band, forget, size, micro, fsdp of config.Config
     """
 

@@ -57,6 +57,13 @@ def _value(map_ptr, row, col, H, W, stride_h, stride_w, ok, WINDOW: tl.constexpr
 
 
 @triton.jit
+def _difference(map_ptr, y0, x0, y1, x1, H, W, stride_h, stride_w, ok, WINDOW: tl.constexpr, ACC: tl.constexpr):
+    """Value at the red point minus value at the green one: (BLOCK,)."""
+    return (_value(map_ptr, y0, x0, H, W, stride_h, stride_w, ok, WINDOW, ACC)
+            - _value(map_ptr, y1, x1, H, W, stride_h, stride_w, ok, WINDOW, ACC))
+
+
+@triton.jit
 def _range_kernel(
     pred_ptr, low_ptr, high_ptr,                          # (B, G, 1, H, W), (B*G, PARTS), (B*G, PARTS)
     G, n, W, stride_b, stride_g, stride_h, stride_w,
@@ -103,8 +110,7 @@ def _pair_reward_kernel(
     map_ptr = pred_ptr + b * stride_b + bg % G * stride_g
     if MODALITY == "normal":
         map_ptr += 2 * stride_c                                        # toward the camera; x and y are not read
-    d0 = (_value(map_ptr, y0, x0, H, W, stride_h, stride_w, ok, WINDOW, ACC)
-          - _value(map_ptr, y1, x1, H, W, stride_h, stride_w, ok, WINDOW, ACC))
+    d0 = _difference(map_ptr, y0, x0, y1, x1, H, W, stride_h, stride_w, ok, WINDOW, ACC)
     if MODALITY == "depth":
         part_of_map = bg * PARTS + tl.arange(0, PARTS)
         extent = tl.max(tl.load(high_ptr + part_of_map), 0) - tl.min(tl.load(low_ptr + part_of_map), 0)
@@ -113,11 +119,9 @@ def _pair_reward_kernel(
         margin = d0 * 0.5
     else:
         map_ptr += stride_c
-        d1 = (_value(map_ptr, y0, x0, H, W, stride_h, stride_w, ok, WINDOW, ACC)
-              - _value(map_ptr, y1, x1, H, W, stride_h, stride_w, ok, WINDOW, ACC))
+        d1 = _difference(map_ptr, y0, x0, y1, x1, H, W, stride_h, stride_w, ok, WINDOW, ACC)
         map_ptr += stride_c
-        d2 = (_value(map_ptr, y0, x0, H, W, stride_h, stride_w, ok, WINDOW, ACC)
-              - _value(map_ptr, y1, x1, H, W, stride_h, stride_w, ok, WINDOW, ACC))
+        d2 = _difference(map_ptr, y0, x0, y1, x1, H, W, stride_h, stride_w, ok, WINDOW, ACC)
         if MODALITY == "irradiance":
             margin = d0 * LUMA_R + d1 * LUMA_G + d2 * LUMA_B
         else:
