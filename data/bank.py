@@ -1,15 +1,15 @@
 """The judgement bank: what the judge has answered, on disk, so that no question is ever asked twice.
 
-The judge sees the photo and the points, never the prediction: an answer serves all G samples, every epoch, rank and
-run, with the judge itself not in memory. The folder is named by the judge's digest (weights, prompt) and the marker's,
-an entry by the digest of the photo's pixels: a changed photo, judge or marker finds nothing. The pairs of a photo are a
-fixed sequence that follows from its own digest, so asking for more extends it.
+The judge sees the photo and the points, never the prediction. So one answer serves all G samples, every epoch, rank
+and run, and the judge need not be in memory. The folder's name is a digest of the judge (weights, prompt) and the
+marker, an entry's name a digest of the photo's pixels: after any of them changes, the old answers are not found. The
+pairs of a photo are a fixed sequence that depends only on its digest, so asking for more pairs extends the entry.
 
 entry   pts (P, 2, 2) int16, in pixels of the judge's image, and prob (P, M), the probability of the first answer
-files   KEY.safetensors, one entry, renamed when whole, with a checksum: a damaged one is named and asked about again;
-        pack-NAME.safetensors, many entries one after another; a damaged one becomes pack-NAME.damaged.
-        Packs are never changed: `pack` writes a new one and then removes the single files it holds, so writers need no
-        lock. 24 bytes a pair (four answers)
+files   KEY.safetensors        one entry with a checksum, written atomically; a damaged one is reported and asked again
+        pack-NAME.safetensors  many entries, concatenated; a damaged one is renamed pack-NAME.damaged
+        Packs are never changed: `pack` writes a new one and then removes the single files whose entries it holds, so
+        writers need no lock. 24 bytes a pair (four answers)
 """
 import contextlib
 import hashlib
@@ -30,7 +30,7 @@ from runtime.config import UserError
 from runtime.files import DamageGuard, read_checked, write_tensors
 from runtime.ranks import barrier, combine_numbers, rank, world
 
-PACK = 64                         # single entries that one call must write before it packs them
+PACK = 64                         # a call that writes at least so many single entries packs them
 BLOCK = 16                        # pairs of a photo that are drawn at a time
 
 
@@ -67,11 +67,11 @@ class Bank:
         self.judge = judge
         self.folder = Path(folder) / _digest(judge.digest(), marker_digest(), judge.grid)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.asked = 0                                                          # pairs so far
-        self.known = 0
+        self.asked = 0                                                          # pairs that the judge was asked about
+        self.known = 0                                                          # pairs that were found on disk
 
     def _pairs(self, key, n):
-        """The first n pairs of a photo, drawn in blocks so that a longer request has the shorter one as its start."""
+        """The first n pairs of a photo. They are drawn in blocks, so a longer sequence starts with the shorter one."""
         blocks = []
         for i in range(-(-n // BLOCK)):
             rng = torch.Generator().manual_seed(int(_digest(key, i)[:15], 16))
@@ -85,13 +85,13 @@ class Bank:
             return None
         except ValueError as error:
             print(f"bank: {error}; asking the judge again", flush=True)
-            with contextlib.suppress(FileNotFoundError):                        # another rank was first
-                if path.name.startswith("pack-"):                               # a single entry is written over
+            with contextlib.suppress(FileNotFoundError):                        # another rank has renamed it
+                if path.name.startswith("pack-"):                               # a single entry will be overwritten
                     os.replace(path, path.with_suffix(".damaged"))
             return None
 
     def _check(self, entry, path):
-        """An entry or a pack as it was read. raises Refused for tensors that are neither."""
+        """Return an entry or a pack as it was read. raises Refused when the tensors are neither."""
         with DamageGuard(path, "no judgements", "pts, prob, in a pack also keys, counts", "remove it"):
             pts = entry["pts"]
             prob = entry["prob"]
@@ -108,7 +108,7 @@ class Bank:
         return entry
 
     def _read_packs(self):
-        """All entries of all packs: dict key -> (pts, prob); the longer of two for one photo."""
+        """All entries of all packs: dict key -> (pts, prob). Of two entries of a photo the longer one is taken."""
         found = {}
         for path in sorted(self.folder.glob("pack-*.safetensors")):
             pack = self._load(path)
@@ -125,7 +125,7 @@ class Bank:
         write_tensors(path, tensors)
 
     def pack(self):
-        """Put all single entries into one new pack. Safe beside other writers and other packers, and under a kill."""
+        """Put all single entries into one new pack. Safe when other processes write or pack, and when it is killed."""
         single = [p for p in sorted(self.folder.glob("*.safetensors")) if not p.name.startswith("pack-")]
         loaded = [(p, self._load(p)) for p in single]
         entries = [(p, e) for p, e in loaded if e is not None]
@@ -141,10 +141,13 @@ class Bank:
         for (path, entry), n in zip(entries, lengths, strict=True):
             again = self._load(path)
             if again is not None and len(again["prob"]) == n and torch.equal(again["prob"], entry["prob"]):
-                path.unlink(missing_ok=True)                                    # not if another writer has extended it
+                path.unlink(missing_ok=True)                                    # kept if another writer extended it
 
     def fill_together(self, photos, n, device="cpu"):
-        """As `fill`, called by all ranks: each asks about its share of the photos. raises UserError: other photos."""
+        """As `fill`, called by all ranks: each asks about its share of the photos.
+
+        raises UserError when the ranks see different numbers of photos
+        """
         seen = combine_numbers(dict(photos_min=len(photos), photos_max=len(photos)))
         if seen["photos_min"] != seen["photos_max"]:
             raise UserError("train.py: processes can read different numbers of the photos; want a folder that all of "
@@ -170,7 +173,7 @@ class Bank:
             key = _digest(photos[i].contiguous().numpy().tobytes(), list(photos[i].shape))
             path = self.folder / f"{key}.safetensors"
             entry = packs.get(key)
-            if _length(entry) < n:                                              # perhaps a single file knows more
+            if _length(entry) < n:                                              # a single file may hold more pairs
                 single = self._load(path)
                 if single is not None and len(single["prob"]) > _length(entry):
                     entry = single["pts"], single["prob"]

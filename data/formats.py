@@ -1,10 +1,10 @@
 """Bytes to arrays: a folder or a tar read by relative name, and the file formats the benchmarks are stored in.
 
-A tar is indexed once, read in place and never unpacked: a member that is a link, or whose name is absolute or
-climbs with "..", does not exist for us, and nothing is ever written. Every decoder takes (content, where): the
-bytes, and the name that its refusals print. Refusals are ValueErrors that say got, want, do, and come
-before a picture of more pixels than `--max-pixels` costs memory.
-OpenEXR: scan lines, no compression, ZIPS or ZIP, half, float and uint (the layout is openexr.com's).
+A tar is indexed once and read in place; nothing is unpacked or written. Members that are links, or whose names are
+absolute or contain "..", are ignored. Every decoder takes (content, where): the bytes, and the name that its errors
+print. Errors are ValueErrors that say got, want, do. An image of more pixels than `--max-pixels` is refused before
+memory for its pixels is allocated.
+OpenEXR: scan lines, no compression, ZIPS or ZIP, half, float and uint (file layout: openexr.com).
 """
 import functools
 import io
@@ -21,23 +21,24 @@ from PIL import Image, UnidentifiedImageError
 
 from runtime.files import DamageGuard, limit, refuse
 
-PICTURES = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")      # never EPS, which Pillow gives to another program
-SCANS = 20                                       # of a JPEG, 10 are usual; each costs a pass over all its pixels
-EXR_MAGIC, EXR_FLAGS = 20000630, {0x200: "tiles", 0x800: "deep data", 0x1000: "several parts"}
-EXR_LINES = {0: 1, 2: 1, 3: 16}                  # scan lines a block: none, ZIPS, ZIP
-EXR_TYPES = {0: "<u4", 1: "<f2", 2: "<f4"}       # uint, half, float
-EXR_LINE = 1 << 24                               # bytes of one scan line
+PICTURES = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")      # never EPS: Pillow starts another program to decode it
+SCANS = 20                                       # most scans of a large JPEG (10 are usual); each reads all pixels
+EXR_MAGIC = 20000630
+EXR_FLAGS = {0x200: "tiles", 0x800: "deep data", 0x1000: "several parts"}    # version flags that are not implemented
+EXR_LINES = {0: 1, 2: 1, 3: 16}                  # compression (none, ZIPS, ZIP): scan lines of a block
+EXR_TYPES = {0: "<u4", 1: "<f2", 2: "<f4"}       # pixel type (uint, half, float): numpy's dtype
+EXR_LINE = 1 << 24                               # bytes, longest scan line
 
 
 @functools.lru_cache(1 << 16)
 def _plain(name):
-    """A relative name without "./", or None for one that leaves its folder."""
+    """A relative name without "./", or None when it leads out of its folder."""
     path = PurePosixPath(name)
     return None if "\0" in name or path.is_absolute() or ".." in path.parts or not path.parts else str(path)
 
 
-class _Short(io.FileIO):
-    """A tar to be indexed: a header that announces gigabytes is read, and memory asked for, up to a megabyte."""
+class _CappedReads(io.FileIO):
+    """A tar file of which at most 1 MB is read at once: a false size in a header cannot allocate gigabytes."""
 
     def read(self, size=-1):
         return super().read(min(size, 1 << 20) if size >= 0 else 1 << 20)
@@ -51,19 +52,24 @@ class Files:
     """
 
     def __init__(self, path, prefix=""):
-        self.path, self.prefix, self.index, self.fd = Path(path), prefix, None, -1
+        self.path = Path(path)
+        self.prefix = prefix
+        self.index = None                                                       # of a tar: name -> (offset, bytes)
+        self.fd = -1                                                            # of a tar: its open file
         if self.path.is_dir():
             return
         if not self.path.is_file():
             raise FileNotFoundError(f"no {str(path)!r}; want a folder or a tar; check the path")
-        with DamageGuard(self.path, "a file that is no plain tar", "a folder or an uncompressed .tar",
-                      "decompress or unpack it"), _Short(self.path) as file, tarfile.open(None, "r:", file) as tar:
+        damage = DamageGuard(self.path, "a file that is no plain tar", "a folder or an uncompressed .tar",
+                             "decompress or unpack it")
+        with damage, _CappedReads(self.path) as file, tarfile.open(None, "r:", file) as tar:
             self.index = self._members(tar)
         self.fd = os.open(self.path, os.O_RDONLY)
 
     def _members(self, tar):
-        """Names, places and sizes of the plain files; an index that turns back would be read for ever."""
-        found, last = {}, -1
+        """Names, offsets and sizes of the plain files. Offsets must grow: a cyclic index would never end."""
+        found = {}
+        last = -1
         for m in tar:
             if m.size < 0 or m.offset <= last:
                 refuse(self.path, f"a member of {m.size} bytes at {m.offset}", "one after the other")
@@ -79,7 +85,9 @@ class Files:
     def under(self, prefix):
         """The same files with names relative to a folder inside."""
         other = Files.__new__(Files)
-        other.path, other.prefix, other.index = self.path, posixpath.join(self.prefix, _plain(prefix) or ""), self.index
+        other.path = self.path
+        other.prefix = posixpath.join(self.prefix, _plain(prefix) or "")
+        other.index = self.index
         other.fd = os.dup(self.fd) if self.fd >= 0 else -1
         return other
 
@@ -90,7 +98,7 @@ class Files:
         return posixpath.join(self.prefix, plain)
 
     def where(self, name):
-        """What messages call a file."""
+        """Full name of a file, for messages."""
         return f"{self.path}{':' if self.index is not None else '/'}{self._full(name)}"
 
     def size(self, name):
@@ -102,13 +110,13 @@ class Files:
         return os.stat(path).st_size if os.path.isfile(path) else -1            # also for a name too long to exist
 
     def place(self, name):
-        """The same for two names of one existing file: device and inode, and the member of a tar."""
+        """Identity of an existing file: device, inode and member of a tar. Two names of one file have the same."""
         full = self._full(name)
         about = (self.path if self.index is not None else self.path / full).stat()
         return about.st_dev, about.st_ino, full if self.index is not None else ""
 
     def stamp(self, name):
-        """What changes when the file does: (bytes, time of change), None where there is none."""
+        """Size and time of change of a file, to notice that it has changed; None where there is none."""
         path = self.path if self.index is not None else self.path / self._full(name)
         return (self.size(name), path.stat().st_mtime_ns) if self.size(name) >= 0 else None
 
@@ -120,7 +128,8 @@ class Files:
         if self.index is None:
             return (self.path / full).read_bytes()
         start, size = self.index[full]
-        parts, got = [], 0
+        parts = []
+        got = 0
         while got < size and (part := os.pread(self.fd, min(size - got, 1 << 26), start + got)):
             parts.append(part)
             got += len(part)
@@ -130,10 +139,10 @@ class Files:
 
 
 def open_picture(content, where, smallest=1, max_pixels=None):
-    """Decode with Pillow -> (image, wide): wide says that the file holds 16 bits for each of several channels.
+    """Decode with Pillow -> (image, wide); wide: the file holds several channels of 16 bits.
 
-    content   bytes, decoded after a look at their size: sides of at least `smallest`, at most `max_pixels` (None:
-              --max-pixels) in all, and the number of scans of a JPEG
+    content   bytes. Before they are decoded, three limits are checked: sides of at least `smallest` px, at most
+              `max_pixels` pixels (None: --max-pixels), at most SCANS scans of a large JPEG
     """
     most = limit["pixels"] if max_pixels is None else max_pixels
     with DamageGuard(where, "a damaged image", "a whole one"):
@@ -182,7 +191,7 @@ def decode_gray(content, where):
 def decode_png_linear(content, where):
     """8- or 16-bit PNG, gray or RGB -> (H, W) or (H, W, 3) float32 in [0, 1], values as stored.
 
-    Pillow keeps one byte of a 16-bit RGB sample; decoded once for the high and once for the low byte none is lost.
+    Pillow keeps one byte of each 16-bit RGB sample, so such a file is decoded twice: for the high and the low bytes.
     """
     image, wide = open_picture(content, where)
     if image.mode not in ("RGB", "L", "I", "I;16", "I;16B", "1"):
@@ -193,7 +202,7 @@ def decode_png_linear(content, where):
         stored /= 255 if pixels.dtype == np.uint8 else 65535                    # in place: it may be large
         return stored
     low = Image.open(io.BytesIO(content), formats=PICTURES)
-    low.tile = [(*tile[:3], "RGB;16L") for tile in low.tile]     # the second byte of each big-endian sample
+    low.tile = [(*tile[:3], "RGB;16L") for tile in low.tile]     # reads the low byte of each big-endian sample
     stored = np.asarray(image).astype(np.float32)
     del image
     stored *= 256
@@ -203,13 +212,14 @@ def decode_png_linear(content, where):
 
 
 def decode_npy(content, where):
-    """.npy of numbers -> array. Pickled objects are refused, and a header that promises more than there is."""
-    stream, read = io.BytesIO(content), np.lib.format
+    """.npy of numbers -> array. Pickled objects are refused, and arrays that are larger than the file."""
+    stream = io.BytesIO(content)
     with DamageGuard(where, "a damaged .npy", "a plain array of numbers"):
-        version = read.read_magic(stream)
-        shape, fortran, dtype = (read.read_array_header_1_0 if version == (1, 0) else
-                                 read.read_array_header_2_0)(stream)
-    left, size = len(content) - stream.tell(), math.prod(shape)
+        version = np.lib.format.read_magic(stream)
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read_header(stream)
+    left = len(content) - stream.tell()
+    size = math.prod(shape)
     if dtype.kind not in "fiub":
         refuse(where, f"{dtype}", "a plain array of numbers")
     if min(shape, default=0) < 0 or size * dtype.itemsize > left:
@@ -238,26 +248,37 @@ def decode_exr(content, where):
         return _exr(content, where)
 
 
-def _exr(content, where):
+def _exr_header(content, where):
+    """Header of an OpenEXR file: dict attribute -> bytes, [(channel, dtype)] in the file's order, offset of its end."""
     magic, version = struct.unpack_from("<ii", content)
     if magic != EXR_MAGIC:
         refuse(where, "a file that is no OpenEXR", "an .exr")
     for flag, what in EXR_FLAGS.items():
         if version & flag:
             refuse(where, f"an EXR with {what}", "scan lines", "convert it to .npy beside it")
-    at, header = 8, {}
+    at = 8
+    header = {}
     while content[at] != 0:
         key, at = _text(content, at)
         _, at = _text(content, at)
         size, = struct.unpack_from("<i", content, at)
-        header[key], at = content[at + 4:at + 4 + size], at + 4 + size
-    channels, place = [], 0                                                     # [(name, dtype)], alphabetical
+        header[key] = content[at + 4:at + 4 + size]
+        at += 4 + size
+    channels = []                                                               # [(name, dtype)], alphabetical
+    place = 0
     while header["channels"][place] != 0:
         name, place = _text(header["channels"], place)
         channels.append((name, np.dtype(EXR_TYPES[struct.unpack_from("<i", header["channels"], place)[0]])))
         place += 16
+    return header, channels, at + 1
+
+
+def _exr(content, where):
+    header, channels, at = _exr_header(content, where)
     x0, y0, x1, y1 = struct.unpack("<4i", header["dataWindow"])
-    W, H, kind = x1 - x0 + 1, y1 - y0 + 1, header["compression"][0]
+    W = x1 - x0 + 1
+    H = y1 - y0 + 1
+    kind = header["compression"][0]
     if kind not in EXR_LINES:
         refuse(where, f"EXR compression {kind}", "none, ZIPS or ZIP (0, 2, 3)", "convert it to .npy beside it")
     wanted = [n for c in "RGB" for n, _ in channels if n == c or n.endswith("." + c)]
@@ -265,7 +286,8 @@ def _exr(content, where):
         if len(channels) != 1:
             refuse(where, f"EXR channels {[n for n, _ in channels]}", "R, G, B or a single one")
         wanted = 3 * [channels[0][0]]
-    lines, line = EXR_LINES[kind], sum(W * t.itemsize for _, t in channels)
+    lines = EXR_LINES[kind]
+    line = sum(W * t.itemsize for _, t in channels)                             # bytes of one scan line
     if W < 1 or H < 1 or H * line > 1100 * len(content):                        # zlib shrinks to 1 / 1032 at best
         refuse(where, f"a damaged EXR ({W} x {H} pixels in {len(content)} bytes)", "a whole one")
     if W * H > limit["pixels"] or line > EXR_LINE:
@@ -273,17 +295,20 @@ def _exr(content, where):
                 "resize it, or raise --max-pixels")
     planes = np.zeros((H, W, 3), np.float32)
     places = {name: [i for i in range(3) if wanted[i] == name] for name in wanted}
-    offsets = struct.unpack_from(f"<{-(-H // lines)}Q", content, at + 1)
+    offsets = struct.unpack_from(f"<{-(-H // lines)}Q", content, at)
     for offset in offsets:
         y, size = struct.unpack_from("<ii", content, offset)
-        y, block = y - y0, content[offset + 8:offset + 8 + size]
+        y -= y0
+        block = content[offset + 8:offset + 8 + size]
         rows = min(lines, H - y)
-        if size < rows * line:                                                  # larger ones are stored as they are
+        if size < rows * line:                                                  # else stored without compression
             raw = np.frombuffer(zlib.decompressobj().decompress(block, rows * line + 1), np.uint8)
-            raw = np.cumsum(raw, dtype=np.uint8)                                # differences + 128 each
+            raw = np.cumsum(raw, dtype=np.uint8)                                # stored: difference to the last, + 128
             raw[1::2] += 128
             block = np.empty_like(raw)
-            block[0::2], block[1::2] = raw[:(len(raw) + 1) // 2], raw[(len(raw) + 1) // 2:]
+            half = (len(raw) + 1) // 2
+            block[0::2] = raw[:half]
+            block[1::2] = raw[half:]
             block = block.tobytes()
         if len(block) != rows * line or not 0 <= y < H:
             refuse(where, f"a damaged EXR: a block of {len(block)} bytes at line {y}", f"{rows * line}")

@@ -1,4 +1,4 @@
-"""What whole maps say of each other: normals of a depth map, its agreement with normals, of maps with their photo."""
+"""How maps of one photo agree: normals from depth, depth with normals, albedo and irradiance with the photo."""
 import torch
 import torch.nn.functional as F
 

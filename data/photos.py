@@ -24,14 +24,14 @@ SMALLEST = 8                                    # px: a photo with a shorter sid
 def open_image(path, max_pixels=None):
     """Decode one image file completely.
 
-    returns  PIL image, EXIF orientation applied; info["wide"]: it holds 16 bits for each of several channels
+    returns  PIL image, EXIF orientation applied; info["wide"]: the file holds several channels of 16 bits
     raises   FileNotFoundError; ValueError: damaged, no image, below 8 x 8, above max_pixels (None: --max-pixels)
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"photos.py: no file {str(path)!r}; want an existing image; check the path")
     where = f"photos.py: cannot read {str(path)!r}"
-    most = 8 * (max_pixels or limit["pixels"]) + (1 << 20)                        # 16-bit RGBA, and what describes it
+    most = 8 * (max_pixels or limit["pixels"]) + (1 << 20)                        # bytes: 16-bit RGBA, 1 MB of metadata
     if path.stat().st_size > most:
         refuse(where, f"{path.stat().st_size} bytes", f"at most {most}", "remove it, or raise --max-pixels")
     image, wide = formats.open_picture(path.read_bytes(), where, SMALLEST, max_pixels)
@@ -81,7 +81,8 @@ def find_images(folder):
     if not folder.is_dir():
         got = "not an image file" if folder.exists() else "no such folder"
         raise FileNotFoundError(f"photos.py: {str(folder)!r} is {got}; {want} or a folder; check the path")
-    found, seen = [], set()
+    found = []
+    seen = set()
     for root, dirs, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(root)
         if real in seen:                                                          # a link loop
@@ -135,7 +136,7 @@ def resize_long(rgb, long_edge, multiple=1):
 
 
 def as_bytes(rgb, size):
-    """(3, H, W) in [0, 1] -> (3, size, size) uint8: `fit_square`, rounded. What judges and policies see of a photo."""
+    """(3, H, W) in [0, 1] -> (3, size, size) uint8: `fit_square`, rounded. Judges and policies read photos so."""
     return (fit_square(rgb, size) * 255).round().to(torch.uint8)
 
 
@@ -150,10 +151,12 @@ class Photos:
     """
 
     def __init__(self, folder, size, limit=0):
-        paths, root = find_images(folder), Path(folder)
+        paths = find_images(folder)
+        root = Path(folder)
         root = root.parent if root.is_file() else root
         self.images = torch.zeros(min(limit or len(paths), len(paths)), 3, size, size, dtype=torch.uint8)
-        self.names, self.skipped = [], []
+        self.names = []
+        self.skipped = []
         for path in tqdm(paths, desc="photos", leave=False, disable=len(paths) < 50):
             if len(self.names) == len(self.images):
                 break

@@ -1,6 +1,6 @@
 """Pictures that are written or shown: PNG files, the .npy and PNG of a predicted map, the colour map, panels.
 
-Every file is whole or absent (files.write_bytes). A path that is printed is printed with repr.
+Every file is written atomically (files.write_bytes). Paths in messages are printed with repr.
 """
 import hashlib
 import io
@@ -37,10 +37,10 @@ def save_map(out_dir, name, modality, array, native=None):
     """Write OUT/NAME_MODALITY.npy (float32, native space) and PNGs to look at; returns the list of paths.
 
     array    depth (1, H, W) or (H, W); normal (3, H, W) in [-1, 1]; others (3, H, W) sRGB in [0, 1]
-    native   what the .npy holds where the model's own space is another (Marigold's linear albedo); None: array
+    native   the map in the model's own space, for the .npy, where that differs (Marigold's linear albedo); None: array
     PNG      depth: 16 bit, the map's min..max -> 0..65535, and NAME_depth_colour.png; normal (n + 1) / 2;
-             others 8-bit sRGB, clipped. This is the HyperSim-style layout, so a folder of them reads back
-    name     may hold sub-folders, never a way out of out_dir
+             others 8-bit sRGB, clipped. It is the HyperSim-style layout, so pools.read_scene can read the folder
+    name     may contain sub-folders; it must not lead out of out_dir
     """
     array = np.asarray(array, np.float32)
     stem = Path(out_dir, f"{name}_{modality}")
@@ -101,7 +101,7 @@ def panel(images, columns=5):
     for label, x in images:
         x = np.round(np.clip(np.asarray(x, np.float64), 0, 1) * 255).astype(np.uint8).transpose(1, 2, 0)
         factor = -(-128 // min(x.shape[:2])) if min(x.shape[:2]) < 128 else 1
-        # the default font holds Latin letters only
+        # the default font has Latin letters only
         tiles.append((" ".join(str(label).split()).encode("ascii", "replace").decode(),
                       Image.fromarray(x.repeat(factor, 0).repeat(factor, 1))))
     if not tiles or columns < 1:
@@ -114,7 +114,8 @@ def panel(images, columns=5):
     grid = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + head + gap) + gap), "white")
     draw = ImageDraw.Draw(grid)
     for i, (label, tile) in enumerate(tiles):
-        x, y = gap + i % columns * (width + gap), gap + i // columns * (height + head + gap)
+        x = gap + i % columns * (width + gap)
+        y = gap + i // columns * (height + head + gap)
         while label and draw.textlength(label) > width:
             label = label[:-1]
         draw.text((x, y + 1), label, fill="black")

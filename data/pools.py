@@ -18,7 +18,7 @@ MAPS = ("rgb", "depth", "normal", "albedo", "irradiance")
 
 
 def list_scenes(folder):
-    """Sorted scene ids of a HyperSim-style folder (ID_rgb.png, ...); any one map makes a scene."""
+    """Sorted scene ids of a HyperSim-style folder (ID_rgb.png, ...): every id that has at least one map."""
     folder = Path(folder)
     ids = {p.name[:-len(f"_{m}.png")] for m in MAPS for p in folder.glob(f"*_{m}.png")}
     if not ids:
@@ -46,7 +46,7 @@ def _read_map(folder, scene, name):
 def read_scene(folder, scene, size=None):
     """Read one HyperSim-style scene (the released judge's layout) as a sample dict.
 
-    size     None = as stored; else centred square crop, colours antialiased, depth, normal and mask nearest:
+    size     None = as stored; else centred square crop, colours antialiased; depth, normal and mask nearest, so that
              no depth is averaged across an edge
     returns  rgb, depth, normal, albedo, irradiance, mask. depth is stored value / range, in [0, 1], affine
              per image; normals are renormalised. mask is False where the stored normal is zero (0, 0, 0 or
@@ -110,7 +110,7 @@ class ScenePool:
         """Where maps of `size` bytes are kept."""
         if device.type == "cpu":
             return device
-        torch.cuda.empty_cache()                                                  # a stage before left some behind
+        torch.cuda.empty_cache()                                                  # of earlier stages of the run
         return device if size <= self.ROOM * torch.cuda.mem_get_info(device)[0] else torch.device("cpu")
 
     def __len__(self):
@@ -138,7 +138,7 @@ def training_photos(cfg, device):
     """Unlabeled photos for GRPO: those of --images, or procedural wild ones.
 
     cfg      images, photos, size of config.Config
-    returns  photos (n, 3, S, S) uint8, n names, and a few words that say what they are
+    returns  photos (n, 3, S, S) uint8, n names, and a short description
     """
     if cfg.images:
         found = Photos(cfg.images, cfg.size, cfg.photos)

@@ -4,8 +4,8 @@
     python -m data.prepare interiorverse RAW OUT
     python -m data.prepare jsonl SCENES OUT
 
-HyperSim       ai_VVV_NNN/images/scene_cam_XX_{final,geometry}_hdf5; depth_meters is the distance to the camera: z =
-               distance * |ray_z| / |ray| with the scene's own rays M_cam_from_uv (u, v, 1), which hold tilt and shift
+HyperSim       ai_VVV_NNN/images/scene_cam_XX_{final,geometry}_hdf5; depth_meters is the distance to the camera, so
+               z = distance * |ray_z| / |ray|; rays are the scene's own, M_cam_from_uv (u, v, 1), with tilt and shift
 InteriorVerse  SCENE/000_{im,albedo,depth,normal,mask}.exr; depth in mm along z; irradiance = image / albedo
 written        ID_{rgb,depth,normal,albedo,irradiance}.png, the centred square at --size px; ID is ROOM.CAMERA.FRAME
                depth 16 bit, 1..65535 over the 1 % to 99 % quantiles, 0 where invalid; normals (n + 1) / 2, toward the
@@ -34,8 +34,8 @@ from runtime.files import DamageGuard, limit, refuse, replace_files
 FRAME = {"color": "final", "diffuse_reflectance": "final", "diffuse_illumination": "final", "depth_meters": "geometry",
          "normal_cam": "geometry"}
 BRIGHT = 0.8                      # encoded brightness that the 90 % quantile of a HyperSim image is given
-DIM = 0.01                        # linear albedo below which image / albedo says nothing
-BETTER = 0.05                     # mean |cosine| by which another choice of normal axes must fit depth to be believed
+DIM = 0.01                        # linear albedo; below it image / albedo is too noisy to be an irradiance
+BETTER = 0.05                     # a choice of normal axes is wrong when another one has a mean |cosine| so much higher
 
 
 def read_hdf5(path):
@@ -43,7 +43,8 @@ def read_hdf5(path):
     try:
         import h5py
     except ImportError:
-        raise UserError("data.prepare: HyperSim is stored as HDF5 and h5py is not installed; pip install h5py") from None
+        raise UserError("data.prepare: HyperSim is stored as HDF5 and h5py is not installed; "
+                        "pip install h5py") from None
     if not path.is_file():
         raise FileNotFoundError(f"data.prepare: no {path.name} in {str(path.parent)!r}; fetch that folder again")
     where = f"data.prepare: {str(path)!r}"
@@ -66,7 +67,8 @@ def read_cameras(path):
             return {row["scene_name"]: np.array([[float(row[f"M_cam_from_uv_{i}{j}"] or "nan") for j in range(3)]
                                                  for i in range(3)]) for row in csv.DictReader(f)}
         except (KeyError, ValueError) as error:
-            raise ValueError(f"data.prepare: {str(path)!r}: got no column {error}, want M_cam_from_uv_00 .. 22") from None
+            raise ValueError(f"data.prepare: {str(path)!r}: got no column {error}, "
+                             "want M_cam_from_uv_00 .. 22") from None
 
 
 def uv_rays(camera, H, W):
@@ -83,26 +85,28 @@ def fov_rays(degrees, H, W):
     return uv_rays(np.diag([half, half * H / W, -1.0]), H, W)
 
 
-def toward_camera(normal, rays):
-    """Unit normals on the visible side: those that point away from the camera are turned round."""
+def face_camera(normal, rays):
+    """Unit normals that all point to the camera's side: those that point away are negated. (H, W, 3) x2."""
     length = np.linalg.norm(normal, axis=-1, keepdims=True)
     normal = normal / np.where(length > 0, length, 1)
     return np.where((normal * rays).sum(-1, keepdims=True) > 0, -normal, normal)
 
 
 def check_axes(normal, points, valid, where):
-    """Refuse normals whose axes are mirrored: those of the surface through `points` (H, W, 3) must fit them best.
+    """Refuse normals with mirrored axes, by comparing them with the normals of the surface through `points` (H, W, 3).
 
-    raises  ValueError naming the better signs
+    raises  ValueError naming the signs of x, y, z that fit better
     """
-    across, down = points[1:-1, 2:] - points[1:-1, :-2], points[2:, 1:-1] - points[:-2, 1:-1]
+    across = points[1:-1, 2:] - points[1:-1, :-2]
+    down = points[2:, 1:-1] - points[:-2, 1:-1]
     own = np.cross(across, down)
     size = np.linalg.norm(own, axis=-1)
     ok = valid[1:-1, 1:-1] & valid[1:-1, 2:] & valid[1:-1, :-2] & valid[2:, 1:-1] & valid[:-2, 1:-1] & (size > 0)
     if not ok.any():
         return
-    own, given = (own / np.where(size > 0, size, 1)[..., None])[ok], normal[1:-1, 1:-1][ok]
-    signs = [s for s in itertools.product((1, -1), repeat=3) if s[2] == 1]      # the third: up to "toward the camera"
+    own = (own / np.where(size > 0, size, 1)[..., None])[ok]                    # (n, 3) of the surface
+    given = normal[1:-1, 1:-1][ok]                                              # (n, 3) of the file
+    signs = [s for s in itertools.product((1, -1), repeat=3) if s[2] == 1]      # |cosine| cannot tell s from -s
     fit = [float(np.abs((given * s * own).sum(-1)).mean()) for s in signs]
     best = int(np.argmax(fit))
     if fit[best] > fit[0] + BETTER:
@@ -144,7 +148,7 @@ def write_frame(out, name, size, rgb, z, normal, albedo, irradiance, valid, wher
     def write(folder):
         for m, picture in pictures.items():
             save_png(folder / f"{name}_{m}.png", picture)
-    replace_files(out, write, last=f"{name}_rgb.png", part=f"{name}.part")     # several commands may fill one folder
+    replace_files(out, write, last=f"{name}_rgb.png", part=f"{name}.part")     # other commands may write to `out` too
 
 
 def _fit_nearest(x, size):
@@ -152,7 +156,7 @@ def _fit_nearest(x, size):
     return fit_square(torch.from_numpy(np.ascontiguousarray(x)), size, "nearest").numpy()
 
 
-def hypersim_frame(scene, camera, frame, cameras, out, size):
+def convert_hypersim(scene, camera, frame, cameras, out, size):
     """Convert one HyperSim frame. scene: its folder ai_VVV_NNN; camera cam_XX; frame IIII.
 
     raises  FileNotFoundError, ValueError; UserError without h5py
@@ -168,11 +172,13 @@ def hypersim_frame(scene, camera, frame, cameras, out, size):
             raise ValueError(f"{where}: got {m} of {x.shape[1]} x {x.shape[0]} px, want {W} x {H} as depth_meters")
     rays = uv_rays(cameras[scene.name], H, W)
     rays = rays / np.linalg.norm(rays, axis=-1, keepdims=True)
-    distance, normal = maps["depth_meters"], maps["normal_cam"]
+    distance = maps["depth_meters"]
+    normal = maps["normal_cam"]
     length = np.linalg.norm(normal, axis=-1)
     valid = (np.isfinite(distance) & (distance > 0) & np.isfinite(length) & (length > 0.5)
              & np.isfinite(maps["color"]).all(-1))
-    distance, normal = np.where(valid, distance, 0), np.where(valid[..., None], normal, 0)
+    distance = np.where(valid, distance, 0)
+    normal = np.where(valid[..., None], normal, 0)
     check_axes(normal, distance[..., None] * rays, valid, where)
     colour, light = (np.where(valid[..., None], maps[m], 0) for m in ("color", "diffuse_illumination"))
     bright = np.quantile((colour @ np.array(LUMA))[valid], 0.9) if valid.any() else 0
@@ -181,18 +187,20 @@ def hypersim_frame(scene, camera, frame, cameras, out, size):
     target = ((BRIGHT + 0.055) / 1.055) ** 2.4                                  # linear value of the wanted brightness
     top = np.quantile(light.max(-1)[valid], 0.98)
     write_frame(out, f"{scene.name}.{camera}.{frame}", size, encode_colour(colour * target / bright),
-                distance * np.abs(rays[..., 2]), toward_camera(normal, rays),
+                distance * np.abs(rays[..., 2]), face_camera(normal, rays),
                 encode_colour(maps["diffuse_reflectance"]), encode_colour(light / max(top, 1e-6)), valid, where)
 
 
-def hypersim(args):
-    """Yield (name, function that converts it) for every frame of a HyperSim download."""
+def list_hypersim(args):
+    """Yield every frame of a HyperSim download: its name, and a function of no arguments that converts it."""
     cameras = read_cameras(args.cameras or args.raw / "metadata_camera_parameters.csv")
     found = sorted(args.raw.rglob("images/scene_cam_*_final_hdf5/frame.*.color.hdf5"))
     for path in found:
-        scene, camera, frame = path.parents[2], path.parent.name[6:-11], path.name.split(".")[1]
+        scene = path.parents[2]
+        camera = path.parent.name[6:-11]
+        frame = path.name.split(".")[1]
         name = f"{scene.name}.{camera}.{frame}"
-        yield name, lambda s=scene, c=camera, f=frame: hypersim_frame(s, c, f, cameras, args.out, args.size)
+        yield name, lambda s=scene, c=camera, f=frame: convert_hypersim(s, c, f, cameras, args.out, args.size)
 
 
 def read_exr(path):
@@ -202,7 +210,7 @@ def read_exr(path):
     return formats.decode_exr(path.read_bytes(), f"data.prepare: {str(path)!r}")
 
 
-def interiorverse_frame(scene, frame, degrees, out, size):
+def convert_interiorverse(scene, frame, degrees, out, size):
     """Convert one InteriorVerse frame. scene: its folder; frame IIII; degrees: horizontal field of view."""
     where = f"data.prepare: {scene.name} frame {frame}"
     image, albedo, depth, normal, mask = (read_exr(scene / f"{frame}_{m}.exr")
@@ -211,36 +219,40 @@ def interiorverse_frame(scene, frame, degrees, out, size):
     for m, x in dict(im=image, albedo=albedo, normal=normal, mask=mask).items():
         if x.shape[:2] != (H, W):
             raise ValueError(f"{where}: got {m} of {x.shape[1]} x {x.shape[0]} px, want {W} x {H} as depth")
-    z, length = depth[..., 0], np.linalg.norm(normal, axis=-1)
+    z = depth[..., 0]
+    length = np.linalg.norm(normal, axis=-1)
     valid = ((mask[..., 0] > 0.5) & np.isfinite(z) & (z > 0) & np.isfinite(length) & (length > 0.5)
              & np.isfinite(image).all(-1) & np.isfinite(albedo).all(-1))
-    z, normal = np.where(valid, z, 0), np.where(valid[..., None], normal, 0)
+    z = np.where(valid, z, 0)
+    normal = np.where(valid[..., None], normal, 0)
     rays = fov_rays(degrees, H, W)                                              # z component -1: a point is z * ray
     check_axes(normal, z[..., None] * rays, valid, where)
     lit = valid & (albedo.min(-1) > DIM)
     light = np.where(lit[..., None], image / np.where(lit[..., None], albedo, 1), 0)
     top = np.quantile(light.max(-1)[lit], 0.98) if lit.any() else 0
-    dark = np.where(lit[..., None], albedo, 0)                                  # black: its light is never asked about
+    dark = np.where(lit[..., None], albedo, 0)                                  # no question asks for light on black
     write_frame(out, f"{scene.name}.{frame}", size, encode_colour(np.where(valid[..., None], image, 0)), z,
-                toward_camera(normal, rays), encode_colour(dark), encode_colour(light / max(top, 1e-6)), valid, where)
+                face_camera(normal, rays), encode_colour(dark), encode_colour(light / max(top, 1e-6)), valid, where)
 
 
-def interiorverse(args):
-    """Yield (name, function that converts it) for every frame of an InteriorVerse download."""
+def list_interiorverse(args):
+    """As `list_hypersim`, of an InteriorVerse download."""
     for path in sorted(args.raw.rglob("*_im.exr")):
         wide = "120" in path.parents[1].name
-        degrees, frame = args.fov or (120.0 if wide else 85.0), path.name[:-7]
+        degrees = args.fov or (120.0 if wide else 85.0)
+        frame = path.name[:-7]
         yield (f"{path.parent.name}.{frame}",
-               lambda s=path.parent, f=frame, d=degrees: interiorverse_frame(s, f, d, args.out, args.size))
+               lambda s=path.parent, f=frame, d=degrees: convert_interiorverse(s, f, d, args.out, args.size))
 
 
 def convert(args):
-    """Convert all frames that OUT does not hold yet; a frame that is of no use is named, skipped and counted."""
-    frames = list(dict(hypersim=hypersim, interiorverse=interiorverse)[args.what](args))
+    """Convert all frames that OUT does not hold yet; a frame that cannot be used is named, skipped and counted."""
+    frames = list(dict(hypersim=list_hypersim, interiorverse=list_interiorverse)[args.what](args))
     if not frames:
-        raise FileNotFoundError(f"data.prepare: no {args.what} frame under {str(args.raw)!r}; want the downloaded layout "
-                                "(see --help); check the path")
-    known, skipped = 0, []
+        raise FileNotFoundError(f"data.prepare: no {args.what} frame under {str(args.raw)!r}; "
+                                "want the downloaded layout (see --help); check the path")
+    known = 0
+    skipped = []
     for name, make in tqdm(frames, desc=args.what, unit="frame", mininterval=1.0):
         if all((args.out / f"{name}_{m}.png").is_file() for m in MAPS):
             known += 1

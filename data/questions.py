@@ -1,11 +1,12 @@
-"""Questions with true answers from scene folders: what a judge is tuned on and measured by.
+"""Questions with true answers from scene folders: a judge is tuned on them and measured with them.
 
-row         dict: id, scene, modality, pts [[row, col], [row, col]] red first in pixels of the tile, first (True: answer
-            one is right), margin (relations.margin); image (a path) instead of pts where markers are drawn already
-randomness  of a scene follows from the seed and its id: other scenes in the folder change nothing
-balance     red and green exactly, by swapping the colours; as many "same" as "different" albedos over all rows
+row         dict: id, scene, modality, pts [[row, col], [row, col]] red first in pixels of the tile, first (True: the
+            first answer is right), margin (relations.margin). A photo with drawn markers has image (a path), no pts
+randomness  a scene's questions depend on the seed and its id, not on the other scenes of the folder
+balance     red and green are right equally often, by swapping the colours; so are "same" and "different" albedo over
+            all rows, by dropping the surplus
 no answer   in dead zones, at invalid pixels, and for irradiance where the albedo is black (it shows no light)
-split       by scene, never by question: an id up to its first "." is the room, so a room is on one side only
+split       by room, never by question: the room is a scene id up to its first "."
 files       JSON lines as InternVL's trainer and the judge release read them: id, image, width, height, conversations
 """
 import hashlib
@@ -25,9 +26,9 @@ from runtime.config import UserError
 from runtime.files import DamageGuard, decode_json, path_inside, read_json, refuse, write_json, write_text
 from runtime.ranks import barrier, generator, rank
 
-BLACK = 0.1                       # encoded luma (1 % linear) of an albedo that shows no light
-CANDIDATES = 24                   # pairs that are drawn per wanted question
-SHARE = 0.1                       # of the rooms that are held out
+BLACK = 0.1                       # encoded luma (1 % linear); a darker albedo shows no light
+CANDIDATES = 24                   # pairs that are drawn for each question that is wanted
+SHARE = 0.1                       # of the rooms, for validation
 JSONL = {"train": "intrinsic_judgement_train.jsonl", "val": "intrinsic_judgement_val.jsonl"}
 
 
@@ -38,7 +39,7 @@ def true_relations(maps, pts):
 
 
 def split_of(scene, share=SHARE):
-    """"train" or "val", by the room a scene id names: a tenth of all rooms is held out, on every machine the same."""
+    """"train" or "val", from a hash of the scene's room: the same on every machine; `share` of all rooms is "val"."""
     room = scene.split(".")[0]
     return "val" if int(hashlib.sha256(room.encode()).hexdigest()[:8], 16) < share * 2**32 else "train"
 
@@ -75,10 +76,10 @@ def _check_maps(maps, where):
 
 
 def _choose(rel, gap, pts, n, begin, swaps):
-    """Up to n pairs of K whose answers alternate: list of (pair (2, 2), answer one is right, margin).
+    """Up to n of K pairs, such that the right answer alternates: list of (pair (2, 2), first, margin) as in a row.
 
-    rel, gap  (K,) relation and margin;  pts  (K, 2, 2);  begin  0: answer one comes first
-    swaps     True: swapping the colours swaps the answers. Otherwise pairs of both answers are looked for.
+    rel, gap  (K,) relation and margin;  pts  (K, 2, 2);  begin  0: the first answer is right in the first pair
+    swaps     True: swapping the colours swaps the answers. False: pairs of both answers are looked for
     """
     if swaps:
         places = rel.nonzero()[:n, 0].tolist()
@@ -96,7 +97,7 @@ def _choose(rel, gap, pts, n, begin, swaps):
 
 
 def balance(rows, seed):
-    """Drop albedo questions of the commoner answer, chosen by the seed, until both answers are equally many."""
+    """Drop albedo questions of the more frequent answer, chosen by the seed, until both are equally frequent."""
     sides = {w: [r["id"] for r in rows if r["modality"] == "albedo" and r["first"] == w] for w in (True, False)}
     more = max(sides, key=lambda w: len(sides[w]))
     surplus = len(sides[more]) - len(sides[not more])
@@ -113,9 +114,9 @@ def build_questions(folder, n, size, seed, split=None, grid=1):
 
 
 def load_questions(path, folder, n, size, seed, split, write, grid=1):
-    """`build_questions`, kept in a file: drawn once for all ranks and resumptions.
+    """As `build_questions`, but read from the file `path` where that holds the rows of these arguments.
 
-    write  False: the file is read, not written
+    write  True: rows that had to be built are written to the file
     """
     key = [str(folder), n, size, seed, split, grid, len(list_scenes(folder))]
     if Path(path).is_file():
@@ -149,7 +150,7 @@ def marked_photos(rows, folder, size):
 def write_jsonl(rows, folder, out, size, name):
     """Write rows in the released JSONL layout: OUT/images/ID.png with markers, then OUT/<name>; returns its path.
 
-    The list is written last and at once, so a run that was stopped leaves none. raises OSError
+    The list is written last and atomically: a run that was stopped leaves pictures but no list. raises OSError
     """
     out = Path(out)
     lines = []
@@ -179,7 +180,7 @@ def read_jsonl(path):
     if not path.is_file():
         raise FileNotFoundError(f"questions.py: no file {str(path)!r}; want a .jsonl file; check the path")
     rows = []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):            # a name may hold other line breaks
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):            # splitlines would also split at \r
         where = f"questions.py: {str(path)!r} line {number}"
         if line.strip():
             with DamageGuard(where, "no sample", "id, image and two conversations", "edit the line"):
@@ -209,7 +210,7 @@ def epoch_order(n, epoch, seed):
 
 
 def batch_of(rows, step, batch, seed):
-    """Rows of a step: passes follow each other without a gap."""
+    """Rows of a step. A pass over all rows ends where the next begins, which may be within a batch."""
     n = len(rows)
     places = range(step * batch, (step + 1) * batch)
     orders = {e: epoch_order(n, e, seed) for e in {p // n for p in places}}
@@ -217,7 +218,7 @@ def batch_of(rows, step, batch, seed):
 
 
 def training_questions(cfg, grid):
-    """Training questions of --scenes, drawn once by rank 0 and kept in OUT/judge; as they are in a .jsonl file.
+    """Training questions of --scenes: the rows of a .jsonl file, or drawn by rank 0 and kept in OUT/judge.
 
     raises  UserError: no question
     """

@@ -7,80 +7,30 @@ light (lamp or sun) with hard shadows; hemispheric ambient light; textures of fl
     rgb        = tonemap(albedo * irradiance, tone) [+ sensor noise]
 
 Conventions owned here: world y up, metres; camera x right, y up, z toward the camera; depth is planar z.
-All domains come from one function and one table of ranges. `synthetic` trains the predictor, `wild` is held
-out, and `broad`, domain-randomised for the judge, contains both in every row and is drawn independently.
-Every number of scene i of a domain is a hash of (domain, i, draw), so a scene is bit-identical in any batch on one
-device; on another it is equal up to rounding, which moves an edge or a texture by a pixel here and there.
+All domains come from one function and one table of ranges (scene_table.py). `synthetic` trains the predictor. `wild`
+gives GRPO photos without maps, and the evaluation. `broad` is domain-randomised for the judge: its ranges contain both
+others, and its scenes are drawn independently.
+Every number of scene i of a domain is a hash of (domain, i, number of the draw). So a scene has the same bits in any
+batch on one device. Another device rounds differently, which can move an edge or a texture by a pixel.
 """
 import math
 
 import torch
 
+from data.scene_table import DOMAINS, OUTDOOR, TABLE
 from relations import srgb_decode, srgb_encode
 
-DOMAINS = ("synthetic", "broad", "wild")
 SPLITS = {"train": 0, "val": 1 << 40, "test": 2 << 40}
 SPLIT_IDS = 1 << 40
 
-# One row per factor: (lo, hi) for synthetic, broad, wild; drawn uniformly, once per scene, or once per object
-# where the name starts with "obj_". Every broad range contains the other two.
-TABLE = {
-    # camera in degrees, pitch > 0 looks up; back: how far behind the centre, a share of the way to the wall;
-    # eye: height as a share of the ceiling (room) or in metres (court)
-    "pitch":       ((-10, 4),     (-25, 10),    (-20, 5)),
-    "roll":        ((-2, 2),      (-4, 4),      (-3, 3)),
-    "fov":         ((50, 60),     (42, 75),     (45, 70)),
-    "back":        ((.5, .85),    (.35, .88),   (.4, .85)),
-    "room_eye":    ((.45, .65),   (.3, .75),    (.35, .7)),
-    "court_eye":   ((2, 2),       (1, 5.5),     (1.5, 5)),
-    # half sides and height in metres; sky: the share of the view that the wall of a court leaves open
-    "room_x":      ((1.8, 2.8),   (1.5, 9.),    (2.5, 7.)),
-    "room_z":      ((2.2, 3.4),   (1.5, 9.),    (2.5, 7.)),
-    "room_top":    ((2.4, 3.2),   (2.2, 7.),    (2.6, 6.)),
-    "court_x":     ((8, 8),       (6, 20),      (8, 18)),
-    "court_z":     ((8, 8),       (6, 20),      (8, 18)),
-    "sky":         ((0, 0),       (0, .35),     (0, .35)),
-    # number of objects; shares that rest on the floor, are turned about all axes, are slabs; place: share of
-    # the way to the wall; size: share of half the view there; squash: shortest over longest axis
-    "objects":     ((1, 4.99),    (1, 7.99),    (3, 7.99)),
-    "rest":        ((1, 1),       (.4, 1),      (.4, .8)),
-    "turned":      ((0, 0),       (0, .3),      (.1, .3)),
-    "slabs":       ((0, 0),       (0, .3),      (0, .25)),
-    "obj_place":   ((.5, .9),     (.3, .95),    (.35, .95)),
-    "obj_size":    ((.2, .45),    (.18, .5),    (.2, .45)),
-    "obj_squash":  ((.7, 1),      (.6, 1),      (.65, 1)),
-    # share of surfaces with a texture; grain: its feature size as a share of half the view; palette in HSV
-    "textured":    ((0, .4),      (0, .7),      (.3, .65)),
-    "obj_grain":   ((.3, .6),     (.28, .8),    (.35, .7)),
-    "colours":     ((4, 5.99),    (3, 5.99),    (3, 5.99)),
-    "saturation":  ((.1, .5),     (0, .62),     (.05, .6)),
-    "hues":        ((.1, .6),     (0, 1),       (0, 1)),
-    "darkest":     ((.3, .4),     (.08, .4),    (.1, .25)),
-    "lightest":    ((.75, .9),    (.7, .97),    (.85, .97)),
-    # ambient share; warmth of the key light, coolness of the ambient light, tint of both in log units; sun in
-    # degrees above the horizon; lamp: height as a share of the ceiling, distance from the middle of the room
-    "ambient":     ((.45, .7),    (.12, .75),   (.15, .4)),
-    "warm":        ((0, .2),      (-.5, .8),    (.1, .7)),
-    "cool":        ((-.1, .1),    (-.6, .9),    (.1, .7)),
-    "tint":        ((0, .05),     (0, .3),      (0, .1)),
-    "sun":         ((45, 45),     (10, 85),     (20, 70)),
-    "lamp_up":     ((.8, .9),     (.2, .95),    (.3, .9)),
-    "lamp_out":    ((0, .4),      (0, .9),      (0, .8)),
-    # camera response: mean linear value, log white balance, gamma, contrast, noise standard deviation
-    "exposure":    ((.2, .26),    (.08, .4),    (.12, .35)),
-    "balance":     ((0, 0),       (0, .25),     (0, .2)),
-    "gamma":       ((1, 1),       (.75, 1.35),  (.8, 1.25)),
-    "contrast":    ((0, 0),       (-.4, .8),    (-.3, .7)),
-    "noise":       ((0, 0),       (0, .015),    (.003, .01)),
-}
-OUTDOOR = {"synthetic": 0., "broad": .5, "wild": .85}     # probability of a court instead of a room
-
-ROUND, BOXES = 4, 6                 # slots for ellipsoids and boxes; a scene uses some of them
+ROUND = 4                           # slots for ellipsoids; a scene uses some of them
+BOXES = 6                           # slots for boxes
 SLOTS = ROUND + BOXES               # surfaces: the slots, then the room's x-, x+, floor, ceiling, z-, z+
 PLAIN, CHECKER, STRIPES, BLOTCHES = range(4)
 INWARD = torch.eye(3).repeat_interleave(2, 0) * torch.tensor([1., -1.] * 3)[:, None]     # normals of the room
-OPEN, SUN = 1e3, 1e3                # metres: the open top of a court; where the sun stands
-CHUNK = {"cpu": 1 << 14, "cuda": 1 << 21}               # pixels rendered at once: stays in cache; fills a GPU, in 3 GB
+OPEN = 1e3                          # metres, height of a court, which has no ceiling
+SUN = 1e3                           # metres, distance of the sun
+CHUNK = {"cpu": 1 << 14, "cuda": 1 << 21}               # pixels rendered at once: fits a cache; fills a GPU, in 3 GB
 
 
 def scene_ids(split, n, start=0):
@@ -136,12 +86,12 @@ def rotation(yaw, pitch, roll):
 
 
 def row_ranks(x):
-    """Rank of each entry in its row, from 0: (B, n) to (B, n) int64; of draws, a random permutation."""
+    """Rank of each entry in its row, from 0: (B, n) to (B, n) int64; of random numbers it is a random permutation."""
     return x.argsort(dim=-1, stable=True).argsort(-1)
 
 
 def apply_matrix(m, v):
-    """Apply (..., 3, 3) to (..., 3, P): sums of products, since the rounding of a matmul may depend on the batch."""
+    """Apply (..., 3, 3) to (..., 3, P). Sums of products: the rounding of a matmul may depend on the batch size."""
     return m[..., 0:1] * v[..., 0:1, :] + m[..., 1:2] * v[..., 1:2, :] + m[..., 2:3] * v[..., 2:3, :]
 
 
@@ -182,14 +132,15 @@ def place_light(dice, s):
 
 
 def place_objects(dice, s):
-    """Add SLOTS objects: each aims at a point of the view, stops at the floor, and rests there or floats."""
+    """Add SLOTS objects: each is placed on a ray into the view, above the floor; it rests on the floor or floats."""
     aim = (dice(SLOTS, 2) * 1.8 - .9) * s["half_view"][..., None]
     aim = torch.cat([aim, -torch.ones_like(aim[..., :1])], -1)
     aim = apply_matrix(s["camera"], aim.mT).mT * (s["reach"] * s["obj_place"])[..., None]              # (B, N, 3)
     aim = aim * (s["position"][:, 1:2] / (-aim[..., 1]).clamp(min=1e-6)).clamp(max=1)[..., None]
     distance = aim.norm(dim=-1)
     size = (s["obj_size"] * s["half_view"]).clamp(max=.42) * distance                           # (B, N)
-    shape, squash = dice(SLOTS, 3), s["obj_squash"][..., None]
+    shape = dice(SLOTS, 3)
+    squash = s["obj_squash"][..., None]
     slab = shape * torch.tensor([.8, 1.2, .1]) + torch.tensor([.7, .7, .06])
     is_slab = (dice(SLOTS) < s["slabs"]) & (torch.arange(SLOTS) >= ROUND)
     radii = torch.where(is_slab[..., None], slab, squash + (1 - squash) * shape) * size[..., None]
@@ -199,7 +150,7 @@ def place_objects(dice, s):
     centre = s["position"][:, None] + aim
     low = radii[..., 1]
     centre[..., 1] = torch.where(rests, low, torch.maximum(centre[..., 1], low))
-    # drop the objects beyond the drawn number, and those at the camera or the lamp
+    # remove the objects beyond the drawn number, and those that touch the camera or the lamp
     inverse = pose.mT / radii[..., None]                                # world to unit sphere or cube
     ends = torch.stack([s["position"], s["light"]], -1)[:, None] - centre[..., None]
     gap = ((apply_matrix(inverse, ends).abs() - 1) * radii[..., None]).amax(-2).amin(-1)              # (B, N) metres
@@ -209,20 +160,20 @@ def place_objects(dice, s):
 
 
 def paint(dice, s):
-    """Add a row per surface, objects then room: pattern, grain (m), phase, stripe axis, three colours."""
+    """Add a row of 17 numbers per surface, objects then room: pattern, grain (m), phase, stripe axis, three colours."""
     n = SLOTS + 6
     grain = torch.cat([s["distance"], .6 * s["reach"].expand(-1, 6)], -1) * s["half_view"]
     grain = grain * torch.cat([s["obj_grain"], s["obj_grain"][:, :6]], -1)
     pattern = torch.where(dice(n) < s["textured"], 1 + (dice(n) * 3).long(), PLAIN)
     axis = torch.nn.functional.normalize(dice(n, 3) * 2 - 1, dim=-1)
-    # palette: lightness levels far apart for neighbours in the list, hues from one to the whole circle
+    # palette: neighbours in the list differ much in lightness; hues span a share of the circle
     level = (torch.tensor([0., 3., 1., 4., 2.]) + dice(5)) / 5
     value = s["darkest"] + (s["lightest"] - s["darkest"]) * level
     hue = dice(1) + s["hues"] * (torch.arange(5) * .382 + .2 * dice(5))
     wheel = ((hue[..., None] * 6 + torch.tensor([0., 4., 2.])) % 6 - 3).abs().sub(1).clamp(0, 1)
     saturation = s["saturation"] * (.5 + .5 * dice(5))
     palette = value[..., None] * (1 - saturation[..., None] * (1 - wheel))                      # (B, 5, 3)
-    # ranks, so that a view uses all colours about equally often
+    # first colours by rank, so that a view uses all colours about equally often
     first = torch.cat([row_ranks(dice(SLOTS)), row_ranks(dice(6))], -1)[..., None]
     pick = (first + torch.arange(3)) % s["colours"].long()[..., None]                           # (B, S, 3)
     colours = palette[torch.arange(len(pick))[:, None, None], pick].flatten(2)
@@ -230,8 +181,10 @@ def paint(dice, s):
 
 
 def draw_scene(domain, ids):
-    """Draw scenes: their Dice, and a dict of TABLE's factors, (B, 1) or (B, SLOTS), and what follows."""
-    dice, column, s = Dice(domain, ids), DOMAINS.index(domain), {}
+    """Draw scenes: their Dice, and a dict of TABLE's factors, (B, 1) or (B, SLOTS), and of all that is placed."""
+    dice = Dice(domain, ids)
+    column = DOMAINS.index(domain)
+    s = {}
     for name, row in TABLE.items():
         lo, hi = row[column]
         s[name] = lo + (hi - lo) * dice(SLOTS if name.startswith("obj_") else 1)
@@ -255,12 +208,16 @@ def enter(origin, ray):
     """
     o = origin[:, :ROUND]
     d = ray[:, :ROUND]
-    a, b, c = (d * d).sum(2), (o * d).sum(2), (o * o).sum(2) - 1
+    a = (d * d).sum(2)                                                  # of a t^2 + 2 b t + c = 0
+    b = (o * d).sum(2)
+    c = (o * o).sum(2) - 1
     gap = b * b - a * c
     ball = torch.where(gap > 0, (-b - gap.clamp(min=0).sqrt()) / a, torch.inf)
     inv = 1 / (ray[:, ROUND:] + 1e-12)                                  # finite for a ray along a face
-    middle, width = -origin[:, ROUND:] * inv, inv.abs()
-    near, far = (middle - width).amax(2), (middle + width).amin(2)
+    middle = -origin[:, ROUND:] * inv
+    width = inv.abs()
+    near = (middle - width).amax(2)
+    far = (middle + width).amin(2)
     t = torch.cat([ball, torch.where(near < far, near, torch.inf)], 1)
     return torch.where(t > 0, t, torch.inf)
 
@@ -269,17 +226,17 @@ def leave(bounds, origin, ray):
     """Where rays from inside leave the room: (t (B, P), surface number 0..5 (B, P)); rays (B, 3, P)."""
     side = (ray > 0).long()
     wall = torch.where(ray > 0, bounds[:, 1, :, None], bounds[:, 0, :, None])
-    # abs, not a signed quotient: along a wall a ray component is 0 and its way to that wall +inf
+    # abs, not a signed quotient: a ray along a wall has a component 0, and its distance to that wall must be +inf
     t, axis = ((wall - origin).abs() / ray.abs()).min(1)
     return t, 2 * axis + side.gather(1, axis[:, None])[:, 0]
 
 
 def surface_albedo(surface, q, grain_px):
-    """Albedo of points: flat colours, so that equal paint is equal albedo.
+    """Albedo of points: flat colours, so that points of one colour have exactly the same albedo.
 
     surface   (B, P, 17)  rows of paint()
     q         (B, P, 3)   position in metres, in the axes of the object
-    grain_px  (B, P)      the grain as seen at 32 px; below 2 px it would alias and is left plain
+    grain_px  (B, P)      px, the grain in a view of 32 px; a pattern finer than 2 px would alias and is not drawn
     returns   (B, P, 3)   sRGB-encoded, [0, 1]
     """
     pattern = surface[..., 0]
@@ -300,7 +257,8 @@ def trace(s, view):
     returns  depth (B, P), mask (B, P), number (B, P) of the surface, and in metres and world axes
              point (B, 3, P), normal (B, 3, P), local (B, P, 3): the point in the axes of its object
     """
-    ray, position = apply_matrix(s["camera"], view), s["position"][..., None]
+    ray = apply_matrix(s["camera"], view)
+    position = s["position"][..., None]
     t_room, wall = leave(s["bounds"], position, ray)
     is_sky = s["outdoor"] & (position[:, 1] + t_room * ray[:, 1] > s["top"])
     t_room = torch.where(is_sky, torch.inf, t_room)
@@ -312,7 +270,8 @@ def trace(s, view):
     point = position + torch.where(mask, depth, 1.)[:, None] * ray
     frame = torch.cat([s["pose"].flatten(2), s["radii"], s["centre"]], -1)
     frame = frame[torch.arange(len(slot))[:, None], slot]                                       # (B, P, 15)
-    pose, radii = frame[..., :9].unflatten(-1, (3, 3)), frame[..., 9:12]
+    pose = frame[..., :9].unflatten(-1, (3, 3))
+    radii = frame[..., 9:12]
     local = (pose * (point.mT - frame[..., 12:])[..., None]).sum(-2)
     unit = local / radii
     face = torch.where(unit.abs() >= unit.abs().amax(-1, keepdim=True), unit.sign(), 0.)
@@ -325,14 +284,14 @@ def trace(s, view):
 
 def illuminate(s, point, normal, depth):
     """Linear irradiance (B, 3, P), not normalised, of points (B, 3, P) with normals (B, 3, P), world axes."""
-    start = point + normal * (1e-3 * depth)[:, None]                    # clear of its own surface
+    start = point + normal * (1e-3 * depth)[:, None]                    # off the surface: it must not shadow itself
     to_light = s["light"][..., None] - ~s["outdoor"][..., None] * start
     distance = to_light.norm(dim=1)
     offset = start[:, None] - s["centre"][..., None]
     is_dark = enter(apply_matrix(s["inverse"], offset), apply_matrix(s["inverse"], to_light[:, None])).amin(1) < 1
     t_wall = leave(s["bounds"], start, to_light)[0]
     is_dark |= s["outdoor"] & (start[:, 1] + t_wall * to_light[:, 1] < s["top"])
-    # the lamp has a size: inverse square beyond it, bounded near it
+    # a lamp of finite size: inverse square far away, bounded near it
     room = (.5 * s["reach"]) ** 2
     falloff = torch.where(s["outdoor"], 1., 1.5 * room / (distance ** 2 + .5 * room))
     direct = (normal * to_light).sum(1).clamp(min=0) / distance * falloff * ~is_dark
@@ -344,7 +303,9 @@ def illuminate(s, point, normal, depth):
 def render_chunk(domain, ids, H, W, noise):
     """As `render_scenes`, of a few scenes at once."""
     dice, s = draw_scene(domain, ids)
-    B, half_view, black = len(ids), s["half_view"], torch.tensor(0.)
+    B = len(ids)
+    half_view = s["half_view"]
+    black = torch.tensor(0.)
     view = make_rays(half_view, H, W)
     depth, mask, number, point, normal, local = trace(s, view)
 
@@ -355,11 +316,11 @@ def render_chunk(domain, ids, H, W, noise):
     irradiance = illuminate(s, point, normal, near) * mask[:, None]
     irradiance = srgb_encode(irradiance / irradiance.amax((1, 2), keepdim=True).clamp(min=1e-6))
     normal = apply_matrix(s["camera"].mT, normal)
-    depth, mask = depth.view(B, 1, H, W), mask.view(B, 1, H, W)
+    depth, mask = (x.view(B, 1, H, W) for x in (depth, mask))
     maps = (normal, albedo, irradiance)
     normal, albedo, irradiance = (torch.where(mask, m.contiguous().view(B, 3, H, W), black) for m in maps)
 
-    # rgb is made from the very maps returned; the exposure is measured on this view
+    # rgb is computed from the maps that are returned; the exposure is measured on this view
     linear = srgb_decode(albedo) * srgb_decode(irradiance)
     mean = linear.sum((1, 2, 3)) / (3 * mask.sum((1, 2, 3)).clamp(min=1))
     gain = s["exposure"] / mean.clamp(min=1e-4)[:, None] * (s["balance"] * (dice(3) * 2 - 1)).exp()
@@ -392,7 +353,7 @@ def render_scenes(domain, ids, size, noise=True):
     if domain not in DOMAINS:
         raise ValueError(f"scenes.py: domain got {domain!r}, want one of {', '.join(DOMAINS)}")
     H, W = (size, size) if isinstance(size, int) else size
-    # chunks of one fixed size, the last one padded: rounding can depend on a tensor's shape
+    # chunks of one fixed size, the last one padded, since rounding can depend on a tensor's shape
     step = max(1, CHUNK[ids.device.type] // (H * W))
     padded = torch.cat([ids, ids.new_zeros(-len(ids) % step)])
     with ids.device:

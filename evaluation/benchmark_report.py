@@ -14,7 +14,10 @@ NAN = float("nan")
 
 
 def check_problems(bench, source, rows, items):
-    """Lines that must be printed with the numbers. raises ValueError: saved maps that are all of the wrong kind."""
+    """Warnings to print with the numbers.
+
+    raises  ValueError: most saved depth maps are inverted, or saved normals have other axes
+    """
     lines = protocols.find_problems(bench, rows, [item["name"] for item in items])
     if source.saved and sum(r.get("scale", 1) < 0 for r in rows) > len(rows) / 2:
         raise ValueError(f"{source.label}: {lines[0]}; want depth, larger is farther; save 1 / disparity")
@@ -33,7 +36,7 @@ def benchmark_figures(values, weights, times, old, better):
     known = ~np.isnan(values)
     value = times * float(np.average(values[known], weights=weights[known]))
     low = high = NAN
-    if known.sum() > 1 and np.isfinite(value):                                  # one image says nothing of the spread
+    if known.sum() > 1 and np.isfinite(value):                                  # one image has no spread
         low, high = (times * x for x in bootstrap_interval(values[known], weights=weights[known])[1:])
     row = dict(n=int(known.sum()), value=value, low=low, high=high)
     if old is None:
@@ -49,7 +52,7 @@ def benchmark_figures(values, weights, times, old, better):
 
 
 def _cells(row, paper):
-    """What the table shows of a row of `benchmark_figures`; paper: [(base, its number, X's number)]."""
+    """Cells of a table's line from a row of `benchmark_figures`; paper: [(base, its number, X's number)]."""
     cells = [format_number(row["value"])]
     if "base" in row:
         cells = [format_number(row["base"]), *cells, f"{100 * row['change']:+.1f} %",
@@ -63,7 +66,7 @@ def report_benchmark(bench, source, rows, base, base_rows, lines, n_expected):
     """Print one benchmark's table; returns every printed number.
 
     source, base         predictions.Source of the evaluated maps and of those they are compared with (or None)
-    rows, base_rows      their values per image, of one order
+    rows, base_rows      their values per image, in the same order
     lines                warnings;  n_expected  images of the official protocol
     """
     values = protocols.metric_values(bench, rows)
@@ -100,7 +103,10 @@ def report_benchmark(bench, source, rows, base, base_rows, lines, n_expected):
 
 
 def save_benchmark_panel(bench, source, files, items, rows, n, path):
-    """Picture of the best, the worst, the second best ... image by the first metric, read and predicted again."""
+    """Write a picture of the best, the worst, the second best ... image by the first metric; they are predicted again.
+
+    rows  values per image;  n  images in the picture
+    """
     name, (_, better, _) = next(iter(protocols.MEASURES[bench.task].items()))
     known = [i for i, r in enumerate(rows) if r.get(name) is not None]
     order = sorted(known, key=lambda i: -better * rows[i][name])
@@ -120,7 +126,7 @@ def save_benchmark_panel(bench, source, files, items, rows, n, path):
 def open_benchmark(bench, path, limit):
     """Files and images of a benchmark that can be evaluated, at most `limit` of them (0: all).
 
-    returns  Files, items, number of images that the protocol expects, lines on images that were left out
+    returns  Files, items, number of images that the protocol expects, warnings about images that were left out
     raises   MissingData: a file is missing and there is no limit
     """
     files, items, missing = benchmarks.find_data(bench, path)
@@ -137,7 +143,7 @@ def open_benchmark(bench, path, limit):
 
 
 def report_benchmarks(args):
-    """The tables of a public benchmark. All that can be missing is looked for before a network is opened.
+    """The tables of a public benchmark. Missing files are reported before a network is opened.
 
     args     of the command line: dataset, task, data, limit, out, checkpoint, compare, pred_dir, panels, and what
              predictions.py reads
@@ -163,7 +169,8 @@ def report_benchmarks(args):
             path = predictions.results_file(bench, s, files, items, args.out)
             rows.append(predictions.evaluate_images(bench, s, files, items, path))
             lines += [f"{s.label}: {line}" if old else line for line in check_problems(bench, s, rows[-1], items)]
-        base, base_rows = (sources[1], rows[1]) if old else (None, None)
+        base = sources[1] if old else None
+        base_rows = rows[1] if old else None
         results.append(report_benchmark(bench, sources[0], rows[0], base, base_rows, lines, n_expected))
         if args.panels:
             path = Path(args.out, "eval", f"{bench.dataset}-{bench.task}.png")

@@ -10,7 +10,7 @@ MIT_LIGHTS = [f"light{k:02d}" for k in range(1, 11)]
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One data set and task; the comments are the meaning, ABOUT has where to fetch it."""
+    """One data set and task; ABOUT says where to fetch it."""
 
     dataset: str
     task: str                 # depth, normal, whdr, maw, lmse, lights, iid, surface: what protocols.py scores
@@ -18,10 +18,10 @@ class Benchmark:
     count: int                # images the official protocol evaluates; 0: as many as the data lists
     protocol: str             # printed beside every number
     tree: tuple               # an example of the layout, one line each
-    roots: tuple = (".",)     # where the files may lie under --data: folders or tars
+    roots: tuple = (".",)     # folders or tars under --data in which the files may be
     files: tuple = ()         # (role, part of the photo's name, its replacement) of the files beside the photo
     list_file: str = ""       # in lists/
-    range: tuple = ()         # metres: truth strictly inside it counts and predictions are clipped to it
+    range: tuple = ()         # metres: only truth strictly inside counts, predictions are clipped to it
     scale: float = 1.0        # stored value per metre
     processing_res: int = 0   # px, long edge that the official inference uses; 0: the photo's own
     max_res: int = 0          # of the alignment grid (metrics.align_depth)
@@ -167,7 +167,7 @@ ABOUT["mit", "lights"] = ABOUT["mit", "lmse"]
 
 
 class MissingData(Exception):
-    """Files of a benchmark that are not there; `page` says what to fetch and where it goes."""
+    """Files of a benchmark are missing; `page` says what to fetch and where to put it."""
 
     def __init__(self, message, page):
         super().__init__(message)
@@ -175,7 +175,7 @@ class MissingData(Exception):
 
 
 def choose_benchmarks(dataset, task=""):
-    """The rows of a data set: of the task that is named, else depth before normals, and both of MIT's."""
+    """The rows of a data set for a task; without a task the first row (depth before normals), of MIT both."""
     rows = [b for b in BENCHMARKS if b.dataset == dataset and (not task or task in (b.task, *b.needs))]
     if not rows:
         tasks = ", ".join(b.task for b in BENCHMARKS if b.dataset == dataset)
@@ -184,7 +184,7 @@ def choose_benchmarks(dataset, task=""):
 
 
 def missing_page(bench, missing=()):
-    """What to fetch and where it goes, as text."""
+    """What to fetch and where to put it, as text."""
     source, licence, size = ABOUT[bench.dataset, bench.task]
     roots = [r for r in bench.roots if r != "."]
     expected = f"{bench.count} images are" if bench.count else f"every image of {bench.tree[0].split('  ')[0]} is"

@@ -1,14 +1,14 @@
-"""Reading the public benchmarks: where their files lie, how they are decoded and masked.
+"""Reading the public benchmarks: where their files are, how they are decoded and masked.
 
 `find_data` opens a folder or tar, `list_items` lists its images by the official list, `load_sample` reads one image
-with its ground truth. The rules follow the official code (benchmark_table.py). Real files at hand were one DIODE frame
-and IIW's schema.
+with its ground truth. The rules follow the official code (benchmark_table.py). They were tested on made-up files; the
+only real data that we had were one DIODE frame and IIW's schema.
 
-item      dict role -> relative name, and name, the photo's own
+item      dict role -> relative name of a file; its "name" is the image's name in results
 sample    name; photos [(3, H, W) float32 sRGB in [0, 1]]; and, by task, depth (H, W) float32 metres with mask
           (H, W) bool; normal (3, H, W), 0 = invalid; judgements (IIW's JSON); labels, colors (MAW);
           albedo, shading, residual (3, H, W) *linear* with masks of their shape; lights (MIT's photos, linear);
-          size (H, W) that a map must have
+          size (H, W) of the maps that are compared
 """
 import csv
 import io
@@ -33,7 +33,7 @@ DIODE_CAMERA = (886.81, 927.06, 512.0, 384.0)   # fx, fy, cx, cy in pixels
 MIT_OBJECTS = ("box cup1 cup2 dinosaur panther squirrel sun teabag2 "
                "deer frog1 frog2 paper1 paper2 raccoon teabag1 turtle").split()
 LMSE_WINDOWS = 20, 10                 # pixels: side, step
-FRAME_MARGIN = 5.0                    # surface.AXIS_MARGIN on one image, where the normals of its depth are noisy
+FRAME_MARGIN = 5.0                    # degrees, as surface.AXIS_MARGIN, for one image: normals of its depth are noisy
 
 
 def read_list(name):
@@ -46,7 +46,7 @@ def read_list(name):
 
 
 def swap_parts(name, old, new):
-    """Replace the last occurrence of each part of a name: the rule by which other columns follow from the first."""
+    """Replace the last occurrence of each part of a photo's name, to get the names of the files beside it."""
     for a, b in zip([old] if isinstance(old, str) else old, [new] if isinstance(new, str) else new, strict=True):
         if a:
             head, found, tail = name.rpartition(a)
@@ -151,8 +151,6 @@ def find_data(bench, path):
     return files, found, missing
 
 
-# reading one image ------------------------------------------------------------------------------------------------
-
 def _chw(pixels):
     """(H, W, 3) uint8 or float -> (3, H, W) float32 tensor in [0, 1]."""
     tensor = torch.from_numpy(np.array(pixels)).permute(2, 0, 1).contiguous()
@@ -201,11 +199,12 @@ def _load_depth(bench, files, item):
     rgb = _chw(formats.decode_rgb(files.read(item["rgb"]), files.where(item["rgb"])))
     _same_size(where, depth.shape, rgb.shape[1:])
     if bench.dataset == "kitti":
-        (h, w), (H, W) = KITTI_SIZE, depth.shape
+        h, w = KITTI_SIZE
+        H, W = depth.shape
         if H < h or W < w:
             raise ValueError(f"{where}: got {W} x {H} pixels, want at least {w} x {h}; fetch it again")
         left = int((W - w) / 2)
-        depth, rgb = depth[H - h:, left:left + w], rgb[:, H - h:, left:left + w]
+        depth, rgb = (x[..., H - h:, left:left + w] for x in (depth, rgb))
     if mask is None:
         mask = valid_depth(bench, depth)
     if not mask.any():
@@ -235,7 +234,8 @@ def _diode_depth(files, depth_name, mask_name):
 def valid_depth(bench, depth):
     """Pixels that count: strictly inside the range, and inside the crop of NYUv2 or KITTI."""
     mask = (depth > bench.range[0]) & (depth < bench.range[1])
-    crop, (H, W) = np.zeros_like(mask), depth.shape
+    crop = np.zeros_like(mask)
+    H, W = depth.shape
     if bench.dataset == "nyuv2":
         crop[45:471, 41:601] = True
     elif bench.dataset == "kitti":
@@ -271,8 +271,8 @@ def _check_axes(files, item, sample):
         raise ValueError(f"{files.where(item['normal'])}: {wrong}")
 
 
-def _fits(where, measure, *args):
-    """Try a measure on the truth: what it refuses is reported with the name of the file."""
+def _check_truth(where, measure, *args):
+    """Compute a measure on the truth: an error of the measure is raised with the name of the file."""
     try:
         measure(*args)
     except ValueError as error:
@@ -282,7 +282,7 @@ def _fits(where, measure, *args):
 def _load_whdr(bench, files, item):
     rgb = _chw(formats.decode_rgb(files.read(item["rgb"]), files.where(item["rgb"])))
     judgements = decode_json(files.read(item["judgements"]), files.where(item["judgements"]))
-    _fits(files.where(item["judgements"]), metrics.whdr, np.ones((8, 8, 3)), judgements)
+    _check_truth(files.where(item["judgements"]), metrics.whdr, np.ones((8, 8, 3)), judgements)
     return dict(photos=[rgb], judgements=judgements, size=tuple(rgb.shape[1:]))
 
 
@@ -290,7 +290,8 @@ def _load_maw(bench, files, item):
     rgb = _chw(formats.decode_rgb(files.read(item["rgb"]), files.where(item["rgb"])))
     colors = formats.decode_npy(files.read(item["colors"]), files.where(item["colors"]))
     labels = formats.decode_gray(files.read(item["mask"]), files.where(item["mask"]))
-    _fits(files.where(item["mask"]), metrics.maw_intensity, np.zeros((*metrics.MAW_SIZE, 3), np.uint8), labels, colors)
+    black = np.zeros((*metrics.MAW_SIZE, 3), np.uint8)
+    _check_truth(files.where(item["mask"]), metrics.maw_intensity, black, labels, colors)
     return dict(photos=[rgb], colors=colors, labels=labels, size=tuple(rgb.shape[1:]))
 
 
@@ -319,7 +320,7 @@ def _load_lmse(bench, files, item):
     mask = _mit_mask(files, item)
     photo, albedo, shading = (_mit_photo(files, item[m], mask) for m in ("rgb", "albedo", "shading"))
     for m, x in (("albedo", albedo), ("shading", shading)):
-        _fits(files.where(item[m]), metrics.lmse, x.mean(0), x.mean(0), mask, *LMSE_WINDOWS)
+        _check_truth(files.where(item[m]), metrics.lmse, x.mean(0), x.mean(0), mask, *LMSE_WINDOWS)
     return dict(photos=[_shown(photo, mask)], mask=mask, size=mask.shape, albedo=albedo, shading=shading)
 
 
@@ -352,11 +353,11 @@ def _load_iid(bench, files, item):
     finite = {m: np.isfinite(x) for m, x in truth.items()}
     _colours(files.where(item["albedo"]), truth["albedo"][finite["albedo"]])
     masks = {f"{m}_mask": ok for m, ok in finite.items()}
-    masks["albedo_mask"] = finite["albedo"] & (truth["albedo"] != 0).any(0)     # black: no surface
+    masks["albedo_mask"] = finite["albedo"] & (truth["albedo"] != 0).any(0)     # black means no surface
     for m in truth:
         if not masks[f"{m}_mask"].any():
             raise ValueError(f"{files.where(item[m])}: got an empty mask, want finite values; fetch it again")
-    # differs: the official quantile is NaN, and with it the whole image, when one value is not finite
+    # differs: in the official code one value that is not finite makes the quantile, and so the whole image, NaN
     top = max(float(np.quantile(truth[m][finite[m]], 0.98)) for m in ("shading", "residual"))
     for m in ("shading", "residual"):
         truth[m] = np.where(finite[m], truth[m].clip(0, top) / max(top, 1e-12), 0)

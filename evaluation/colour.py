@@ -1,8 +1,8 @@
 """Colour science of the measured-albedo benchmark: spaces, CIELAB, the difference of two colours (CIEDE2000)."""
 import numpy as np
 
-ADOBE_TO_SRGB = np.array([[1.39835574, -0.39835574, 0.0],   # linear Adobe RGB (1998) -> linear sRGB: equal
-                          [0.0, 1.0, 0.0],                  # white, red and blue, so only green moves
+ADOBE_TO_SRGB = np.array([[1.39835574, -0.39835574, 0.0],   # linear Adobe RGB (1998) -> linear sRGB: the
+                          [0.0, 1.0, 0.0],                  # spaces differ in the green primary alone
                           [0.0, -0.04292898, 1.04292898]])
 SRGB_TO_XYZ = np.array([[0.4124564, 0.3575761, 0.1804375],  # linear sRGB -> CIE XYZ, D65, 2 degree observer
                         [0.2126729, 0.7151522, 0.0721750],
@@ -21,13 +21,14 @@ def ciede2000(lab1, lab2):
     (L1, a1, b1), (L2, a2, b2) = (np.moveaxis(np.asarray(lab, np.float64), -1, 0) for lab in (lab1, lab2))
     c7 = ((np.hypot(a1, b1) + np.hypot(a2, b2)) / 2) ** 7
     stretch = 1 + 0.5 * (1 - np.sqrt(c7 / (c7 + 25.0 ** 7)))
-    c1, c2 = np.hypot(stretch * a1, b1), np.hypot(stretch * a2, b2)
+    c1, c2 = (np.hypot(stretch * a, b) for a, b in ((a1, b1), (a2, b2)))
     h1, h2 = (np.degrees(np.arctan2(b, stretch * a)) % 360 for a, b in ((a1, b1), (a2, b2)))
     turn = h2 - h1 - 360 * np.sign(h2 - h1) * (np.abs(h2 - h1) > 180)
     dL = L2 - L1
     dC = c2 - c1
     dH = 2 * np.sqrt(c1 * c2) * np.sin(np.radians(turn / 2))                    # 0 for grays
-    L, C = (L1 + L2) / 2, (c1 + c2) / 2
+    L = (L1 + L2) / 2
+    C = (c1 + c2) / 2
     total = h1 + h2
     h = np.where(np.abs(h1 - h2) <= 180, total / 2, np.where(total < 360, total / 2 + 180, total / 2 - 180))
     h = np.where(c1 * c2 == 0, total, h)                                        # one hue is undefined (0)
@@ -38,5 +39,7 @@ def ciede2000(lab1, lab2):
     sH = 1 + 0.015 * C * T
     rotation = -np.sin(np.radians(60 * np.exp(-((h - 275) / 25) ** 2)))
     rotation = rotation * 2 * np.sqrt(C ** 7 / (C ** 7 + 25.0 ** 7))
-    light, chroma, hue = dL / sL, dC / sC, dH / sH
+    light = dL / sL
+    chroma = dC / sC
+    hue = dH / sH
     return np.sqrt(np.maximum(0, light ** 2 + chroma ** 2 + hue ** 2 + rotation * chroma * hue))

@@ -1,4 +1,4 @@
-"""Bootstrap intervals over images, and what an interval says of a change."""
+"""Bootstrap intervals over images, and the verdict that an interval gives on a change."""
 import numpy as np
 
 from evaluation.metrics import check_finite, reject
@@ -8,8 +8,8 @@ def bootstrap_interval(values_a, values_b=None, n=2000, seed=0, level=0.95, rela
     """Percentile bootstrap over images; with two lists, of the *paired* change from a to b.
 
     values_a   (N,) one number per image; values_b (N,) of the same images in the same order, or None
-    relative   False: mean(b) - mean(a); True: mean(b) / mean(a) - 1 (both means of one resample)
-    weights    (N,) > 0 of the images, drawn with them: mean is sum(weight value) / sum(weight) of a resample [equal]
+    relative   False: mean(b) - mean(a); True: mean(b) / mean(a) - 1 (both means over the same resample)
+    weights    (N,) > 0, one per image: the mean of a resample is sum(weight value) / sum(weight); None: equal weights
     returns    (mean, low, high): mean(a) or the change on all images; `level` of the resamples lie inside
     """
     a = check_finite("intervals.bootstrap_interval", values_a)
@@ -36,9 +36,9 @@ def bootstrap_interval(values_a, values_b=None, n=2000, seed=0, level=0.95, rela
 
 
 def verdict(low, high, better):
-    """What the interval of a change says: better, worse, or same where it holds 0. better: sign of the good direction.
+    """Verdict on a change from its interval: "better", "worse", or "same" when 0 lies inside or an end is not finite.
 
-    Ends that are not finite say "same": nothing is known.
+    better  sign of the good direction
     """
     if low * better > 0 and high * better > 0:
         return "better"

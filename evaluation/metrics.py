@@ -3,8 +3,8 @@
 Protocols: depth and normals after Marigold (and DSINE); WHDR after Bell et al. 2014 (IIW sec. 3.5); MAW after
 Wu et al. 2023; LMSE after Grosse et al. 2009. Ours: si_mse, whdr_from_gt, high_frequency_energy.
 
-Conventions owned here: sums run in float64; mask True (non-zero) = valid; a prediction is refused when any
-value is not finite, ground truth only inside the mask. Each refusal is a ValueError that says got, want, do.
+Conventions owned here: sums run in float64; mask True (non-zero) = valid; no value of a prediction may be NaN or
+infinite, and none of the ground truth inside the mask. Each refusal is a ValueError that says got, want, do.
 """
 import numpy as np
 
@@ -13,12 +13,12 @@ from evaluation.colour import ADOBE_TO_SRGB, ciede2000, linear_to_lab
 MAW_SIZE = (240, 320)      # rows, columns on which MAW compares
 MIN_DEPTH = 1e-6           # floor of a prediction before logarithms and ratios (Marigold)
 MIN_LIGHTNESS = 1e-10      # floor of a reflectance before ratios (IIW)
-BLOCK = 1 << 17            # elements that depth metrics read at a time: float64 copies of them stay in the cache
-RANK = 1e-10               # spread relative to size below which a predicted depth is constant
+BLOCK = 1 << 17            # elements that depth metrics read at a time: their float64 copies fit in the cache
+RANK = 1e-10               # a predicted depth whose spread relative to its size is smaller counts as constant
 
 
 def reject(measure, got, want, do):
-    """Raise the one line that a measure says of its input."""
+    """Raise the error of a measure about its input: one line that says got, want, do."""
     raise ValueError(f"{measure} failed: got {got}, want {want}; {do}.")
 
 
@@ -46,32 +46,33 @@ def _valid(measure, pred, gt, mask):
     pred, gt = check_shapes(measure, pred, gt)
     mask = np.asarray(mask).astype(bool)
     if mask.shape not in (pred.shape, pred.shape[:2]) and mask.shape == pred.shape[-2:]:
-        pred, gt = np.moveaxis(pred, 0, -1), np.moveaxis(gt, 0, -1)
+        pred, gt = (np.moveaxis(x, 0, -1) for x in (pred, gt))
     if mask.shape not in (pred.shape, pred.shape[:2]):
         reject(measure, f"a mask of shape {mask.shape}", f"one that fits {pred.shape}", "load it again")
     if not mask.any():
         reject(measure, "an empty mask", "at least one valid pixel", "leave this image out and count it")
-    pred, gt = pred[mask], gt[mask]
+    pred, gt = (x[mask] for x in (pred, gt))
     if not np.isfinite(gt).all():
         reject(measure, "non-finite ground truth in the mask", "finite numbers", "mask those pixels out")
     return pred, gt
 
 
 def _rows(measure, pred, gt, mask):
-    """Blocks of whole rows, valid elements only, float64: a large map is read once, in the cache, and never copied."""
-    pred, gt, mask = np.asarray(pred), np.asarray(gt), np.asarray(mask)
-    if pred.shape != gt.shape or pred.shape != mask.shape:                      # a refusal, or shapes of si_mse
+    """Yield blocks of whole rows, their valid elements as float64, so that a large map is never copied as a whole."""
+    pred, gt, mask = (np.asarray(x) for x in (pred, gt, mask))
+    if pred.shape != gt.shape or pred.shape != mask.shape:                      # _valid refuses, or knows the shapes
         yield _valid(measure, pred, gt, mask)
         return
     height = max(1, BLOCK // max(1, pred[0].size))
     found = False
     for i in range(0, len(pred), height):
-        p, g, ok = pred[i:i + height], gt[i:i + height], mask[i:i + height].astype(bool)
+        p, g, ok = (x[i:i + height] for x in (pred, gt, mask))
+        ok = ok.astype(bool)
         if not np.isfinite(p).all():
-            check_finite(measure, pred)                                         # refuses with the count
+            check_finite(measure, pred)                                         # raises, with the number of values
         if ok.any():
             found = True
-            p, g = p[ok].astype(np.float64), g[ok].astype(np.float64)
+            p, g = (x[ok].astype(np.float64) for x in (p, g))
             if not np.isfinite(g).all():
                 reject(measure, "non-finite ground truth in the mask", "finite numbers", "mask those pixels out")
             yield p, g
@@ -83,13 +84,12 @@ def align_depth(pred, gt, mask, max_res=None):
     """Least-squares scale and shift from predicted to true depth (Marigold, util/alignment).
 
     pred, gt   (H, W) depth, any unit; mask (H, W)
-    max_res    mirrors the ETH3D quirk: when max(H, W) > max_res, only the *columns* are subsampled (nearest,
-               by max_res / max(H, W)) before the fit; every row takes part
-    returns    (scale, shift): scale * pred + shift ~ gt. A constant prediction c gets the
-               minimum-norm (c, 1) mean(g) / (c^2 + 1).
-               A negative scale means inverse depth: the caller must report it
+    max_res    as in Marigold's code for ETH3D: when max(H, W) > max_res, the *columns* alone are subsampled (nearest,
+               by max_res / max(H, W)) before the fit, the rows are not
+    returns    (scale, shift): scale * pred + shift ~ gt. A constant prediction c gets the minimum-norm solution
+               (c, 1) mean(g) / (c^2 + 1). A negative scale means inverse depth: the caller must report it
     """
-    pred, gt, mask = np.asarray(pred), np.asarray(gt), np.asarray(mask)
+    pred, gt, mask = (np.asarray(x) for x in (pred, gt, mask))
     if pred.ndim != 2:
         reject("metrics.align_depth", f"a prediction of shape {pred.shape}", "(H, W)", "drop the channel axis")
     if max_res is not None and max(pred.shape) > max_res and pred.shape == gt.shape == mask.shape:
@@ -97,18 +97,21 @@ def align_depth(pred, gt, mask, max_res=None):
         width = pred.shape[1]
         cols = (np.arange(int(width * factor)) * np.float32(1 / factor)).astype(int).clip(0, width - 1)
         if not np.isfinite(pred).all():
-            check_finite("metrics.align_depth", pred)                                        # refuses with the count
-        pred, gt, mask = pred[:, cols], gt[:, cols], mask[:, cols]
+            check_finite("metrics.align_depth", pred)                           # raises, with the number of values
+        pred, gt, mask = (x[:, cols] for x in (pred, gt, mask))
     n = 0
     mp = mg = pp = pg = 0.0                                                     # means and centred sums so far
     for p, g in _rows("metrics.align_depth", pred, gt, mask):
         k = len(p)
-        bp, bg = p.mean(), g.mean()
-        dp, dg = bp - mp, bg - mg
-        p, g = p - bp, g - bg
+        bp, bg = (x.mean() for x in (p, g))                                     # means of the block
+        dp = bp - mp
+        dg = bg - mg
+        p = p - bp
+        g = g - bg
         pp = pp + p @ p + dp * dp * n * k / (n + k)
         pg = pg + p @ g + dp * dg * n * k / (n + k)
-        mp, mg = mp + dp * k / (n + k), mg + dg * k / (n + k)
+        mp += dp * k / (n + k)
+        mg += dg * k / (n + k)
         n += k
     if pp <= n * (RANK * (mp * mp + 1)) ** 2:                                   # constant: minimum norm
         return float(mp * mg / (mp * mp + 1)), float(mg / (mp * mp + 1))
@@ -165,7 +168,7 @@ def normal_error(pred, gt):
 
 def _darker(l1, l2, delta):
     """IIW's three-way rule on lightness: "1" (point 1 is darker), "2" or "E" (about equal)."""
-    l1, l2 = max(MIN_LIGHTNESS, l1), max(MIN_LIGHTNESS, l2)
+    l1, l2 = (max(MIN_LIGHTNESS, x) for x in (l1, l2))
     return "1" if l2 / l1 > 1 + delta else "2" if l1 / l2 > 1 + delta else "E"
 
 
@@ -215,7 +218,8 @@ def _whdr(image, judgements, delta):
         for key in ("point1", "point2"):
             if c[key] not in points:
                 reject("metrics.whdr", f"unknown {key} id {c[key]}", "an id in intrinsic_points", "correct the JSON")
-        (opaque1, l1), (opaque2, l2) = points[c["point1"]], points[c["point2"]]
+        opaque1, l1 = points[c["point1"]]
+        opaque2, l2 = points[c["point2"]]
         if opaque1 and opaque2:
             wrong += weight * (_darker(l1, l2, delta) != c["darker"])
             total += weight
@@ -228,7 +232,7 @@ def whdr_from_gt(pred, gt, points, delta=0.1):
     pred, gt   (H, W, 3) float, *linear*; points (P, 2, 2) integer (row, col) pairs
     returns    share of pairs labelled differently, in [0, 1]
     """
-    pred, gt = _reflectance("metrics.whdr_from_gt", pred), _reflectance("metrics.whdr_from_gt", gt)
+    pred, gt = (_reflectance("metrics.whdr_from_gt", x) for x in (pred, gt))
     pred, gt = check_shapes("metrics.whdr_from_gt", pred, gt)
     points = np.asarray(points)
     if points.ndim != 3 or points.shape[1:] != (2, 2) or len(points) == 0 or points.dtype.kind not in "iu":
@@ -249,13 +253,14 @@ def _shrink(n, n_out):
 
 def _maw(measure, pred, mask, colors):
     """MAW's regions -> predicted mean (K, 3) and true colour (K, 3), both linear sRGB, pixel counts (K,)."""
-    pred, mask = np.asarray(pred), np.asarray(mask)
+    pred, mask = (np.asarray(x) for x in (pred, mask))
     colors = np.asarray(colors, np.float64)
     if pred.ndim != 3 or pred.shape[2] != 3 or pred.dtype != np.uint8:
         reject(measure, f"a prediction {pred.dtype} {pred.shape}", "uint8 (H, W, 3) sRGB", "encode it first")
     if mask.ndim != 2 or colors.ndim != 2 or colors.shape[1] != 3 or not np.isfinite(colors).all():
         reject(measure, f"mask {mask.shape}, colors {colors.shape}", "(H, W), finite (K, 3)", "check meta.csv")
-    (h, w), (H, W) = MAW_SIZE, mask.shape
+    h, w = MAW_SIZE
+    H, W = mask.shape
     rows, cols = (((np.arange(n) + 0.5) * N / n).astype(int) for n, N in ((h, H), (w, W)))
     small = mask[rows][:, cols]                                                # (h, w) nearest
     labels = np.unique(small[small != 0])
@@ -280,7 +285,7 @@ def maw_intensity(pred, mask, colors):
     returns  float (not x100)
     """
     m, g, weight = _maw("metrics.maw_intensity", pred, mask, colors)
-    m, g = m.mean(1), g.mean(1)                                                # (K,)
+    m, g = (x.mean(1) for x in (m, g))                                         # (K,)
     theta = (weight * m * g).sum() / max((weight * m * m).sum(), 1e-6)
     return float((weight * (theta * m - g) ** 2).sum() / weight.sum())
 
@@ -303,8 +308,8 @@ def lmse(pred, gt, mask, window, stride):
     window     k: only full k x k windows count, every `stride` pixels; scale 0 where sum p^2 <= 1e-5
     returns    float >= 0; Grosse averages this over shading and reflectance (k = 20, stride 10)
     """
-    _valid("metrics.lmse", pred, gt, mask)                                             # refusals only
-    pred, gt = np.asarray(pred, np.float64), np.asarray(gt, np.float64)
+    _valid("metrics.lmse", pred, gt, mask)                                     # raises for maps that do not fit
+    pred, gt = (np.asarray(x, np.float64) for x in (pred, gt))
     mask = np.asarray(mask).astype(bool)
     H, W = mask.shape[:2]
     if mask.shape != pred.shape[:2] or not 1 <= window <= min(H, W) or stride < 1:
@@ -314,7 +319,7 @@ def lmse(pred, gt, mask, window, stride):
     for i in range(0, H - window + 1, stride):
         for j in range(0, W - window + 1, stride):
             block = np.s_[i:i + window, j:j + window]
-            p, g = pred[block][mask[block]], gt[block][mask[block]]
+            p, g = (x[block][mask[block]] for x in (pred, gt))
             pp = (p * p).sum()
             residual += np.square(g - (p * g).sum() / pp * p if pp > 1e-5 else g).sum()
             energy += (g * g).sum()
@@ -356,17 +361,17 @@ def ssim(pred, gt, valid=None):
     """
     pred, gt = check_shapes("metrics.ssim", pred, gt)
     if pred.ndim == 2:
-        pred, gt = pred[None], gt[None]
+        pred, gt = (x[None] for x in (pred, gt))
     elif pred.ndim == 3 and pred.shape[2] <= 4:
-        pred, gt = np.moveaxis(pred, 2, 0), np.moveaxis(gt, 2, 0)
+        pred, gt = (np.moveaxis(x, 2, 0) for x in (pred, gt))
     if pred.ndim != 3 or pred.shape[0] > 4 or min(pred.shape[1:]) < 11:
         reject("metrics.ssim", f"shape {pred.shape}", "at most 4 channels and sides >= 11", "use larger maps")
     if not np.isfinite(gt).all():
         reject("metrics.ssim", "non-finite ground truth", "finite numbers", "set invalid pixels to 0 in both maps")
-    mu_p, mu_g = _blur(pred), _blur(gt)
+    mu_p, mu_g = (_blur(x) for x in (pred, gt))
     var = _blur(pred * pred + gt * gt) - mu_p ** 2 - mu_g ** 2
     cov = _blur(pred * gt) - mu_p * mu_g
-    c1, c2 = 0.01 ** 2, 0.03 ** 2
+    c1, c2 = (k ** 2 for k in (0.01, 0.03))
     score = (2 * mu_p * mu_g + c1) * (2 * cov + c2) / ((mu_p ** 2 + mu_g ** 2 + c1) * (var + c2))
     if valid is not None:
         score = score[:, _blur(np.asarray(valid, float)[None])[0] > 1 - 1e-9]   # the smallest weight is 1e-6
@@ -376,7 +381,7 @@ def ssim(pred, gt, valid=None):
 
 
 def high_frequency_energy(maps):
-    """Mean squared 4-neighbour Laplacian inside a (C, H, W) map: an off-reward sign of added noise. Ours."""
+    """Mean squared 4-neighbour Laplacian inside a (C, H, W) map: it shows noise that the reward does not see. Ours."""
     x = check_finite("metrics.high_frequency_energy", maps)
     if x.ndim != 3 or min(x.shape[1:]) < 3:
         reject("metrics.high_frequency_energy", f"shape {x.shape}", "(C, H, W), sides >= 3", "add the channel axis")

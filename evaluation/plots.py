@@ -3,7 +3,12 @@ import html
 import math
 from dataclasses import dataclass
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 300, 230, 48, 10, 28, 38
+WIDTH = 300                       # px of a panel
+HEIGHT = 230
+LEFT = 48                         # px of its margins
+RIGHT = 10
+TOP = 28
+BOTTOM = 38
 COLOURS = ("#777777", "#4477aa", "#66ccee", "#228833", "#ccbb44", "#ee6677", "#aa3377", "#000000", "#ff8800", "#8866cc")
 
 
@@ -29,8 +34,9 @@ def _text(x, y, words, anchor="middle", size=11):
 
 
 def _limits(values):
-    """Ends of an axis: smallest and largest value, apart by one where they are equal."""
-    low, high = min(values, default=0), max(values, default=1)
+    """Ends of an axis: the smallest and the largest value; the largest + 1 when they are equal."""
+    low = min(values, default=0)
+    high = max(values, default=1)
     return low, (high if high > low else low + 1)
 
 

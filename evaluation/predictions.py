@@ -1,8 +1,8 @@
 """Predictions of benchmark images, from a network or from saved maps, scored one by one and kept on disk.
 
 Every image's values are appended to OUT/eval/*.jsonl as soon as they are known. The file's name is a digest of the
-data, the predictions, the settings and the code: the same command goes on where it was killed, and no other command
-reads its numbers.
+data, the predictions, the settings and the code. So the same command continues where it was killed, and a command with
+other settings, data or code never reads these numbers.
 """
 import hashlib
 import inspect
@@ -34,11 +34,12 @@ from runtime.ranks import pick_device
 class Source:
     """Where predictions come from: a network, or a folder of saved maps.
 
-    label    for the tables
+    label    its name in tables
     lacks    (bench, items) -> why it cannot be evaluated, or ""
-    key      (bench, items) -> text that changes whenever the maps may
+    key      (bench, items) -> text that differs when the maps may differ
     read     (bench, files, item) -> sample, called in a second thread
-    predict  (bench, sample) -> pred of protocols.py;  saved: the maps are another method's files
+    predict  (bench, sample) -> pred of protocols.py
+    saved    True: the maps are files that another method wrote
     """
 
     label: str
@@ -62,7 +63,7 @@ def weights_key(policy):
 
 
 def maps_at_size(policy, rgb, processing_res, args, wanted, size):
-    """Maps of one photo at another size: the one place where a benchmark calls a predictor.
+    """Maps of one photo, resized to `size`; benchmarks call a predictor here alone.
 
     rgb      (3, H, W) sRGB in [0, 1]; wanted: modalities; size (H, W)
     args     of the command line: denoise_steps, ensemble_size, seed
@@ -77,9 +78,9 @@ def maps_at_size(policy, rgb, processing_res, args, wanted, size):
 
 
 def linear_arrays(maps, space):
-    """Maps as protocols.py wants them: albedo and irradiance linear, depth without its channel axis.
+    """Maps in the form that protocols.py reads: albedo and irradiance linear, depth without its channel axis.
 
-    space  "srgb" or "linear", of the albedo and irradiance given
+    space  "srgb" or "linear": the space of the albedo and irradiance in `maps`
     """
     out = {}
     for m, x in maps.items():
@@ -92,8 +93,8 @@ def linear_arrays(maps, space):
 def network_source(path, args):
     """Predictions of a checkpoint. args: of the command line: processing_res, denoise_steps, ensemble_size, seed.
 
-    differs: photos are reduced to the processing resolution once, in the reading thread, and the maps enlarged from
-    there: a 4032 x 6048 photo never exists next to its maps.
+    differs: photos are reduced to the processing resolution once, in the thread that reads them, and the maps are
+    enlarged from there, so a 4032 x 6048 photo and its maps are never in memory together.
     """
     policy = load_predictor(path).to(pick_device("auto", "eval.py"))
     trained = getattr(getattr(policy, "cfg", None), "size", None)              # px, of our DiT; None: the protocol's
@@ -128,7 +129,7 @@ def network_source(path, args):
 
 
 def prediction_file(bench, files, name, modality):
-    """Where the saved map of a photo is expected, or the first accepted name that exists.
+    """Name of the saved map of a photo: the first accepted name that exists, else the first accepted name.
 
     depth    pred_STEM.npy (NYUv2: pred_0001.npy), normals STEM.npy, IID STEM_albedo.npy, STEM_shading.npy (Marigold's)
     others   STEM_MODALITY.npy; albedo and shading also .png; IIW and MAW also STEM-r.png (Bell et al.) and STEM.png
@@ -205,7 +206,7 @@ def saved_source(path, args):
                     raise ValueError(f"{saved.where(f)}: got a file of {bench.dataset} itself as a prediction, want "
                                      "another folder in --pred-dir")
             sample["saved"].append(linear_arrays({m: read_prediction(saved, f, m) for m, f in maps.items()},
-                                          space(bench)))
+                                                 space(bench)))
         return sample
 
     def maps(bench, sample):
@@ -216,7 +217,7 @@ def saved_source(path, args):
 
 
 def find_source(path, args):
-    """Source of a path: a predictor's folder or hub id, or a folder or tar of saved maps. args as in both."""
+    """Source of a path: a predictor's folder or hub id, or a folder or tar of saved maps."""
     there = Path(path)
     maps = there.is_file() or (there.is_dir() and not any((there / n).exists() for n in ("predictor.json",
                                                                                          "model_index.json")))
@@ -224,9 +225,9 @@ def find_source(path, args):
 
 
 def project_source():
-    """Text of this module and of all modules of the project that it uses, directly or through others: dict by name."""
+    """Source text of this module and of all project modules that it uses, directly or indirectly: dict by name."""
     root = Path(relations.__file__).parent
-    installed = Path(sysconfig.get_path("purelib"))                             # may lie below the root
+    installed = Path(sysconfig.get_path("purelib"))                             # may be inside the root
     found = {}
     waiting = [sys.modules[__name__]]
     while waiting:
@@ -240,18 +241,18 @@ def project_source():
     return found
 
 
-CODE = sorted(project_source().items())   # read at import: results keep the digest of the code that is running
+CODE = sorted(project_source().items())   # read at import: the code that runs, even when the files change meanwhile
 
 
 def results_file(bench, source, files, items, out):
-    """JSONL of results per image; its name changes with the data, the predictions, the settings and the code."""
+    """Path of the JSONL file of values per image; its name is a digest (see the module docstring)."""
     stamps = [[files.stamp(f) for role, f in item.items() if role != "name"] for item in items]
     key = hashlib.sha256(repr((CODE, stamps, files.where("x"), source.key(bench, items))).encode()).hexdigest()[:16]
     return Path(out, "eval", f"{bench.dataset}-{bench.task}-{key}.jsonl")
 
 
 def read_results(bench, path):
-    """Images with a result in a file: dict name -> values. The file is cut before the first line that is not whole."""
+    """Values of the images in a file: dict name -> values. The file is cut before the first incomplete line."""
     if not path.is_file():
         return {}
     rows = []
@@ -269,7 +270,7 @@ def read_results(bench, path):
 
 
 def evaluate_images(bench, source, files, items, path):
-    """Values per image, resumed from `path`; the next image is read while this one is predicted and scored."""
+    """Values per image, continued from `path`. The next image is read while this one is predicted and scored."""
     path.parent.mkdir(parents=True, exist_ok=True)
     done = read_results(bench, path)
     left = [item for item in items if item["name"] not in done]

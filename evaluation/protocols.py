@@ -3,8 +3,8 @@
 pred     list, one dict per photo of the sample: depth (H, W); normal (3, H, W); albedo, irradiance, residual
          (3, H, W) *linear*. numpy, the sample's size
 values   dict metric -> float of one image; None: this image has no such number (IIW without a usable comparison)
-differs: Marigold's code sums in float32, skips a missing prediction and averages a NaN; here sums are float64 and
-         anything missing, empty or non-finite is refused. No LPIPS
+differs: Marigold's code sums in float32, skips missing predictions and lets a NaN into the mean. Here sums are float64,
+         and whatever is missing, empty or non-finite is an error. No LPIPS
 """
 import itertools
 
@@ -13,12 +13,12 @@ import torch
 from PIL import Image, ImageDraw
 
 from data.maps import assumed_camera
-from data.pictures import ANCHORS
+from data.pictures import colour_map
 from evaluation import benchmarks, metrics, surface
 from evaluation.colour import ADOBE_TO_SRGB
 from relations import srgb_encode
 
-# task: {metric: (text, better, times)}; times: factor between the mean and the printed number
+# task: {metric: (text, sign of the good direction, factor between the mean and the printed number)}
 MEASURES = {
     "depth": {"abs_rel": ("AbsRel", -1, 1), "delta1": ("delta1, max ratio < 1.25", 1, 1),
               "delta2": ("delta2, < 1.25^2", 1, 1), "delta3": ("delta3, < 1.25^3", 1, 1), "rmse": ("RMSE, m", -1, 1),
@@ -42,7 +42,7 @@ MEASURES = {
                 "ssim": ("SSIM of the same (ours)", 1, 1),
                 "valid": ("pixels with a derived normal, border apart, %", 0, 100)},
 }
-PAPER = {  # ReasonX (arXiv 2512.04222), tables and project page: metric -> [(base, base's number, X's number)]
+PAPER = {  # ReasonX (arXiv 2512.04222), tables and project page: metric -> [(base, number of base, number of base-X)]
     ("iiw", "whdr"): {k: [("PRISM", a, b), ("Marigold", c, d)]               # the paper does not name the colour space
                       for s in ("linear", "srgb")
                       for k, a, b, c, d in ((f"whdr10_{s}", 17.2, 12.9, 16.7, 15.2),
@@ -55,8 +55,8 @@ PAPER = {  # ReasonX (arXiv 2512.04222), tables and project page: metric -> [(ba
     ("photos", "surface"): {"rmse": [("PRISM, ETH3D", .146, .099), ("PRISM, COCO", .202, .137)]},
 }
 THRESHOLDS = (11.25, 22.5, 30)        # degrees, strict
-LARGEST = 1e30                    # of a predicted value: the square of a larger one overflows float32
-MIN_VALID = 0.95                  # share of pixels with a derived normal; below it a line is printed
+LARGEST = 1e30                    # largest predicted value: the square of a larger one overflows float32
+MIN_VALID = 0.95                  # share of pixels with a derived normal; below it a warning is printed
 
 
 def encode_clipped(linear):
@@ -122,14 +122,14 @@ def disagreement(maps, mask):
 
 
 def score_lights(bench, pred, sample):
-    """How much the albedo of one object changes with its lighting, and how much the photos do."""
+    """How much the albedo of one object changes with the lighting, and how much its photos do."""
     return dict(consistency=disagreement([p["albedo"] for p in pred], sample["mask"]),
                 photos=disagreement(sample["lights"], sample["mask"]))
 
 
 def iid_pair(bench, m, pred, sample):
     """Prediction and truth of one map in the space they are compared in -> two (3, H, W), mask of their shape."""
-    p, g = np.asarray(pred, np.float64), np.asarray(sample[m], np.float64)
+    p, g = (np.asarray(x, np.float64) for x in (pred, sample[m]))
     if bench.dataset == "interiorverse":
         return encode_clipped(p), g ** (1 / 2.2), np.ones(g.shape, bool)
     ok = sample[f"{m}_mask"]
@@ -154,7 +154,7 @@ def score_iid(bench, pred, sample):
 
 
 def score_surface(bench, pred, sample):
-    """Predicted normals against those of the predicted depth, seen by relations.assumed_camera."""
+    """Predicted normals against those of the predicted depth, seen by maps.assumed_camera."""
     normal = np.asarray(pred[0]["normal"], np.float64)
     z, *camera = assumed_camera(np.asarray(pred[0]["depth"], np.float64))
     derived = surface.valid_normals(z, *camera)
@@ -189,7 +189,7 @@ def score_prediction(bench, pred, sample):
 
 
 def whole_rows(bench, rows):
-    """The rows before the first one that belongs to another benchmark or lacks a value that another row has."""
+    """Rows up to the first one that belongs to another benchmark or lacks a value that another row has."""
     known = MEASURES[bench.task].keys() | {"name", "scale", "pixels", "axes"}
     wanted = {"depth": known - {"pixels", "axes"}, "normal": known - {"pooled", "scale"},
               "iid": {"name", "albedo_psnr", "albedo_ssim"}}.get(bench.task, MEASURES[bench.task].keys() | {"name"})
@@ -214,7 +214,7 @@ def image_weights(name, rows):
 
 
 def find_problems(bench, rows, names):
-    """Lines on what the numbers hide: negative fitted scales, missing normals, a sign choice that fits better."""
+    """Warnings that the means do not show: negative fitted scales, missing normals, a sign choice that fits better."""
     out = []
     negative = [n for n, r in zip(names, rows, strict=True) if r.get("scale", 1) < 0]
     if negative:
@@ -234,33 +234,25 @@ def mean_axes(rows):
     return dict(zip(surface.AXES, np.mean(known, 0).tolist(), strict=True)) if known else None
 
 
-# pictures ---------------------------------------------------------------------------------------------------------
+def _error_picture(error, top):
+    """(H, W) error, NaN where there is no truth -> (3, H, W') picture: 0 is bright, `top` or more dark, no truth gray.
 
-def _colour_map(t):
-    """Values (H, W) in [0, 1] -> picture (3, H, W), bright to dark."""
-    knots = np.linspace(0, 1, len(ANCHORS))
-    return np.stack([np.interp(t, knots, ANCHORS[:, c]) for c in range(3)])
-
-
-def _bar(error, top):
-    """(H, W) error, NaN where there is no truth -> (3, H, W') picture: bright is 0, dark `top` or more, gray no truth.
-
-    The bar at its right runs from 0 (bottom) to top.
+    The colour bar at its right runs from 0 (bottom) to `top`.
     """
     H, W = error.shape
     known = np.isfinite(error)
     error = np.where(known, error, 0)
     bar = np.repeat(np.linspace(1, 0, H)[:, None], max(4, W // 24), 1)          # top of the bar = largest error
     both = np.concatenate([np.clip(error / max(top, 1e-12), 0, 1), np.zeros((H, 2)), bar], 1)
-    colour = _colour_map(both)
+    colour = colour_map(both)
     colour[:, :, W:W + 2] = 1
     colour[:, :, :W][:, ~known] = 0.5
     return colour
 
 
-def _depths(depth, mask, low, high):
+def _depth_picture(depth, mask, low, high):
     t = np.where(mask, np.clip((depth - low) / max(high - low, 1e-6), 0, 1), 0)
-    return _colour_map(t) * mask
+    return colour_map(t) * mask
 
 
 def _small(x, side=384):
@@ -288,27 +280,27 @@ def result_pictures(bench, pred, sample):
     photo = ("photo", _small(np.asarray(sample["photos"][0])))
     one = pred[0]
     if bench.task == "depth":
-        depth, mask = _small(sample["depth"]), _small(sample["mask"])
+        depth, mask = (_small(sample[k]) for k in ("depth", "mask"))
         fitted = _small(fit_depth(bench, one["depth"], sample)[0])
         low, high = np.quantile(depth[mask], [0.02, 0.98])
         error = np.where(mask, np.abs(fitted - depth) / np.where(mask, depth, 1), np.nan)
-        return [photo, (f"truth {low:.2f}..{high:.2f} m", _depths(depth, mask, low, high)),
-                ("prediction, aligned", _depths(fitted, np.ones_like(mask), low, high)),
-                ("|p-g|/g, bar 0..0.5", _bar(error, 0.5))]
+        return [photo, (f"truth {low:.2f}..{high:.2f} m", _depth_picture(depth, mask, low, high)),
+                ("prediction, aligned", _depth_picture(fitted, np.ones_like(mask), low, high)),
+                ("|p-g|/g, bar 0..0.5", _error_picture(error, 0.5))]
     if bench.task == "normal":
-        truth, guess = _small(sample["normal"]), _small(one["normal"])
+        truth, guess = (_small(x["normal"]) for x in (sample, one))
         angle = metrics.normal_error(guess, truth)
         unit = guess / np.linalg.norm(guess, axis=0).clip(1e-12)
         return [photo, ("truth", (truth + 1) / 2 * truth.any(0)), ("prediction", (unit + 1) / 2),
-                ("angle, bar 0..60 deg", _bar(angle, 60))]
+                ("angle, bar 0..60 deg", _error_picture(angle, 60))]
     if bench.task in ("lmse", "iid"):
         if bench.task == "iid":
             p, g, _ = iid_pair(bench, "albedo", one["albedo"], sample)
-        else:                                                                   # each over its own bright end
+        else:                                                                   # each over its own 99 % quantile
             ok = sample["mask"]
             p, g = (x / max(float(np.quantile(x[:, ok], 0.99)), 1e-6) * ok for x in (one["albedo"], sample["albedo"]))
-        p, g = _small(p), _small(g)
-        error = _bar(np.abs(p - g).mean(0), 0.5)
+        p, g = (_small(x) for x in (p, g))
+        error = _error_picture(np.abs(p - g).mean(0), 0.5)
         return [photo, ("true albedo", g), ("predicted albedo", p), ("|p-g|, bar 0..0.5", error)]
     if bench.task == "maw":
         labels = _small(sample["labels"])
@@ -324,5 +316,5 @@ def result_pictures(bench, pred, sample):
         derived = surface.valid_normals(*assumed_camera(np.asarray(one["depth"], np.float64)))
         angle = metrics.normal_error(one["normal"], derived)
         return [photo, ("normals of depth", _small((derived + 1) / 2)), ("normals", _small((one["normal"] + 1) / 2)),
-                ("angle, bar 0..60 deg", _bar(_small(angle), 60))]
+                ("angle, bar 0..60 deg", _error_picture(_small(angle), 60))]
     return [photo, *[(f"albedo {i + 1}", _small(encode_clipped(p["albedo"]))) for i, p in enumerate(pred[:3])]]

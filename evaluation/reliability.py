@@ -1,9 +1,9 @@
-"""How far a judge can be trusted: accuracy over every question, by margin and confidence, and colour bias.
+"""How reliable a judge is: accuracy over every question, by margin and confidence, calibration, and colour bias.
 
-accuracy     share of right answers over *all* questions; an undecided answer (p = 0.5 exactly, text that says nothing)
-             is wrong. `released`: the judge release's own figure, which drops undecided answers from the denominator
+accuracy     share of right answers over *all* questions; an undecided answer (p = 0.5 exactly, text that is no answer)
+             is wrong. `released` is the judge release's figure, which leaves undecided answers out of the denominator
 confidence   c = max(p, 1 - p); expected calibration error = sum over ten bins of [0.5, 1] of n / N |accuracy - c|
-swap         the same pair with red and green swapped: a judge that says "red" both times is biased, not informed
+swap         the same pair with red and green swapped: a judge that says "red" both times answers by colour alone
 """
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ MARGINS = (0.0, 0.05, 0.1, 0.2, 0.4)   # lower edges, in units of relations.marg
 
 
 def swap_colours(row):
-    """A row with red and green swapped. raises ValueError for a picture whose markers are drawn already."""
+    """A row with red and green swapped. raises ValueError for a picture in which the markers are drawn already."""
     if "image" in row:
         raise ValueError(f"reliability.py: got {row['id']!r} with drawn markers, want points to exchange the colours; "
                          "evaluate on a scene folder")
@@ -25,7 +25,7 @@ def swap_colours(row):
 
 
 def score_rows(judge, rows, folder, batch=32):
-    """Probability of answer one to every row's own question, one prefill each: (N,) float64 numpy."""
+    """Probability of the first answer to every row's own question, one prefill each: (N,) float64 numpy."""
     prob = np.empty(len(rows))
     by = {m: [i for i, r in enumerate(rows) if r["modality"] == m] for m in MODALITIES}
     parts = [(m, places[i:i + batch]) for m, places in by.items() for i in range(0, len(places), batch)]
@@ -36,12 +36,15 @@ def score_rows(judge, rows, folder, batch=32):
 
 
 def average_orders(prob, swapped, albedo):
-    """Mean of both orders in terms of the first one; albedo is symmetric in the colours. Arrays (N,)."""
+    """Mean answer of both orders of the colours, as a probability for the first order. Arrays (N,).
+
+    albedo  True where the question is about albedo, whose answer is the same in both orders
+    """
     return (prob + np.where(albedo, swapped, 1 - swapped)) / 2
 
 
 def calibration(prob, first):
-    """Expected calibration error and its table: a dict low, n, confidence, accuracy per bin that holds answers."""
+    """Expected calibration error and its table: a dict low, n, confidence, accuracy per bin that has answers."""
     confidence = np.maximum(prob, 1 - prob)
     right = right_answers(prob, first)
     place = np.clip(((confidence - 0.5) * 2 * BINS).astype(int), 0, BINS - 1)
@@ -56,7 +59,7 @@ def right_answers(prob, first):
 
 
 def right_guesses(rule, rows, folder, size):
-    """Right answers of a one-line rule of scores.HEURISTICS: (N,) bool; a rule that is undecided says the second."""
+    """Right answers of a rule of scores.HEURISTICS: (N,) bool; an undecided rule gives the second answer."""
     said = []
     for row in rows:
         rgb = questions.read_photo(row, folder, size)
@@ -106,9 +109,10 @@ def accuracy_figures(prob, first, margin):
 
 
 def swap_figures(prob, swapped, symmetric):
-    """How often the answers to both orders of the colours disagree with each other, or are the same word.
+    """How often the answers to both orders of the colours contradict each other, or are the same word.
 
-    prob, swapped  (N,) probability of answer one;  symmetric  True: the answer is the same in both orders
+    prob, swapped  (N,) probability of the first answer
+    symmetric      True: the right answer is the same in both orders (albedo)
     """
     one = prob > 0.5
     two = swapped > 0.5

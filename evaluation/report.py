@@ -48,7 +48,7 @@ def format_number(x):
 
 
 def format_interval(low, high):
-    """Two ends in brackets; "-" where there is none."""
+    """Two ends in brackets; "-" when one is not finite."""
     return f"[{format_number(low)}, {format_number(high)}]" if np.isfinite([low, high]).all() else "-"
 
 
@@ -57,8 +57,8 @@ def compare_scores(base, new):
     rows = {}
     for name in base:
         better = METRICS[name][1]
-        known = np.isfinite(base[name]) & np.isfinite(new[name])                 # images that have such pairs
-        if not known.any() or base[name][known].mean() == 0:                    # nothing to be relative to
+        known = np.isfinite(base[name]) & np.isfinite(new[name])                # images with a value
+        if not known.any() or base[name][known].mean() == 0:                    # no relative change exists
             change = low = high = float("nan")
         else:
             change, low, high = bootstrap_interval(base[name][known], new[name][known], relative=True)
@@ -107,7 +107,7 @@ def report_judge(args):
         rows = questions.read_jsonl(args.scenes)
     else:
         rows = questions.build_questions(args.scenes, args.pairs, judge.size, args.seed,
-                               None if args.split == "all" else args.split, judge.grid)
+                                         None if args.split == "all" else args.split, judge.grid)
     result = reliability.judge_figures(judge, rows, args.scenes, HEURISTICS, args.swap_average)
     n = len(rows)
     rooms = len({r["scene"].split(".")[0] for r in rows})
@@ -134,7 +134,7 @@ def report_wild(cfg, device, start, folder):
     """Before/after table on held-out scenes, the judge beside it, a picture; writes OUT/report.json, OUT/panel.png.
 
     cfg            of the run: out, judge, size, eval_images, eval_steps, micro, seed
-    start, folder  the predictor that GRPO started from, and what it has made of it
+    start, folder  of the predictor that GRPO started from, and of its result
     """
     out = Path(cfg.out)
     before, after = (load_predictor(path).to(device) for path in (start, folder))
@@ -159,9 +159,9 @@ def report_wild(cfg, device, start, folder):
 def report_photos(cfg, device, judged, start, folder):
     """Before/after figures without ground truth on the photos of --images; writes OUT/photos/report.json, panel.png.
 
-    cfg            of the run: images, eval_images, eval_steps, micro, seed, and what the rewards read
+    cfg            of the run: images, eval_images, eval_steps, micro, seed, and the settings of the reward
     judged         data.bank.Judgements, of which the first cfg.eval_images are shown
-    start, folder  the predictor that GRPO started from, and what it has made of it
+    start, folder  of the predictor that GRPO started from, and of its result
     """
     n = cfg.eval_images
     rgb = judged.rgb[:n].float() / 255
@@ -193,7 +193,7 @@ def report_photos(cfg, device, judged, start, folder):
 
 
 def save_panel(path, rgb, before, after, truth=None, labels=None, rows=4):
-    """Write a picture: a row per photo (n, 3, H, W), with each modality before, after and, if known, in truth."""
+    """Write a picture: a row per photo (n, 3, H, W) with the maps before and after, and the true maps if known."""
     tiles = []
     for i in range(min(rows, len(rgb))):
         tiles.append((labels[i] if labels else "photo", rgb[i].numpy()))
@@ -201,7 +201,7 @@ def save_panel(path, rgb, before, after, truth=None, labels=None, rows=4):
             for word, maps in (("base", before), ("X", after), ("truth", truth)):
                 if maps is not None:
                     value = maps[m][i]
-                    if word == "truth" and m == "depth":                        # sky as far as the farthest surface
+                    if word == "truth" and m == "depth":                        # show sky at the largest depth
                         value = value.masked_fill(~truth["mask"][i], value[truth["mask"][i]].max())
                     tiles.append((f"{m} {word}", picture_of(m, value.numpy())))
     save_png(path, panel(tiles, columns=len(tiles) // min(rows, len(rgb))))

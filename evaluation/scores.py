@@ -1,6 +1,6 @@
-"""What is measured on procedural scenes and on folders of scenes: errors of maps, accuracy of judges on pairs.
+"""Scores on procedural scenes and on folders of scenes: errors of maps, accuracy of maps and judges on pairs.
 
-Every figure is a list of one number per image, so that two predictors can be compared image by image.
+Every score is an array with one number per image, so that two predictors can be compared image by image.
 """
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from relations import NAMES, at_points, margin, sample_pairs, srgb_decode
 from runtime.ranks import generator
 
 PAIRS = 24                        # per image and modality
-DEPTH_RANGE = (0.1, 100.0)        # metres, clips aligned predictions
+DEPTH_RANGE = (0.1, 100.0)        # metres, to which aligned predictions are clipped
 METRICS = {  # modality/name: (text, sign of the good direction)
     "depth/abs_rel": ("AbsRel, least-squares scale and shift", -1),
     "depth/delta1": ("delta1, same alignment", 1),
@@ -26,7 +26,7 @@ METRICS = {  # modality/name: (text, sign of the good direction)
     "irradiance/si_mse": ("scale-invariant MSE, linear", -1),
     "irradiance/pairs": ("pair accuracy", 1),
 }
-HEURISTICS = {  # modality: (text, score > 0: the first answer); a judge that loses to them is a poor reward
+HEURISTICS = {  # modality: (text, score: > 0 means the first answer). A useful judge is more accurate than these rules
     "depth": ("lower pixel is closer", lambda rgb, pts: (pts[..., 0, 0] - pts[..., 1, 0]).float()),
     "normal": ("upper pixel faces the camera more", lambda rgb, pts: (pts[..., 1, 0] - pts[..., 0, 0]).float()),
     "albedo": ("close chromaticity is the same colour", lambda rgb, pts: 0.03 - chroma_distance(rgb, pts)),
@@ -70,7 +70,7 @@ def accuracy(score, truth):
 
 @torch.no_grad()
 def predict_maps(policy, rgb, steps, seed, batch=64):
-    """All maps of photos (B, 3, H, W): dict modality -> (B, C, H, W) on the CPU. Every policy gets the same noise."""
+    """All maps of photos (B, 3, H, W): dict modality -> (B, C, H, W) on the CPU. The noise depends on `seed` alone."""
     noise = torch.randn(len(rgb), *policy.shape(rgb), generator=generator(seed, 23))
     device = next(policy.parameters()).device
     out = {m: [] for m in policy.modalities}
@@ -124,7 +124,7 @@ def score_maps(pred, maps, pairs, warn=True):
 
 
 def judge_scores(judge, maps, pred, seed):
-    """Accuracy of the judge, of a predictor's maps and of the four heuristics on pairs that the judge can be asked.
+    """Accuracy of the judge, of a predictor's maps and of the four heuristics on pairs at points the judge can read.
 
     pred     dict modality -> (B, C, H, W);  returns  dict "judge/m", "predictor/m", "heuristic/m" -> (B,) numpy
     """
@@ -143,9 +143,9 @@ def judge_scores(judge, maps, pred, seed):
 
 
 def photo_scores(pred):
-    """Depth-normal consistency per photo, a figure that needs no truth: maps (B, C, H, W) -> (B,) RMSE of unit normals.
+    """Depth-normal consistency per photo, which needs no truth: maps (B, C, H, W) -> (B,) RMSE of unit normals.
 
-    The paper names no camera: ours is relations.assumed_camera.
+    The paper names no camera: ours is maps.assumed_camera.
     """
     figures = []
     for depth, normal in zip(pred["depth"], pred["normal"], strict=True):

@@ -1,6 +1,6 @@
-"""What a depth map and a normal map say about the same surface, and whether normals stand in our camera frame.
+"""Consistency of depth and normals of one surface, and a check that normals are given in our camera frame.
 
-The paper names the measure and gives no focal length, alignment or mask: those are ours. Conventions of metrics.py.
+The paper names the measure but no focal length, alignment or mask: those are ours. Conventions of metrics.py.
 """
 import numpy as np
 import torch
@@ -9,18 +9,18 @@ from data.maps import normals_from_depth
 from evaluation.metrics import check_finite, check_shapes, reject, unit_vectors
 
 AXES = tuple((x, y, z) for x in (1, -1) for y in (1, -1) for z in (1, -1))   # sign choices of a normal frame
-AXIS_MARGIN = 0.5                 # degrees by which another sign choice must fit better to be called the right one
+AXIS_MARGIN = 0.5                 # degrees by which another sign choice must fit better before the axes count as wrong
 
 
 def axis_errors(pred, gt, limit=20000):
-    """Mean angle for each of the 8 sign choices of the predicted axes: the guard against a wrong frame.
+    """Mean angle for each of the 8 sign choices of the predicted axes, to detect a wrong frame.
 
-    pred, gt   (3, H, W), zero = invalid in either; limit: about as many pixels take part (every k-th row and column)
-    returns    dict (sx, sy, sz) -> degrees; (1, 1, 1) is the prediction as it is. None without a pixel valid in both
+    pred, gt   (3, H, W), zero = invalid in either; limit: about so many pixels are used (every k-th row and column)
+    returns    dict (sx, sy, sz) -> degrees; (1, 1, 1) is the prediction as it is. None when no pixel is valid in both
     """
     pred, gt = check_shapes("surface.axis_errors", pred, gt)
     step = max(1, int((pred[0].size / limit) ** 0.5))
-    pred, gt = pred[:, ::step, ::step], gt[:, ::step, ::step]
+    pred, gt = (x[:, ::step, ::step] for x in (pred, gt))
     valid = pred.any(0) & gt.any(0)
     if not valid.any():
         return None
@@ -29,7 +29,10 @@ def axis_errors(pred, gt, limit=20000):
 
 
 def wrong_axes(errors, other, margin=AXIS_MARGIN):
-    """What is wrong with normals that fit `other` better by the margin under another of the 8 sign choices, or ""."""
+    """A warning when another of the 8 sign choices fits `other` better by the margin, else "".
+
+    errors  of `axis_errors`;  other  what the normals were compared with, in words
+    """
     best = min(errors, key=errors.get) if errors else None
     if not best or errors[best] >= errors[1, 1, 1] - margin:
         return ""
@@ -40,7 +43,7 @@ def wrong_axes(errors, other, margin=AXIS_MARGIN):
 
 
 def valid_normals(depth, fx, fy, cx, cy):
-    """Normals of a depth map with holes: relations.normals_from_depth in float64.
+    """Normals of a depth map with holes: maps.normals_from_depth in float64.
 
     depth            (H, W) planar z, > 0 and finite where it is known; a shift changes the result, a scale does not
     fx, fy, cx, cy   pinhole camera in pixels, integer pixel centres

@@ -1,7 +1,7 @@
-"""The watch over a GRPO run: its validation figures, its best copy, its early end when a figure drifts.
+"""Validation during a GRPO run: figures for the log, the best copy so far, and an early end when a figure drifts.
 
-The averaged policy is evaluated on validation scenes that no stage learns from. When a figure has left its band, the
-average goes back to what it was at the evaluation before, and the run ends.
+The averaged policy is evaluated on validation scenes on which no stage trains. When a figure has left its band, the
+average is reset to its state at the evaluation before, and the run ends.
 """
 import json
 import math
@@ -18,13 +18,13 @@ from runtime.ranks import combine_numbers, rank
 from runtime.run import about
 
 
-def evaluated_rows(folder):
+def validation_rows(folder):
     """Rows of a run's log that hold validation figures."""
     return [row for row in read_log(folder / "metrics.jsonl") if any(k.startswith("synthetic/") for k in row)]
 
 
 def reward_statistics(scored):
-    """What the log shows of a step's rewards: dict modality -> grpo.Score -> dict name -> 0-dim tensor."""
+    """Figures of a step's rewards for the log: dict modality -> grpo.Score to dict name -> 0-dim tensor."""
     stats = {}
     for m, one in scored.items():
         stats |= {f"reward/{m}": one.reward.mean(), f"reward/{m}_spread": one.reward.std(1, correction=0).mean(),
@@ -37,9 +37,10 @@ def reward_statistics(scored):
 
 
 class Watch:
-    """Evaluates the average of a GRPO run, keeps the best, and ends the run when a figure has left its band.
+    """Evaluates the average of a GRPO run, saves the best, and ends the run when a figure has left its band.
 
-    nets   models.copies.Networks;  run  runtime.run.Run, whose `ended` it sets;  origin  what saved copies say of it
+    nets   models.copies.Networks;  run  runtime.run.Run, whose `ended` it sets
+    origin facts that saved copies record, such as the base
     cfg    eval_every, eval_steps, val_images, band, forget, size, micro, fsdp of config.Config
     """
 
@@ -48,9 +49,9 @@ class Watch:
         self.run = run
         self.cfg = cfg
         self.origin = origin | {k: v for k, v in about().items() if k in ("command", "commit")}
-        seen = [row for row in evaluated_rows(run.folder) if row["step"] < run.start]
-        self.drifted = drift(seen[-1], seen[0], cfg.band, cfg.forget) if seen else ""    # alike on every rank
-        self.kept = [p.detach().clone() for p in self.averaged]                 # of the evaluation before
+        seen = [row for row in validation_rows(run.folder) if row["step"] < run.start]
+        self.drifted = drift(seen[-1], seen[0], cfg.band, cfg.forget) if seen else ""    # the same on every rank
+        self.kept = [p.detach().clone() for p in self.averaged]                 # the average at the evaluation before
         run.ended = bool(self.drifted)
 
     @property
@@ -59,7 +60,7 @@ class Watch:
         return list(self.nets.modules["average"].parameters())
 
     def evaluate(self, step):
-        """Validation figures after a step, for the log; {} between evaluations and on ranks that take no part."""
+        """Validation figures after a step, for the log; {} between evaluations and on ranks that do not evaluate."""
         cfg = self.cfg
         if not cfg.eval_every or step and (step + 1) % cfg.eval_every:
             return {}
@@ -74,11 +75,11 @@ class Watch:
         return figures
 
     def _figures(self, step):
-        """Figures of the average; says what has left its band since the first step, and saves the best so far."""
+        """Figures of the average. Sets `drifted`, the figure that has left its band, and saves the best so far."""
         cfg = self.cfg
         figures = diagnose(self.nets.average, cfg.size, cfg.eval_steps, cfg.val_images, batch=cfg.micro or 64)
-        figures = combine_numbers(figures) if cfg.fsdp else figures             # or ranks might judge it differently
-        start = (evaluated_rows(self.run.folder) or [figures])[0]
+        figures = combine_numbers(figures) if cfg.fsdp else figures             # so that all ranks decide alike
+        start = (validation_rows(self.run.folder) or [figures])[0]
         self.drifted = drift(figures, start, cfg.band, cfg.forget)
         if not self.drifted and is_best(self.run.folder, figures):
             self.nets.save_average(self.run.folder / "best", **self.origin, step=step + 1)
@@ -87,7 +88,7 @@ class Watch:
         return figures
 
     def close(self):
-        """Say why the run ended early, if it did; write the average once the run is complete."""
+        """Print why the run ended early, if it did; write the average when the run is complete."""
         if self.drifted and rank() == 0:
             print(f"grpo: stopped after step {self.run.done}: {self.drifted}; the result is the average at the "
                   "evaluation before; more --kl-weight or --replay, or a smaller --lr, keeps the next from drifting; "
@@ -110,10 +111,10 @@ def mean_accuracy(figures):
 
 
 def diagnose(policy, size, steps, n=24, seed=0, batch=64):
-    """Figures on n validation scenes a domain, for the log: scores, and the sharpness and spread of wild maps.
+    """Figures on n validation scenes per domain, for the log: scores, and sharpness and spread of wild maps.
 
-    No stage learns from them. A reward that rises while high-frequency energy or spread leaves the true maps' band is
-    being hacked; synthetic scores that fall are forgetting.
+    No stage trains on these scenes. When the reward rises while sharpness or spread moves away from the start, the
+    policy exploits the reward. When synthetic errors grow, it forgets.
     """
     out = {}
     for domain in ("wild", "synthetic"):
@@ -130,14 +131,14 @@ def diagnose(policy, size, steps, n=24, seed=0, batch=64):
 
 
 def drift(now, start, band, forget):
-    """What has left its band since the start, as words; "" while nothing has.
+    """The first figure that has left its band since the start, in words; "" when there is none.
 
     now, start  figures of `diagnose`
     band        factor by which sharpness and spread of wild maps may change, either way; 0: any
     forget      share by which a synthetic validation error may grow; 0: any
     """
     for name in now:
-        if start.get(name) is None or now[name] is None:                        # not finite, or not measured then
+        if start.get(name) is None or now[name] is None:                        # not finite, or not measured
             continue
         if band and name.startswith("wild/") and name.endswith(("_high_frequency", "_spread")):
             factor = now[name] / max(start.get(name) or 0, 1e-12)

@@ -1,7 +1,8 @@
 """Which path computes a kernel: Triton on a GPU, its plain-torch `_ref` everywhere else.
 
-Kernel files take `triton` and `tl` from here, so that they import, with their `_ref`, where triton cannot.
-Under TRITON_INTERPRET=1 the interpreter runs CPU tensors, but only after `use("triton")`: it is slow.
+Kernel files import `triton` and `tl` from here, so that they and their `_ref` can be imported where triton is not
+installed. Under TRITON_INTERPRET=1 the interpreter runs kernels on CPU tensors, but only after `use("triton")`: it is
+slow.
 """
 import os
 from types import SimpleNamespace
@@ -12,10 +13,12 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")   # the default flips in 
 try:
     import triton
     import triton.language as tl
-    HAS_TRITON, TritonError = True, triton.TritonError
+    HAS_TRITON = True
+    TritonError = triton.TritonError
 except ImportError:                                      # no wheel for this platform, e.g. macOS
     triton = tl = SimpleNamespace(jit=lambda fn: fn, constexpr=None, float32=None, float64=None)
-    HAS_TRITON, TritonError = False, RuntimeError
+    HAS_TRITON = False
+    TritonError = RuntimeError
 
 INTERPRET = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 _mode = "auto"
@@ -31,22 +34,22 @@ def use(mode):
     _mode = mode
 
 
-def on(tensor):
-    """True when the Triton path is to be used for `tensor`."""
+def uses_triton(tensor):
+    """Whether a kernel computes on `tensor` with Triton; otherwise its `_ref` does."""
     return HAS_TRITON and _mode != "torch" and (tensor.is_cuda or INTERPRET and _mode == "triton")
 
 
-def on_float(tensor):
-    """As `on`, for a kernel with Python floats among its arguments.
+def uses_triton_with_floats(tensor):
+    """As `uses_triton`, for a kernel with Python floats among its arguments.
 
-    A compiled kernel receives those as fp32, so fp64 states take the torch path; the interpreter keeps them.
+    A compiled kernel receives Python floats as fp32, so fp64 states take the torch path; the interpreter keeps fp64.
     """
-    return on(tensor) and (INTERPRET or tensor.dtype != torch.float64)
+    return uses_triton(tensor) and (INTERPRET or tensor.dtype != torch.float64)
 
 
 @triton.jit
 def exact_div(x, y):
-    """x / y rounded to nearest, as torch divides: `/` is 2 ulp off in fp32. In a threshold one ulp is an answer."""
+    """x / y rounded to nearest, as in torch; Triton's `/` is up to 2 ulp off in fp32, which can flip a relation."""
     if x.dtype == tl.float64:
         return x / y
     else:
@@ -55,7 +58,7 @@ def exact_div(x, y):
 
 @triton.jit
 def exact_sqrt(x):
-    """Square root rounded to nearest, as torch's."""
+    """Square root rounded to nearest, as in torch."""
     if x.dtype == tl.float64:
         return tl.sqrt(x)
     else:

@@ -6,8 +6,8 @@ math       mean = A x + B v;  d = mean - mean_old;  r = x_next - mean_old
            avg over all n elements, or over the C channels of each pixel
 gradient   dlog_ratio/dv = B (x_next - mean) / (n std^2);  dkl/dv = B^2 (v - v_ref) / (n std^2);  none into v_ref, x,
            x_next, mean_old
-why fused  the difference of two densities cancels (an ulp of either is 1e-7 of its size), this form is exactly 0 at
-           d = 0. fp32 bytes per element, K samples: eager forward 72 + 48 K, here 16 + 4 K; no residual is kept
+why fused  fp32 bytes per element, K samples: eager forward 72 + 48 K, here 16 + 4 K; no residual is kept
+           Subtracting two log-densities loses digits (an ulp is 1e-7 of their size); this form is exactly 0 at d = 0
 source     exploration step of ReasonX (arXiv 2512.04222), KL as in Flow-GRPO (arXiv 2505.05470), there without |dt|
 
 One kernel pair for both averages: (R, K, C, P) with P pixels; the scalar form is C = 1, P = n.
@@ -15,7 +15,7 @@ One kernel pair for both averages: (R, K, C, P) with P pixels; the scalar form i
 import torch
 from torch.autograd.function import once_differentiable
 
-from . import on_float, tl, triton
+from . import tl, triton, uses_triton_with_floats
 from .sde_step import acc_dtype, linear_mean
 
 BLOCK = 1024                                           # fixed: it decides the summation order
@@ -40,7 +40,8 @@ def _log_ratio_fwd_kernel(
     K, P, n_parts, stride_r, stride_k, A, B, scale, kl_scale,
     C: tl.constexpr, MAP: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):
-    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
     col = part * BLOCK + tl.arange(0, BLOCK)                            # (BLOCK,)
     ok = col < P
     apart = tl.zeros((BLOCK,), ACC)
@@ -98,7 +99,8 @@ class _LogRatioKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_next, x, v, mean_old, v_ref, A, B, std, per_pixel):
         R, K, C, P = x_next.shape
-        acc, n_parts = acc_dtype(x_next, x, v), triton.cdiv(P, BLOCK)
+        acc = acc_dtype(x_next, x, v)
+        n_parts = triton.cdiv(P, BLOCK)
         out = v.new_empty(R, K, P if per_pixel else n_parts, dtype=acc)
         kl = v.new_empty(R, n_parts, dtype=acc)
         ctx.meta = dict(C=C, MAP=per_pixel, BLOCK=BLOCK, ACC=tl.float64 if acc == torch.float64 else tl.float32)
@@ -113,7 +115,8 @@ class _LogRatioKL(torch.autograd.Function):
     def backward(ctx, g, g_kl):
         x_next, x, v, v_ref = ctx.saved_tensors
         A, B, scale, kl_scale = ctx.scales
-        K, P, dv = x_next.shape[1], x_next.shape[3], torch.empty_like(v)
+        _, K, _, P = x_next.shape
+        dv = torch.empty_like(v)
         _log_ratio_bwd_kernel[(len(v), triton.cdiv(P, BLOCK))](
             x_next, x, v, v_ref, dv, g.contiguous(), g_kl.contiguous(), K, P, x_next.stride(0), x_next.stride(1),
             A, B, 2 * B * scale, 2 * kl_scale, **ctx.meta)
@@ -123,7 +126,8 @@ class _LogRatioKL(torch.autograd.Function):
 def log_ratio_kl(x_next, x, v, mean_old, v_ref, A, B, std, per_pixel=False):
     """Log-ratio of K recorded draws per state and KL to the reference; only v receives a gradient.
 
-    x_next       (R, K, C, h, w)  recorded draws;  x, mean_old (R, C, h, w) state, mean of the policy that drew them
+    x_next       (R, K, C, h, w)  recorded draws
+    x, mean_old  (R, C, h, w)     state, and mean of the step under the policy that drew
     v, v_ref     (R, C, h, w)     velocity at x of the policy that is trained and of the reference
     A, B, std    floats           mean = A x + B v and standard deviation (> 0) of the step
     returns      log-ratio (R, K), mean over elements, or (R, K, h, w), mean over channels; KL (R,), mean over elements;
@@ -134,7 +138,7 @@ def log_ratio_kl(x_next, x, v, mean_old, v_ref, A, B, std, per_pixel=False):
     if v.ndim != 4 or len(set(shapes)) > 1 or x_next.ndim != 5 or (len(x_next), *x_next.shape[2:]) != shapes[0]:
         raise ValueError(f"log_ratio_kl: got x_next {tuple(x_next.shape)}, x, v, mean_old, v_ref {shapes}; "
                          "want (R, K, C, h, w) and four of (R, C, h, w)")
-    if not all(map(on_float, (x_next, x, v))) or not x_next.numel():
+    if not all(map(uses_triton_with_floats, (x_next, x, v))) or not x_next.numel():
         return log_ratio_kl_ref(x_next, x, v, mean_old, v_ref, A, B, std, per_pixel)
     start = 3 if per_pixel else 2
     drawn = x_next.detach().flatten(start)

@@ -5,7 +5,7 @@ math       adv[g, p] = weight[p] (agree[g, p] - mean over the group); exactly 0 
            R[k, y] = exp(-(y - row_k)^2 / (2 width^2)), scaled to sum 1 over the h rows;  C likewise over columns
 gradient   none: an advantage is a constant of the loss
 why fused  eager stores two Gaussians per point and sample, (B, G, P, 2, h) and (B, P, 2, w); here they live in
-           registers. A gather: each tile of the map walks over all points, so sums have one order and no atomics
+           registers. Each tile of the map adds up all points itself, so sums have one order and need no atomics
 source     ours: the reward of ReasonX (arXiv 2512.04222) is a sum of known per-pair terms
 """
 import math
@@ -14,9 +14,10 @@ import torch
 
 from relations import check_points
 
-from . import on, tl, triton
+from . import tl, triton, uses_triton
 
-TILE, BLOCK = 32, 32                                   # pixels of a side; points of a step: fixed, it orders the sum
+TILE = 32                                              # pixels of a side of a program's part of the map
+BLOCK = 32                                             # points of a step; fixed: it decides the summation order
 
 
 def pair_credit_ref(agree, weight, pts, size, width):
@@ -62,8 +63,10 @@ def _pair_credit_kernel(
     G, P, h, w,
     INV: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):
-    bg, across = tl.program_id(0).to(tl.int64), tl.cdiv(w, TILE)
-    top, left = tl.program_id(1) // across * TILE, tl.program_id(1) % across * TILE
+    bg = tl.program_id(0).to(tl.int64)
+    across = tl.cdiv(w, TILE)
+    top = tl.program_id(1) // across * TILE
+    left = tl.program_id(1) % across * TILE
     b = bg // G
     member = tl.arange(0, GROUP)[:, None]                              # (GROUP, 1), GROUP >= G a power of 2
     acc = tl.zeros((TILE, TILE), ACC)
@@ -83,7 +86,8 @@ def _pair_credit_kernel(
         rows = _profile(row, top, h, INV, TILE) * adv[None]            # (TILE, BLOCK)
         cols = _profile(col, left, w, INV, TILE)                       # (TILE, BLOCK)
         acc += tl.dot(rows, tl.trans(cols), input_precision="ieee", out_dtype=ACC)
-    y, x = top + tl.arange(0, TILE)[:, None], left + tl.arange(0, TILE)[None]
+    y = top + tl.arange(0, TILE)[:, None]
+    x = left + tl.arange(0, TILE)[None]
     scale = h * w * 0.5
     tl.store(out_ptr + (bg * h + y) * w + x, acc * scale, mask=(y < h) & (x < w))
 
@@ -95,12 +99,13 @@ def pair_credit(agree, weight, pts, size, width, check=True):
     weight   (B, P)       share of each pair in the reward, rows sum to 1
     pts      (B, P, 2, 2) pixels of the state;  size (h, w) of the state
     width    px, standard deviation of the Gaussian; inf spreads each pair over the whole map
-    check    False: the points are known to lie inside (the check waits for the GPU)
-    returns  (B, G, h, w). Its mean over pixels is the centred reward, whatever the width, and at width inf it is
-             constant: the scalar estimator with norm "none". A pair the group agrees on gives exactly 0.
+    check    False: the caller has checked that the points lie inside (the check waits for the GPU)
+    returns  (B, G, h, w). Its mean over pixels is the group-centred reward at any width. At width inf it is constant
+             over pixels: the scalar advantage with norm "none". A pair on which the whole group agrees gives exactly 0
     raises   ValueError for points outside the state or a width that is not positive
     """
-    (B, G, P), (h, w) = agree.shape, size
+    B, G, P = agree.shape
+    h, w = size
     if not width > 0:
         raise ValueError(f"pair_credit: got width {width}, want width > 0")
     if weight.shape != (B, P) or pts.shape != (B, P, 2, 2):
@@ -108,7 +113,7 @@ def pair_credit(agree, weight, pts, size, width, check=True):
                          f"want {(B, P)} and {(B, P, 2, 2)}")
     if check:
         check_points("pair_credit", pts, size)
-    if not on(agree) or math.isinf(width) or not agree.numel():
+    if not uses_triton(agree) or math.isinf(width) or not agree.numel():
         return pair_credit_ref(agree, weight, pts, size, width)
     out = agree.new_empty(B, G, h, w)
     ACC = tl.float64 if agree.dtype == torch.float64 else tl.float32

@@ -1,38 +1,41 @@
-"""Relation, agreement and reward of a group of maps at thousands of point pairs, read straight from the maps.
+"""Agreement with the judge and reward of a group of maps at thousands of point pairs, read straight from the maps.
 
-math       m = margin of the modality (relations.py owns formulas and thresholds), relation in {-1, 0, +1}
-           agree = 1/2 + relation sign(2 p - 1) / 2 (hard),  1/2 + tanh(m / tau) (2 p - 1) / 2 (soft),
-                   1 - (tanh(m / tau) - (2 p - 1))^2 / 4 (brier),  p = prob
-           reward = sum over pairs of weight agree
-gradient   none needed: the reward scores samples. A call that wants one takes the reference, which has it
+math       m = margin of the modality (relations.py owns formulas and thresholds), relation in {-1, 0, +1}, p = prob
+           hard   agree = 1/2 + relation sign(2 p - 1) / 2
+           soft   agree = 1/2 + tanh(m / tau) (2 p - 1) / 2
+           brier  agree = 1 - (tanh(m / tau) - (2 p - 1))^2 / 4
+           reward = sum over pairs of weight agree. Only hard reads the relation, so only hard computes it
+gradient   none needed: the reward scores samples. A call that needs a gradient uses the reference, which has one
 why fused  eager gathers (B, G, P, 2, C), then reads it back in a dozen small kernels; here each map value goes from
            the map to a register. Limit: one 32-byte sector per point and channel (NCHW), per point (channels_last)
 source     reward and relations of ReasonX (arXiv 2512.04222)
 
-Two launches for P > BLOCK (the second adds the partial rewards), one below; depth needs one more, for the range of
-each map. Accumulation is fp32, or fp64 when pred is.
+One launch for P <= BLOCK; a larger P needs a second, which adds the partial rewards, and depth needs one more for the
+range of each map. Accumulation is fp32, or fp64 when pred is.
 """
 import torch
 
 from relations import LUMA, MODALITIES, SAME_ALBEDO, check_points, relation, soft_relation
 
-from . import exact_div, exact_sqrt, on, tl, triton
+from . import exact_div, exact_sqrt, tl, triton, uses_triton
 
 FORMS = ("hard", "soft", "brier")
 BLOCK = 256                                            # pairs of a program; fixed: it decides the summation order
-PARTS, RANGE_BLOCK = 16, 1024                          # programs per map and pixels of a step, for the range of a map
+PARTS = 16                                             # programs that find the range of one map
+RANGE_BLOCK = 1024                                     # pixels that such a program reads at a time
 
 
 def pair_reward_ref(pred, pts, prob, weight, modality, form="soft", tau=0.1, window=0):
     """Plain torch. The definition; every other path must match it."""
     acc = torch.promote_types(pred.dtype, torch.float32)
-    pred, prob, weight = pred.to(acc), prob.to(acc), weight.to(acc)
-    rel = relation(pred, pts[:, None], modality, window)                                       # (B, G, P)
-    answer = 2 * prob - 1
+    pred, prob, weight = (z.to(acc) for z in (pred, prob, weight))
+    answer = (2 * prob - 1)[:, None]                                                           # (B, 1, P)
+    rel = None
     if form == "hard":
-        agree = 0.5 + 0.5 * rel * answer.sign()[:, None]
+        rel = relation(pred, pts[:, None], modality, window)                                   # (B, G, P)
+        agree = 0.5 + 0.5 * rel * answer.sign()
     else:
-        vote, answer = soft_relation(pred, pts[:, None], modality, tau, window), answer[:, None]
+        vote = soft_relation(pred, pts[:, None], modality, tau, window)                        # (B, G, P)
         agree = 0.5 + 0.5 * vote * answer if form == "soft" else 1 - 0.25 * (vote - answer).square()
     return rel, agree, (agree * weight[:, None]).sum(-1)
 
@@ -43,7 +46,8 @@ def _value(map_ptr, row, col, H, W, stride_h, stride_w, ok, WINDOW: tl.constexpr
     total = tl.zeros(row.shape, ACC)
     for down in range(-WINDOW, WINDOW + 1):
         for right in range(-WINDOW, WINDOW + 1):
-            y, x = row + down, col + right
+            y = row + down
+            x = col + right
             inside = ok & (y >= 0) & (y < H) & (x >= 0) & (x < W)
             at = y.to(tl.int64) * stride_h + x.to(tl.int64) * stride_w
             total += tl.load(map_ptr + at, mask=inside, other=0.0).to(ACC)
@@ -53,15 +57,24 @@ def _value(map_ptr, row, col, H, W, stride_h, stride_w, ok, WINDOW: tl.constexpr
 
 
 @triton.jit
+def _difference(map_ptr, y0, x0, y1, x1, H, W, stride_h, stride_w, ok, WINDOW: tl.constexpr, ACC: tl.constexpr):
+    """Value at the red point minus value at the green one: (BLOCK,)."""
+    return (_value(map_ptr, y0, x0, H, W, stride_h, stride_w, ok, WINDOW, ACC)
+            - _value(map_ptr, y1, x1, H, W, stride_h, stride_w, ok, WINDOW, ACC))
+
+
+@triton.jit
 def _range_kernel(
     pred_ptr, low_ptr, high_ptr,                          # (B, G, 1, H, W), (B*G, PARTS), (B*G, PARTS)
     G, n, W, stride_b, stride_g, stride_h, stride_w,
     PARTS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):
-    bg, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    bg = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
     map_ptr = pred_ptr + bg // G * stride_b + bg % G * stride_g
     inf = float("inf")
-    low, high = tl.full((BLOCK,), inf, ACC), tl.full((BLOCK,), -inf, ACC)
+    low = tl.full((BLOCK,), inf, ACC)
+    high = tl.full((BLOCK,), -inf, ACC)
     for start in range(part * BLOCK, n, PARTS * BLOCK):
         i = start + tl.arange(0, BLOCK)                                # (BLOCK,)
         at = (i // W).to(tl.int64) * stride_h + (i % W).to(tl.int64) * stride_w
@@ -76,16 +89,18 @@ def _range_kernel(
 @triton.jit
 def _pair_reward_kernel(
     pred_ptr, pts_ptr, prob_ptr, weight_ptr,              # (B, G, C, H, W) by strides, (B, P, 2, 2), (B, P) x2
-    low_ptr, high_ptr,                                    # (B*G, PARTS): depth alone reads them
-    rel_ptr, agree_ptr, part_ptr,                         # (B*G, P) x2, (B*G, n_parts)
+    low_ptr, high_ptr,                                    # (B*G, PARTS), read for depth alone
+    rel_ptr, agree_ptr, part_ptr,                         # (B*G, P), written for hard alone; (B*G, P); (B*G, n_parts)
     G, P, H, W, n_parts,
     stride_b, stride_g, stride_c, stride_h, stride_w,
     MODALITY: tl.constexpr, FORM: tl.constexpr, TAU: tl.constexpr, WINDOW: tl.constexpr,
     DEAD: tl.constexpr, SAME: tl.constexpr, LUMA_R: tl.constexpr, LUMA_G: tl.constexpr, LUMA_B: tl.constexpr,
     PARTS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):
-    bg, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    b, pair = bg // G, part * BLOCK + tl.arange(0, BLOCK)              # (BLOCK,)
+    bg = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    b = bg // G
+    pair = part * BLOCK + tl.arange(0, BLOCK)                          # (BLOCK,)
     ok = pair < P
     point = pts_ptr + (b * P + pair) * 4
     y0 = tl.load(point, mask=ok, other=0).to(tl.int32)                 # (BLOCK,) red
@@ -95,8 +110,7 @@ def _pair_reward_kernel(
     map_ptr = pred_ptr + b * stride_b + bg % G * stride_g
     if MODALITY == "normal":
         map_ptr += 2 * stride_c                                        # toward the camera; x and y are not read
-    d0 = (_value(map_ptr, y0, x0, H, W, stride_h, stride_w, ok, WINDOW, ACC)
-          - _value(map_ptr, y1, x1, H, W, stride_h, stride_w, ok, WINDOW, ACC))
+    d0 = _difference(map_ptr, y0, x0, y1, x1, H, W, stride_h, stride_w, ok, WINDOW, ACC)
     if MODALITY == "depth":
         part_of_map = bg * PARTS + tl.arange(0, PARTS)
         extent = tl.max(tl.load(high_ptr + part_of_map), 0) - tl.min(tl.load(low_ptr + part_of_map), 0)
@@ -105,22 +119,20 @@ def _pair_reward_kernel(
         margin = d0 * 0.5
     else:
         map_ptr += stride_c
-        d1 = (_value(map_ptr, y0, x0, H, W, stride_h, stride_w, ok, WINDOW, ACC)
-              - _value(map_ptr, y1, x1, H, W, stride_h, stride_w, ok, WINDOW, ACC))
+        d1 = _difference(map_ptr, y0, x0, y1, x1, H, W, stride_h, stride_w, ok, WINDOW, ACC)
         map_ptr += stride_c
-        d2 = (_value(map_ptr, y0, x0, H, W, stride_h, stride_w, ok, WINDOW, ACC)
-              - _value(map_ptr, y1, x1, H, W, stride_h, stride_w, ok, WINDOW, ACC))
+        d2 = _difference(map_ptr, y0, x0, y1, x1, H, W, stride_h, stride_w, ok, WINDOW, ACC)
         if MODALITY == "irradiance":
             margin = d0 * LUMA_R + d1 * LUMA_G + d2 * LUMA_B
         else:
             margin = SAME - exact_sqrt(d0 * d0 + d1 * d1 + d2 * d2)
-    finite = tl.abs(margin) < float("inf")                             # (BLOCK,) False for NaN too
-    rel = tl.where(margin > 0, 1, tl.where((margin < 0) | (MODALITY == "albedo"), -1, 0))
-    rel = tl.where(finite & (tl.abs(margin) >= DEAD), rel, 0)
-    tl.store(rel_ptr + bg * P + pair, rel.to(tl.int8), mask=ok)
 
+    finite = tl.abs(margin) < float("inf")                             # (BLOCK,) False for NaN too
     answer = 2 * tl.load(prob_ptr + b * P + pair, mask=ok, other=0.5).to(ACC) - 1
     if FORM == "hard":
+        rel = tl.where(margin > 0, 1, tl.where((margin < 0) | (MODALITY == "albedo"), -1, 0))
+        rel = tl.where(finite & (tl.abs(margin) >= DEAD), rel, 0)
+        tl.store(rel_ptr + bg * P + pair, rel.to(tl.int8), mask=ok)
         vote = rel.to(ACC)
         answer = tl.where(answer > 0, 1.0, tl.where(answer < 0, -1.0, answer))
     else:
@@ -143,15 +155,17 @@ def _launch(pred, pts, prob, weight, modality, form, tau, window):
     ACC = tl.float64 if acc == torch.float64 else tl.float32
     stride_b, stride_g, stride_c, stride_h, stride_w = pred.stride()
     n_parts = triton.cdiv(P, BLOCK)
-    rel = pred.new_empty(B, G, P, dtype=torch.int8)
-    agree, part = pred.new_empty(B, G, P, dtype=acc), pred.new_empty(B, G, n_parts, dtype=acc)
-    low = high = part                                                  # not read unless depth
+    agree = pred.new_empty(B, G, P, dtype=acc)
+    part = pred.new_empty(B, G, n_parts, dtype=acc)
+    rel = pred.new_empty(B, G, P, dtype=torch.int8) if form == "hard" else None
+    low = high = part                                                  # a pointer that is not read unless depth
     if modality == "depth":
         low, high = pred.new_empty(2, B * G, PARTS, dtype=acc)
         _range_kernel[(B * G, PARTS)](pred, low, high, G, H * W, W, stride_b, stride_g, stride_h, stride_w,
                                       PARTS=PARTS, BLOCK=RANGE_BLOCK, ACC=ACC)
     _pair_reward_kernel[(B * G, n_parts)](
-        pred, pts.contiguous(), prob.contiguous(), weight.contiguous(), low, high, rel, agree, part,
+        pred, pts.contiguous(), prob.contiguous(), weight.contiguous(), low, high,
+        agree if rel is None else rel, agree, part,                    # the first is not written unless hard
         G, P, H, W, n_parts, stride_b, stride_g, stride_c, stride_h, stride_w,
         **_constants(modality), FORM=form, TAU=float(tau), WINDOW=window, ACC=ACC)
     return rel, agree, part[..., 0] if n_parts == 1 else part.sum(-1)
@@ -170,17 +184,20 @@ def pair_reward(pred, pts, prob, weight, modality, form="soft", tau=0.1, window=
     pts       (B, P, 2, 2)     integer (row, col), red first, shared by the group
     prob      (B, P)           the judge's probability of the first answer
     weight    (B, P)           share of each pair in the reward
-    form      "hard": the relation votes; "soft": tanh(margin / tau) does; "brier": so, and is best at 2 prob - 1
-    window    radius in px of the mean read at a point
-    check     False: the points are known to lie inside (the check waits for the GPU)
-    returns   relation int8 (B, G, P), agreement (B, G, P) in [0, 1], reward (B, G); fp32, fp64 for fp64 maps
+    form      which agreement: "hard", "soft" or "brier" (see the module docstring)
+    tau       softness of "soft" and "brier", in the unit of the margin
+    window    radius in px of the mean that is read at a point
+    check     False: the caller has checked that the points lie inside (the check waits for the GPU)
+    returns   relation int8 (B, G, P) for "hard" and None for the other forms; agreement (B, G, P) in [0, 1] and
+              reward (B, G), both fp32, or fp64 for fp64 maps
     raises    ValueError       shapes that do not fit, unknown modality or form, points outside the map
     """
     if form not in FORMS:
         raise ValueError(f"pair_reward: got form {form!r}, want one of {', '.join(FORMS)}")
     if modality not in MODALITIES:
         raise ValueError(f"pair_reward: got modality {modality!r}, want one of {', '.join(MODALITIES)}")
-    B, C = len(pred), MODALITIES[modality].channels
+    B = len(pred)
+    C = MODALITIES[modality].channels
     if pred.ndim != 5 or pred.shape[2] != C:
         raise ValueError(f"pair_reward: got pred {tuple(pred.shape)}, want (B, G, {C}, H, W) for {modality!r}")
     if pts.ndim != 4 or pts.shape[0] != B or pts.shape[2:] != (2, 2):
@@ -191,7 +208,7 @@ def pair_reward(pred, pts, prob, weight, modality, form="soft", tau=0.1, window=
     if check:
         check_points("pair_reward", pts, pred.shape[-2:])
     wants_gradient = torch.is_grad_enabled() and pred.requires_grad
-    if not on(pred) or wants_gradient or not pred.numel() or not pts.numel():
+    if not uses_triton(pred) or wants_gradient or not pred.numel() or not pts.numel():
         return pair_reward_ref(pred, pts, prob, weight, modality, form, tau, window)
     return _launch(pred.detach(), pts, prob.detach(), weight.detach(), modality, form, tau, window)
 

@@ -1,17 +1,17 @@
 """One exploration step: mean of the next state, and the next states drawn around it.
 
 math       mean = A x + B v;  x_next = mean + std eps
-gradient   none: a rollout keeps no graph. A call that wants one takes the reference, which has it
+gradient   none: a rollout keeps no graph. A call that needs a gradient uses the reference, which has one
 why fused  fp32 bytes per element for one sample: eager 48 (two products, a sum, a product, a sum), here 20;
            K samples that share a state read x and v once
 source     every step of predictor.py is linear in x and v: Flow-GRPO (arXiv 2505.05470) eq. 9, DDIM (arXiv 2010.02502)
 
-The mean is an explicit fma(A, x, B v), here and in log_ratio.py: the same bits in rollout and update, whatever the
-compiler contracts, hence a ratio of exactly 1 before the first update. States are fp32, or fp64 when x or v is.
+The mean is an explicit fma(A, x, B v), here and in log_ratio.py. So rollout and update compute the same bits, whatever
+the compiler fuses, and the ratio is exactly 1 before the first update. States are fp32, or fp64 when x or v is.
 """
 import torch
 
-from . import on_float, tl, triton
+from . import tl, triton, uses_triton_with_floats
 
 BLOCK = 1024                                           # fixed: it decides the summation order
 
@@ -71,7 +71,7 @@ def sde_step(x, v, eps, A, B, std):
                          "want (R, ...), (R, ...), (R, K, ...)")
     wants_gradient = torch.is_grad_enabled() and (x.requires_grad or v.requires_grad)
     acc = acc_dtype(x, v)
-    if not on_float(x) or not on_float(v) or wants_gradient or not eps.numel():
+    if not uses_triton_with_floats(x) or not uses_triton_with_floats(v) or wants_gradient or not eps.numel():
         return sde_step_ref(x, v, eps, A, B, std)
     R, K = eps.shape[:2]
     n = x[0].numel()

@@ -1,7 +1,7 @@
 """The copies of a predictor in a GRPO run: the policy, its frozen reference, the actor that samples, the average.
 
-All that decides how they are stored stands here: 16-bit weights, adapters (LoRA), weights spread over processes
-(FSDP2), torch.compile, exponential averages.
+How they are stored is decided here: 16-bit weights, adapters (LoRA), weights spread over processes (FSDP2),
+torch.compile, exponential averages.
 """
 import copy
 
@@ -11,17 +11,18 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from models import lora
 from runtime.ranks import STREAMS, gather_tensor, generator, in_bf16, local_part, rank, spread_weights
 
-COMPILED_VARIANTS = 64            # of one function: networks and sizes of one process
+COMPILED_VARIANTS = 64            # most compiled versions of one function in a process (networks, sizes)
 
 
 class Networks:
     """The copies of a policy that a GRPO run uses.
 
     policy     trains; with cfg.lora only its adapters do
-    reference  the frozen start; it keeps in 16 bits what is multiplied in 16 bits
-    average    exponential moving average of the policy: it is evaluated and kept
+    reference  the frozen start; weights that autocast would cast to 16 bits are stored in 16 bits
+    average    exponential moving average of the policy: it is evaluated and saved
     actor      samples the groups: the policy itself, or with cfg.compile a compiled 16-bit copy of it
-    open_policy  function of no arguments: the predictor that training starts from, on the CPU
+
+    open_policy  function of no arguments: opens the predictor that training starts from, on the CPU
     cfg          lora, checkpointing, compile, fsdp, precision, ema, seed of config.Config
     """
 
@@ -41,7 +42,7 @@ class Networks:
         for net in (self.policy, self.reference, self.average) if cfg.fsdp else ():
             spread_weights(net.network, device, ("encode", "velocity") if net.network is net else ())
             net.to(device)
-        # what belongs to a checkpoint: the parameters that train, alone
+        # a checkpoint holds the parameters that train, no others
         self.modules = dict(policy=trained_part(self.policy), average=trained_part(self.average, like=self.policy))
         self._acting = list(trained_part(self._actor, like=self.policy).parameters())
 
@@ -52,7 +53,7 @@ class Networks:
 
     @property
     def actor(self):
-        """The policy as it is now, in the form that samples."""
+        """The network that samples, with the policy's present weights."""
         if self._actor is not self.policy:
             copy_parameters(self._acting, self.params)
         return self._actor
@@ -67,7 +68,7 @@ class Networks:
         return rank() == 0 or bool(self.cfg.fsdp)
 
     def save_average(self, folder, **about):
-        """Write the averaged policy, on rank 0; all that take part call. raises OSError."""
+        """Write the averaged policy, on rank 0; every rank that takes part must call this. raises OSError."""
         state = {}
         if self.cfg.fsdp:
             state = {k: gather_tensor(v) for k, v in self.average.network.state_dict().items()}
@@ -81,7 +82,7 @@ class Networks:
 
 
 def prepare_policy(policy, cfg):
-    """A predictor with fresh adapters and recomputed activations, if cfg asks for them."""
+    """A predictor with new adapters (cfg.lora) that recomputes activations (cfg.checkpointing)."""
     if cfg.lora:
         rng = generator(cfg.seed, STREAMS["lora"])
         lora.inject(policy.network, policy.lora_targets, cfg.lora, cfg.lora, rng=rng)
@@ -90,14 +91,14 @@ def prepare_policy(policy, cfg):
 
 
 def trained_part(module, like=None):
-    """The parameters of a module that train (in `like`, if given), as a module that shares them: what a run keeps."""
+    """The parameters of a module that train (in `like`, if given), as a module that shares them, for checkpoints."""
     names = [name for name, p in (like or module).named_parameters() if p.requires_grad]
     own = dict(module.named_parameters())
     return torch.nn.ParameterDict({name.replace(".", "|"): own[name] for name in names})
 
 
 def frozen_copy(module):
-    """A frozen deep copy that shares the parameters which are frozen already."""
+    """A frozen deep copy; parameters that are frozen already are shared, not copied."""
     frozen = {id(p): p for p in module.parameters() if not p.requires_grad}
     return copy.deepcopy(module, frozen).requires_grad_(False)
 
@@ -108,13 +109,13 @@ def multiplying_layers(network):
 
 
 def keep_in_bf16(network):
-    """Keep in bf16 the weights that autocast would cast at every call, in place: the same bits, half the memory."""
+    """Cast, in place, the weights that autocast would cast to bf16 at every call: the same bits, half the memory."""
     for m in multiplying_layers(network):
         m.to(torch.bfloat16)
 
 
 def compile_velocity(policy):
-    """torch.compile a predictor's velocity, in place; on a GPU its convolutions' weights lie channels last."""
+    """torch.compile a predictor's velocity, in place; on a GPU convolution weights are stored channels last."""
     torch._dynamo.config.recompile_limit = COMPILED_VARIANTS
     if next(policy.network.parameters()).is_cuda:
         policy.network.to(memory_format=torch.channels_last)
@@ -131,4 +132,4 @@ def copy_parameters(copies, params):
 def update_average(average, model, decay):
     """Move the averaged weights toward the model's: average <- decay average + (1 - decay) model."""
     pairs = [(local_part(a), local_part(p)) for a, p in zip(average.parameters(), model.parameters(), strict=True)]
-    get_ema_multi_avg_fn(decay)(*zip(*pairs, strict=True), None)                # few launches on a GPU
+    get_ema_multi_avg_fn(decay)(*zip(*pairs, strict=True), None)                # all tensors in a few GPU launches

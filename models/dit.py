@@ -35,7 +35,7 @@ from runtime.ranks import mean_over_ranks
 
 DATA_STD = 0.5                     # s, standard deviation of maps in [-1, 1]
 ARCHITECTURE = "reasonx-dit"
-LARGEST = 1 << 12                  # of each size in predictor.json
+LARGEST = 1 << 12                  # largest value of each size in predictor.json
 
 
 @dataclass
@@ -57,7 +57,8 @@ class Block(nn.Module):
         super().__init__()
         self.heads = heads
         self.norm1, self.norm2 = (nn.LayerNorm(width, elementwise_affine=not conditional) for _ in range(2))
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
         self.modulate = nn.Linear(width, 6 * width) if conditional else None
         if conditional:
@@ -98,7 +99,8 @@ class DiT(nn.Module):
 
     def _build(self, cfg):
         token = 3 * cfg.patch**2
-        self.rgb_in, self.x_in = nn.Linear(token, cfg.width), nn.Linear(token, cfg.width)
+        self.rgb_in = nn.Linear(token, cfg.width)
+        self.x_in = nn.Linear(token, cfg.width)
         self.encoder = nn.ModuleList(Block(cfg.width, cfg.heads, False) for _ in range(cfg.encoder_layers))
         self.blocks = nn.ModuleList(Block(cfg.width, cfg.heads, True) for _ in range(cfg.layers))
         self.time = nn.Sequential(nn.Linear(64, cfg.width), nn.SiLU(), nn.Linear(cfg.width, cfg.width))
@@ -117,7 +119,8 @@ class DiT(nn.Module):
         return image.view(B, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5).reshape(B, H // p * (W // p), -1)
 
     def _image(self, tokens, size):
-        p, (H, W) = self.cfg.patch, size
+        p = self.cfg.patch
+        H, W = size
         return tokens.view(-1, H // p, W // p, 3, p, p).permute(0, 3, 1, 4, 2, 5).reshape(-1, 3, H, W)
 
     @property
@@ -170,7 +173,8 @@ class DiT(nn.Module):
         freq = torch.exp(torch.arange(32, device=x.device) / 32 * 6.9)          # 1 .. 1000 rad per unit time
         wave = t[:, None] * freq
         c = F.silu(self.time(torch.cat((wave.sin(), wave.cos()), 1)) + self.modality(modality))
-        s2, tt = DATA_STD**2, t.view(-1, 1, 1, 1)
+        s2 = DATA_STD**2
+        tt = t.view(-1, 1, 1, 1)
         var = (1 - tt).square() * s2 + tt.square()
         h = self.x_in(self._tokens(x * var.rsqrt())) + cond
         for block in self.blocks:

@@ -1,9 +1,9 @@
-"""Families of vision-language models that can be a judge, and the prompt as each of them reads it.
+"""Families of vision-language models that can be a judge, and the prompt in the chat format of each.
 
-FAMILIES   the table: a row holds a family's chat format, pixel statistics and tile; its class holds what it computes
-           in its own way (tile, vision features, positions, inputs of `generate`)
+FAMILIES   the table: a row holds a family's chat format, pixel statistics and tile; the row's class computes what
+           differs between families (tile, vision features, positions, inputs of `generate`)
 Prompt     the chat format as token ids: one image, then the question of every modality; packed or padded into sequences
-Another family is a row here, and a class if it is neither InternVL nor Qwen-VL.
+To add a family, add a row here, and a class if it is neither InternVL nor Qwen-VL.
 Source: chat formats and pixel statistics of OpenGVLab's InternVL2.5 and Alibaba's Qwen2.5-VL and Qwen3-VL.
 """
 import json
@@ -29,14 +29,14 @@ class Family:
 
     Every family has hidden_states (below). A family's class adds:
 
-    internvl_files                     True: vlm.py translates its files; False: transformers opens them
+    internvl_files                     True: vlm.py renames the tensors of its files; False: transformers opens them
     tile_shape(config)                 side of the square tile in px, number of image tokens
     see(network, pixels)               features of normalised photos (N, 3, S, S): tokens (N, L_img, D), and a list of
                                        (N * L_img, D) that are added in the first layers
     project(network, tokens)           these tokens as embeddings of the language model
     positions(head, image_id, device)  position ids of the head's tokens (1 or 3, L), and the next free position
     generate_inputs(network, pixels, ids)   dict of the image as `generate` takes it
-    eye(network)                       the vision tower
+    vision_tower(network)              the module that encodes images
     """
 
     system: str      # text of the system turn ("": none)
@@ -50,8 +50,9 @@ class Family:
         """Last hidden states (N, L, D) of sequences with one image each.
 
         features  of `see`
-        ids (N, L); position (1 or 3, N, L); mask (N, L) of real tokens, (N, 1, L, L) of who sees whom, both bool, or
-        None: all are real and each sees what came before
+        ids (N, L); position (1 or 3, N, L)
+        mask      bool: (N, L), True for a token that is no padding; or (N, 1, L, L), True where a token attends to
+                  another; None: no padding, and each token attends to those before it
         """
         core = network.model
         is_image = ids == network.config.image_token_id
@@ -96,7 +97,7 @@ class InternVL(Family):
         """See Family."""
         return dict(pixel_values=pixels)
 
-    def eye(self, network):
+    def vision_tower(self, network):
         """See Family."""
         return network.model.vision_tower
 
@@ -121,11 +122,11 @@ class QwenVL(Family):
         return torch.stack(list(out.pooler_output)), extra
 
     def project(self, network, tokens):
-        """See Family: `see` has done it."""
+        """See Family: nothing, since `see` has projected them."""
         return tokens
 
     def positions(self, head, image_id, device):
-        """See Family: (3, L) of time, row, column. After the image, positions go on from its first plus its side."""
+        """See Family: (3, L) of time, row, column. After the image they continue at its first position + its side."""
         n = len(head)
         is_image = torch.tensor(head, device=device) == image_id
         start = int(is_image.int().argmax())
@@ -143,7 +144,7 @@ class QwenVL(Family):
         return dict(pixel_values=patches, image_grid_thw=grid,
                     mm_token_type_ids=(ids == network.config.image_token_id).int())
 
-    def eye(self, network):
+    def vision_tower(self, network):
         """See Family."""
         return network.model.visual
 
@@ -175,10 +176,11 @@ class Prompt:
     head       list: system turn, user turn, image
     asked      dict modality -> list: its question and the opening of the assistant's turn
     blocks     dict modality -> list: `asked` and the words that both answers share
-    answers    dict modality -> [first, second]: the two deciding words ({} where they are not one token: see `text`)
+    answers    dict modality -> [first, second]: the tokens of the two deciding words
     sentences  dict modality -> the two lists that follow `asked` in training: a whole answer and its end mark
 
-    text       True: a tokenizer that splits a deciding word is accepted, and that modality has no answers
+    text       True: a tokenizer may split a deciding word into tokens; that modality is then missing in `answers` and
+               `sentences`, and the judge must be asked for text
     raises     ValueError when the tokenizer has no image token, or splits a deciding word
     """
 
@@ -227,7 +229,7 @@ class Prompt:
     def pack(self, modalities, device):
         """One sequence with the image and every question: ids (L,), positions (1 or 3, L), mask (L, L), last (M,).
 
-        A question sees the head and itself; its positions go on from the head, whatever stands before it.
+        A question attends to the head and to itself. Its positions continue from the head, as if it came first.
         """
         position, start = self.family.positions(self.head, self.image_id, device)
         ids = list(self.head)
@@ -241,7 +243,7 @@ class Prompt:
             block += [k] * len(self.blocks[name])
             last.append(len(ids) - 1)
         block = torch.tensor(block, device=device)
-        sees = (block[None] == -1) | (block[None] == block[:, None])            # image prefix and one's own question
+        sees = (block[None] == -1) | (block[None] == block[:, None])            # the head and the token's own question
         sees &= torch.ones(len(ids), len(ids), dtype=torch.bool, device=device).tril()
         return torch.tensor(ids, device=device), torch.cat(positions, 1), sees, torch.tensor(last, device=device)
 
@@ -257,7 +259,7 @@ class Prompt:
 
 
 def read_answer(text, modality):
-    """What a generated sentence says: 1.0 first answer, 0.0 second, 0.5 neither. Only the official wording counts."""
+    """The answer in a generated sentence: 1.0 the first, 0.0 the second, 0.5 neither. Only official wording counts."""
     m = MODALITIES[modality]
     for value, word in zip((1.0, 0.0), m.words, strict=True):
         if f"{_plain(text)} ".startswith(_plain(f"{m.prefix} {word}") + " "):

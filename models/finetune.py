@@ -14,12 +14,12 @@ LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 
 
 def add_lora(judge, r, alpha, dropout, rng, checkpointing=False):
-    """Freeze a judge.Judge and give the linear layers of its language model adapters; returns their paths in it.
+    """Freeze a judge.Judge and add adapters to the linear layers of its language model; returns their paths in it.
 
     checkpointing  True: recompute activations in the backward pass (while training)
     """
     judge.model.requires_grad_(False)
-    judge.origin = ""                                                           # the weights are no longer the files'
+    judge.origin = ""                                                           # weights now differ from the files
     text = judge.model.model.language_model
     if checkpointing:
         getattr(text, "activation_checkpointing_enable", text.gradient_checkpointing_enable)(dict(use_reentrant=False))
@@ -37,7 +37,7 @@ def sentence_loss(judge, images, modalities, first):
     tails = [[*prompt.blocks[m], *answer[len(prompt.blocks[m]) - len(prompt.asked[m]):]]
              for m, answer in zip(modalities, answers, strict=True)]
     ids, position, mask = prompt.pad(tails, images.device)
-    with torch.set_grad_enabled(any(p.requires_grad for p in judge.family.eye(judge.model).parameters())):
+    with torch.set_grad_enabled(any(p.requires_grad for p in judge.family.vision_tower(judge.model).parameters())):
         features = judge.vision(images)
     hidden = judge.family.hidden_states(judge.model, features, ids, position, mask)[:, :-1]
     taught = torch.zeros_like(mask)
@@ -48,11 +48,11 @@ def sentence_loss(judge, images, modalities, first):
 
 
 def tuning_gradient(judge, rows, step, cfg, device, run):
-    """Gather the gradient of one step of LoRA on a judge, micro-batch by micro-batch; returns its loss.
+    """Accumulate the gradient of one LoRA step on a judge over micro-batches; returns the loss.
 
     rows  all training questions, of data.questions;  run  runtime.run.Run
     cfg   judge_batch, judge_micro, scenes, seed, precision of config.Config
-    A micro-batch draws its dropout from its own place in the run, so any number of processes takes the same steps.
+    Dropout of a micro-batch is seeded by its step and number, so any number of processes takes the same steps.
     """
     batch = questions.batch_of(rows, step, cfg.judge_batch, cfg.seed)
     tokens = sum(len(judge.prompt.sentences[r["modality"]][not r["first"]]) for r in batch)

@@ -2,7 +2,8 @@
 
     adapter_model.safetensors   base_model.model.<path>.lora_A.weight (r, in), .lora_B.weight (out, r)
     adapter_config.json         r, lora_alpha, lora_dropout, target_modules, ...
-B starts at zero, so a fresh adapter changes nothing, bit for bit. Paths are relative to the network it was injected in.
+B starts at zero, so a new adapter does not change any bit of the output. Paths are relative to the network that was
+given to `inject`.
 """
 import math
 from pathlib import Path
@@ -18,7 +19,7 @@ REFUSED = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_t
 
 
 def merge_low_rank(weight, A, B, scale):
-    """Weight of the linear layer that a layer and its adapter amount to: W + scale B A, computed in float32.
+    """Weight of the one linear layer that equals a layer plus its adapter: W + scale B A, computed in float32.
 
     weight   (out, in)  of the layer alone, any float dtype;  A (r, in), B (out, r)
     scale    alpha / r
@@ -28,7 +29,7 @@ def merge_low_rank(weight, A, B, scale):
 
 
 class LoRALinear(nn.Module):
-    """A frozen nn.Linear `base` plus a trainable adapter; with `active` False it computes what `base` does."""
+    """A frozen nn.Linear `base` plus a trainable adapter; with `active` False it is `base` alone."""
 
     def __init__(self, base, r, alpha, dropout=0.0, rng=None):
         super().__init__()
@@ -66,7 +67,7 @@ def _path_ends_in(path, target):
 
 
 def inject(network, targets, r, alpha, dropout=0.0, rng=None):
-    """Freeze a network and give every nn.Linear whose path ends in one of `targets` an adapter; returns their paths.
+    """Freeze a network and add an adapter to every nn.Linear whose path ends in one of `targets`; returns their paths.
 
     raises  ValueError when a target matches no linear layer
     """
@@ -88,7 +89,7 @@ def _replace(network, path, module):
 
 
 def disable(network):
-    """Switch all adapters off: the network is its base again. Nothing happens to a network without adapters."""
+    """Switch all adapters off: the network computes what its base does. A network without adapters is unchanged."""
     for layer in adapters(network).values():
         layer.active = False
 
@@ -102,7 +103,7 @@ def merge(network):
 
 
 def merged_state(network):
-    """state_dict of the network as if merged, under the names it had before `inject`."""
+    """state_dict of the network with merged adapters, under the names from before `inject`; nothing is changed."""
     found = adapters(network)
     state = {}
     for key, value in network.state_dict().items():
@@ -159,7 +160,7 @@ def load_adapter(network, folder):
     for name, value, most in (("lora_alpha", alpha, 1e6), ("lora_dropout", dropout, 1)):
         if not isinstance(value, (int, float)) or not 0 <= value <= most:
             refuse(where, f"{name} = {value!r}", f"a number in 0..{most:g}", "copy it again")
-    for path, base in network.named_modules():                                  # before any memory is asked for
+    for path, base in network.named_modules():                                  # before `inject` allocates memory
         for k, want in (("lora_A", (r, base.in_features)), ("lora_B", (base.out_features, r))) if path in paths else ():
             got = tuple(state[f"{PREFIX}{path}.{k}.weight"].shape)
             if got != want:

@@ -3,12 +3,12 @@
 state      latents of all targets side by side, (B, 4 n, h/8, w/8); condition: the photo's latent (B, 4, h/8, w/8)
 native     x_vp = alpha x0 + sigma eps, alpha^2 = abar;  network output v_vp = alpha eps - sigma x0
 ours       x_t = (1 - t) x0 + t eps with t = sigma / (alpha + sigma): x_t = x_vp / (alpha + sigma),
-           1 / (alpha + sigma) = hypot(1 - t, t), and v = eps - x0. An Euler step in t is DDIM (eta = 0) exactly, and
-           grpo.flow_eta_step is DDIM with noise: one core step serves both families, nobody branches on the model
+           1 / (alpha + sigma) = hypot(1 - t, t), and v = eps - x0. An Euler step in t is exactly DDIM (eta = 0), and
+           exploration "ddim" is DDIM with noise, so the sampler of predictor.py serves this family too
 spaces     native maps are what diffusers returns: IID targets in the space model_index.json declares (lighting: linear;
            appearance albedo: sRGB), depth [0, 1] 0 near, normals [-1, 1] x right, y up, z toward the viewer.
-           `decode` gives the encodings of relations.MODALITIES: albedo and irradiance sRGB-encoded; an up-to-scale
-           shading is encoded as it is, not divided by its maximum: one pixel must not move all others
+           `decode` gives the encodings of relations.MODALITIES: albedo and irradiance sRGB-encoded. A shading, known up
+           to scale, is encoded without dividing by its maximum: else one pixel would change all others
 Networks: sd2.py. Source: Marigold (Ke et al. 2024; arXiv 2505.09358 for IID), Stable Diffusion
 2 (Rombach et al. 2022), zero-terminal SNR (Lin et al. 2023). Weights: OpenRAIL++-M.
 """
@@ -69,7 +69,7 @@ class Marigold(nn.Module):
                              f"{n + 4} -> {n}: four for each target and four for the photo")
         self.modalities = tuple(MODALITY[name] for name in self.targets if name in MODALITY)
         self.size = files.bounded_integer(about.get("default_processing_resolution") or 768, 1, EDGE,
-                                    "default_processing_resolution", "marigold: model_index.json")
+                                          "default_processing_resolution", "marigold: model_index.json")
         self.steps = about.get("default_denoising_steps") or 4
         self.multiple = vae.scale
         self.vae_tile = 0
@@ -110,7 +110,7 @@ class Marigold(nn.Module):
     def velocity(self, x, t, cond, modality=None):
         """v = eps - x0 of all targets at once: x (B, 4n, h, w), t (B,) in [0, 1], cond (B, 4, h, w). fp32.
 
-        The U-Net is told the nearest of its 1000 timesteps; noise levels follow t exactly.
+        The U-Net gets the nearest of its 1000 timesteps; the noise levels are those of t itself.
         """
         t = t.double()
         index = (self.schedule.t.to(t.device, non_blocking=True)[None] - t[:, None]).abs().argmin(1)
@@ -175,7 +175,7 @@ class Marigold(nn.Module):
 
         image    (H, W, 3) uint8 sRGB;  steps  denoising steps (None: the model's);  latents (E, 4n, h, w) initial noise
         processing_res  px, longer side the network sees (None: the model's; 0: the photo's own);  ensemble  E
-        quirk    True: step ends as diffusers takes them (see Schedule.steps); False: the visited timesteps
+        quirk    True: a step ends where diffusers ends it (see Schedule.steps); False: at the next visited timestep
         returns  dict target -> (H, W, C) float32 in the pipeline's own colour space
         raises   ValueError for another image shape or dtype, or latents of another shape
         """
@@ -232,14 +232,14 @@ class Marigold(nn.Module):
         raises  FileNotFoundError: a file is missing; ValueError: what is not implemented, or keys that do not fit
         """
         with files.DamageGuard(f"marigold: {path}", "a checkpoint that cannot be read", "a whole diffusers folder",
-                      keep=(ValueError, FileNotFoundError)):
+                                keep=(ValueError, FileNotFoundError)):
             return cls._load(path, dtype)
 
     @classmethod
     def _load(cls, path, dtype):
         folder = files.hub_folder(path, ["model_index.json", "*/config.json", "scheduler/*", "tokenizer/*",
-                                   f"unet/{WEIGHTS}*.safetensors", f"vae/{WEIGHTS}*.safetensors",
-                                   "text_encoder/model*.safetensors", "empty_text_embedding.safetensors"])
+                                         f"unet/{WEIGHTS}*.safetensors", f"vae/{WEIGHTS}*.safetensors",
+                                         "text_encoder/model*.safetensors", "empty_text_embedding.safetensors"])
         about = _read_config(folder / "model_index.json")
         if about.get("_class_name") not in PIPELINES:                           # before any weights are read
             raise ValueError(f"marigold: model_index.json in {folder} has _class_name = {about.get('_class_name')!r}, "
@@ -280,7 +280,7 @@ class Marigold(nn.Module):
         if lora.adapters(self.unet):
             lora.save_adapter(self.unet, folder / "lora", base=str(about.get("base", "")))
         files.write_text(folder / "README.md", self._card(about))
-        files.write_json(folder / "model_index.json", self.about)               # last: readers look for it first
+        files.write_json(folder / "model_index.json", self.about)               # last: a folder without it is refused
 
     def _card(self, about):
         """Model card in the hub's format."""
@@ -308,8 +308,8 @@ def _unit(normals):
 def _ensemble(members, target):
     """One map of an ensemble (E, C, h, w) -> (1, C, h, w), as the pipelines combine them.
 
-    normals: per pixel the member closest to the mean direction; IID targets: per-pixel median. depth: each member is
-    first fitted to the first by scale and shift, then the median (differs: diffusers optimises all fits jointly)
+    normals: per pixel the member closest to the mean direction. IID targets: per-pixel median. depth: each member is
+    fitted to the first one by scale and shift, then the median (differs: diffusers optimises all fits jointly)
     """
     if len(members) == 1:
         return members
@@ -328,7 +328,7 @@ def _ensemble(members, target):
 
 
 def empty_prompt(folder, width):
-    """Embedding of the empty prompt, (1, 2, width): cached in the folder, or computed by its text encoder."""
+    """Embedding of the empty prompt, (1, 2, width): read from the folder, or computed by its text encoder."""
     cached = folder / "empty_text_embedding.safetensors"
     if cached.is_file():
         text = files.read_tensors(cached).get("empty_text_embedding")
@@ -339,7 +339,7 @@ def empty_prompt(folder, width):
         if not (folder / "text_encoder" / "config.json").is_file() or not (folder / "tokenizer").is_dir():
             raise FileNotFoundError(f"marigold: got no text_encoder and tokenizer in {folder}; want the whole "
                                     "diffusers folder (or its empty_text_embedding.safetensors)")
-        # transformers gets config and tensors, not the folder, where it would also follow an adapter_config.json
+        # transformers gets config and tensors, not the folder: there it would also load an adapter_config.json
         config = CLIPTextConfig.from_dict(_read_config(folder / "text_encoder" / "config.json"))
         state = _read_weights(folder / "text_encoder", "model")
         with torch.device("meta"):
@@ -351,7 +351,7 @@ def empty_prompt(folder, width):
         if wrong:
             files.refuse(folder / "text_encoder", f"{len(wrong)} weights that do not fit config.json "
                          f"(first: {wrong[0]})", "a complete checkpoint")
-        for path in (folder / "tokenizer").glob("*.json"):                      # before any other reader sees them
+        for path in (folder / "tokenizer").glob("*.json"):                      # before transformers reads hostile JSON
             files.read_json(path)
         ids = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)("", return_tensors="pt")
         with torch.no_grad():
@@ -379,7 +379,7 @@ def _read_weights(folder, stem):
 
 
 def _copy_component(source, target):
-    """Copy a component's folder; fp16-only weights get the plain name that opens without a variant."""
+    """Copy a component's folder; weights that exist in fp16 alone are renamed, so that no `variant` is needed."""
     target.mkdir(parents=True, exist_ok=True)
     for path in sorted(p for p in source.iterdir() if p.is_file() and p.suffix in (".json", ".txt", ".safetensors")):
         plain = path.name.replace(".fp16.", ".")

@@ -1,8 +1,8 @@
 """The judge that is trained from scratch: its sizes and tokenizer, the probe that carries it, its loss.
 
-A judge of a million weights that sees only answers stays at chance; three training-only tasks on its vision tokens
-(dense maps, pairs of tokens, where the markers are) teach it to see, and are thrown away with the probe.
-differs: the paper fine-tunes a pre-trained MLLM (judge.add_lora, train.tune_judge) and needs none of this.
+A judge of a million weights that is trained on answers alone stays at chance. Three more tasks on its vision tokens
+(dense maps, pairs of tokens, places of the markers) teach it to see. Their heads, the probe, are not saved.
+differs: the paper fine-tunes a pre-trained MLLM (finetune.py, train.tune_judge) and needs none of this.
 """
 import re
 from dataclasses import dataclass
@@ -28,8 +28,8 @@ from runtime.ranks import mean_over_ranks, on_device, own_part, world
 IMG = "<IMG_CONTEXT>"
 IMG_START = "<img>"
 IMG_END = "</img>"
-EMPHASIS = (1.2, 2.0, 0.4, 0.4)      # of the probe's pair loss, by modality: shape is learnt slower than colour
-DENSE_EMPHASIS = (3.0, 1.0, 1.0, 3.0, 0.5, 0.5, 0.5, 1.0)     # depth, normal x y z, albedo r g b, irradiance luma
+EMPHASIS = (1.2, 2.0, 0.4, 0.4)      # weight of each modality in the pair loss: shape is learnt slower than colour
+DENSE_EMPHASIS = (3.0, 1.0, 1.0, 3.0, 0.5, 0.5, 0.5, 1.0)     # weight of depth, normal x y z, albedo r g b, irradiance
 ALBEDO = list(MODALITIES).index("albedo")
 SPECIAL = (TURN, END, IMG_START, IMG_END, IMG)
 
@@ -47,10 +47,7 @@ class MiniSizes:
 
 
 def mini_tokenizer(whole_questions=True):
-    """Tokenizer over the official questions (one token each, or one a word) and answers (one a word).
-
-    A 4B judge brings its own.
-    """
+    """Tokenizer over the official questions (one token each, or one per word) and answers (one token per word)."""
     questions = "".join(rf"{re.escape(m.question)}|" for m in MODALITIES.values() if whole_questions)
     split = pre_tokenizers.Split(Regex(rf"{questions}\w+|[^\w\s]"), "removed", invert=True)
     texts = [text for m in MODALITIES.values() for text in (m.question, *m.answers)]
@@ -82,7 +79,7 @@ def mini_network(sizes, tokenizer, rng):
         with torch.no_grad():
             positions = model.model.vision_tower.embeddings.position_embeddings
             positions[0, 1:] = 0.5 * grid_positions(n, n, sizes.width)
-            for name, m in model.named_modules():                               # std 0.02 is far too small at width 128
+            for name, m in model.named_modules():                               # the default std of 0.02 is too small
                 if isinstance(m, nn.Linear) and name != "lm_head":
                     nn.init.trunc_normal_(m.weight, std=m.in_features**-0.5)
             nn.init.normal_(model.get_input_embeddings().weight)
@@ -90,12 +87,10 @@ def mini_network(sizes, tokenizer, rng):
 
 
 class Probe(nn.Module):
-    """Training-only heads on the vision tokens; thrown away when the judge is saved.
+    """Heads on the vision tokens for training alone; they are not saved with the judge.
 
-    A judge of a million weights that sees only answers stays at chance. Three denser tasks carry it: `dense` regresses
-    the maps under every token, `pairs` compares many random pairs of tokens of one photo, and `marker_head` says which
-    token holds the red and which the green marker, so that the language model can find them.
-    differs: the paper fine-tunes a pre-trained MLLM and needs none of them.
+    `dense` regresses the maps under every token, `pairs` compares many random pairs of tokens of one photo, and
+    `marker_head` says which token holds the red and which the green marker, so that the language model can find them.
     """
 
     def __init__(self, sizes, rng, channels=8):
@@ -123,11 +118,11 @@ class Probe(nn.Module):
 
 
 def class_weights(rel):
-    """Weights (..., M) that make both answers of a modality count the same, pairs without an answer 0; mean 1."""
+    """Weights (..., M), mean 1: both answers of a modality get the same total, pairs without an answer get 0."""
     yes = (rel > 0).float()
     no = (rel < 0).float()
     axes = tuple(range(rel.ndim - 1))
-    least = 1 / world()                                                         # of an answer that no rank has
+    least = 1 / world()                                                         # where no rank has such an answer
     weight = yes / mean_over_ranks(yes.sum(axes)).clamp_min(least)
     weight = weight + no / mean_over_ranks(no.sum(axes)).clamp_min(least)
     return weight * rel.shape[:-1].numel() / 2
@@ -149,7 +144,7 @@ def _tokens(x, patch):
 
 
 def marker_loss(logits, index, shown):
-    """Cross-entropy of "no marker, red, green" per token, the three classes weighing the same.
+    """Cross-entropy of "no marker, red, green" per token; the three classes have the same total weight.
 
     logits (B, L, 3); index (B, 2) tokens of red and green; shown (B,) bool, False: the photo has no markers
     """
@@ -177,8 +172,8 @@ def answer_loss(judge, images, features, rel, pair_logits):
     """Cross-entropy of the deciding words of four questions about marked photos.
 
     features  of judge.vision;  rel (B, M) of the marked pairs;  pair_logits (B, M) of the probe for them
-    Pairs without an answer (dead zone, sky) are taught as 50/50, so that the judge is unsure there. Other answers are
-    taught half by the truth, half by the probe's probability for the same pair: a smoother target to start from.
+    The target of a pair without an answer (dead zone, sky) is 50/50. Any other target is the mean of the truth and the
+    probe's probability for the same pair, which is smoother early in training.
     differs: only the deciding word is supervised; the released recipe supervises the whole sentence.
     """
     logp = judge.logits(images, features=features).float().log_softmax(-1)      # (B, M, vocab)
@@ -193,20 +188,20 @@ def judge_loss(judge, probe, maps, answers, draw, pairs=128):
     """Loss of one step of training a judge from scratch.
 
     maps     dict of scenes with rgb, depth, normal, albedo, irradiance, mask
-    answers  False: the vision tower alone (dense, pairs, markers);
-             True: also the answer to four questions on one marked pair
+    answers  False: the vision tower alone (dense, pairs, markers)
+             True: the answers to four questions about one marked pair as well
     returns  scalar, dict of its 0-dim parts
     """
     rgb = maps["rgb"]
     B, _, H, W = rgb.shape
     n = draw.batch                                                              # photos of all ranks
     rng = on_device(draw.rng, rgb.device)
-    pts = own_part(sample_pairs(n, (H, W), pairs, rng, grid=judge.grid))           # (B, P, 2, 2)
+    pts = own_part(sample_pairs(n, (H, W), pairs, rng, grid=judge.grid))        # (B, P, 2, 2)
     rel = true_relations(maps, pts)                                             # (B, P, M)
     pick = choose_pairs(rel, rng)                                               # (B, 1)
     marked_pts = pts.gather(1, pick[..., None, None].expand(-1, -1, 2, 2))      # (B, 1, 2, 2)
     images = draw_markers(rgb, marked_pts)[:, 0]
-    shown = own_part(torch.rand(n, generator=rng, device=rgb.device) < (1.0 if answers else 0.5))  # others: unmarked
+    shown = own_part(torch.rand(n, generator=rng, device=rgb.device) < (1.0 if answers else 0.5))  # others: no marker
     images = torch.where(shown.view(-1, 1, 1, 1), images, rgb)
     features = judge.vision(images)
     dense, pair_logits, marker_logits = probe(features[0], pts)

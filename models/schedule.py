@@ -1,7 +1,7 @@
 """The noise levels of a DDIM scheduler's file, and the steps that a sampler takes through them.
 
-abar     alpha^2 of x_vp = alpha x0 + sigma eps, alpha^2 + sigma^2 = 1, one value a training timestep
-time     t = sigma / (alpha + sigma), that of x_t = (1 - t) x0 + t eps: 0 is the data, 1 is noise
+abar     alpha^2 of x_vp = alpha x0 + sigma eps, alpha^2 + sigma^2 = 1; one value per training timestep
+time     t = sigma / (alpha + sigma), as in x_t = (1 - t) x0 + t eps: 0 is data, 1 is noise
 Source: DDIM (Song et al. 2021) with diffusers' configuration keys; zero terminal SNR (Lin et al. 2023).
 """
 import math
@@ -14,7 +14,7 @@ from runtime.files import bounded_integer, refuse
 
 MOST_TIMESTEPS = 10_000
 
-# what the file may say (None: any value); anything else is refused by name
+# options of the file with the value that is implemented (None: any); other values and options are refused
 SCHEDULER_CONFIG = dict(
     prediction_type="v_prediction", clip_sample=False, thresholding=False, num_train_timesteps=None, beta_start=None,
     beta_end=None, beta_schedule="scaled_linear", rescale_betas_zero_snr=None, timestep_spacing=None,
@@ -68,7 +68,8 @@ class Schedule:
     def steps(self, T, quirk=False):
         """(timestep, abar there, abar after the step) of each step; the last ends at the scheduler's final abar.
 
-        quirk  diffusers ends each step at timestep - 1000 // T, which is not the next one when T does not divide 1000
+        quirk  True: each step ends at timestep - 1000 // T, as in diffusers. When T does not divide 1000, that is not
+               the next timestep
         """
         visited = self.timesteps(T)
         n = len(self.abar)

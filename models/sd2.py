@@ -2,7 +2,7 @@
 
 U-Net   v prediction from a state, a timestep and a text embedding; skips by concatenation, attention in most stages
 VAE     8 x smaller sides, 4 latent channels; latents here are unscaled means, times LATENT_SCALE in pipelines
-Not stated in any config file: GroupNorm eps 1e-6 in the transformers and the whole VAE, 1e-5 in U-Net resnets;
+No config file says this: GroupNorm eps is 1e-6 in the transformers and the whole VAE, 1e-5 in the U-Net's resnets;
 `attention_head_dim` is the number of heads. Source: Stable Diffusion (Rombach et al. 2022); layout of diffusers' files.
 """
 import math
@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 LATENT_SCALE = 0.18215
 
-# what config files may say (None: any value); anything else is refused by name
+# options of config files with the value that is implemented (None: any); other values and options are refused
 UNET_CONFIG = dict(
     act_fn="silu", center_input_sample=False, downsample_padding=1, dropout=0.0, dual_cross_attention=False,
     flip_sin_to_cos=True, freq_shift=0, mid_block_scale_factor=1, mid_block_type="UNetMidBlock2DCrossAttn",
@@ -42,7 +42,7 @@ def check_config(config, known, what, needs):
     if missing:
         raise ValueError(f"marigold: {what} has no {missing[0]}; want a complete config; download it again")
     for key, value in config.items():
-        if key.startswith("_") or not value and key not in known:               # a new option that is off
+        if key.startswith("_") or not value and key not in known:               # an unknown option that is off
             continue
         if key not in known or (known[key] is not None and value != known[key]):
             want = repr(known[key]) if key in known else "no such option"
@@ -157,7 +157,7 @@ class Resample(nn.Module):
 
 
 class Stage(nn.Module):
-    """One resolution of the U-Net or VAE: resnets, an attention after each when `make_attention` is given, a resample.
+    """One resolution of the U-Net or VAE: resnets, each followed by attention if `make_attention` is given, a resample.
 
     resample  name and module ("downsamplers" or "upsamplers", as in the checkpoints), or None
     """
@@ -258,7 +258,7 @@ class UNet(nn.Module):
             for resnet, attention in stage.layers():
                 x = self._layer(resnet, attention, torch.cat((x, skips.pop()), 1), emb, context)
             if hasattr(stage, "upsamplers"):
-                x = stage.upsamplers[0](x, skips[-1].shape[2:])                 # odd sizes: the next skip's
+                x = stage.upsamplers[0](x, skips[-1].shape[2:])                 # the next skip's size, which may be odd
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
@@ -319,7 +319,7 @@ class Coder(nn.Module):
             for resample in (*getattr(stage, "downsamplers", ()), *getattr(stage, "upsamplers", ())):
                 x = resample(x)
         x = self._mid(x) if self.down else x
-        with torch.autocast(x.device.type, enabled=False):                      # 16-bit steps near black are too coarse
+        with torch.autocast(x.device.type, enabled=False):                      # 16 bits are too coarse near black
             return self.conv_out(F.silu(self.conv_norm_out(x.to(self.conv_out.weight.dtype))))
 
 
@@ -347,8 +347,8 @@ class VAE(nn.Module):
     def decode(self, z, tile=0):
         """(B, 4, h, w) -> (B, 3, 8h, 8w), one sample at a time.
 
-        tile  side in latent pixels of overlapping tiles, blended linearly, for small GPUs; 0: whole. Tiles see their
-              own normalisation statistics, so a tiled map differs slightly
+        tile  side in latent pixels of overlapping tiles, blended linearly, for small GPUs; 0: no tiles. Each tile is
+              normalised by its own statistics, so a tiled map differs slightly
         """
         if not tile or max(z.shape[2:]) <= tile:
             return self._decode(z)

@@ -1,10 +1,10 @@
-"""Opens a judge's weights as transformers' native network: no remote code, no pickle, no question on stdin.
+"""Opens a judge's weights as transformers' native network: no remote code, no pickle, no prompt on stdin.
 
 folders   original InternVL chat (config.json has llm_config; merged, or with unmerged LoRA keys), native InternVL,
           Qwen2.5-VL, Qwen3-VL; one safetensors file or shards with an index; a hub id is downloaded first
-traps     the original is untied, the native default ties; a position table of 1025 rows is 448 px, 1297 rows 512 px;
-          AutoTokenizer would ask on stdin for a folder with auto_map; VLM processors need torchvision, so pixels are
-          prepared by hand (families.py) at one square tile
+traps     the original does not tie embedding and head, the native default does; a position table has 1025 rows at
+          448 px, 1297 at 512 px; AutoTokenizer would ask on stdin for a folder with auto_map; VLM processors need
+          torchvision, so families.py prepares the pixels, at one square tile
 Source: OpenGVLab/InternVL2_5-4B's config.json and tensor names; transformers' InternVL classes.
 """
 import hashlib
@@ -109,7 +109,7 @@ def convert_internvl(state_dict, lora_scale=2.0):
         layer = re.fullmatch(r"(model\.vision_tower\.encoder\.layer\.\d+\.)(.+?)(\.weight|\.bias)?", name)
         if layer is None:
             out[name] = value
-        elif layer[2] == "attn.qkv":                                            # rows: q, k, v
+        elif layer[2] == "attn.qkv":                                            # q, k, v are rows of one matrix
             for k, part in zip("qkv", value.chunk(3, 0), strict=True):
                 out[f"{layer[1]}attention.{k}_proj{layer[3]}"] = part.contiguous()
         elif layer[2] in VISION_RENAMES:
@@ -207,7 +207,7 @@ def _tensors(folder):
 def load_tokenizer(folder):
     """The tokenizer of a folder, from its files alone: tokenizer.json, or vocab.json and merges.txt."""
     folder = Path(folder)
-    for path in (*folder.glob("*token*.json"), *folder.glob("vocab.json")):     # before any other reader sees them
+    for path in (*folder.glob("*token*.json"), *folder.glob("vocab.json")):     # before transformers reads hostile JSON
         read_json(path)
     if (folder / "tokenizer.json").is_file():
         return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
@@ -243,7 +243,7 @@ def set_tile(config, size=0):
     vision = config.vision_config
     ratio = config.downsample_ratio
     size = size or vision.image_size[0]
-    side = size // vision.patch_size[0]                                         # 512 px: 36 patches of 14, 8 px unseen
+    side = size // vision.patch_size[0]                                         # 512 px: 36 patches of 14, 8 px unused
     bounded_integer(size, 1, TILE, "tile size", "vlm.py")
     if not side or not 0 < ratio <= 1 or (side * ratio) % 1:
         raise ValueError(f"vlm.py: got tile size {size}, {side} patches a side; want a multiple of "
@@ -261,7 +261,7 @@ def _open_internvl(folder, config, tokenizer, size):
         ranks = {len(v) for k, v in state.items() if k.endswith("lora_A.default.weight")}
         if len(ranks) > 1:
             raise ValueError(f"vlm.py: got LoRA ranks {sorted(ranks)} in {folder}; want one; merge it first")
-        state = convert_internvl(state)                                         # InternVL's own wrapper: alpha = 2 r
+        state = convert_internvl(state)                                         # InternVL's own LoRA has alpha = 2 r
     else:
         state = {native_name(k): v for k, v in state.items()}
     config = network_config(folder, config)
@@ -277,14 +277,14 @@ def _open_internvl(folder, config, tokenizer, size):
         model = InternVLForConditionalGeneration(config)
     files.load_strict(model, state, folder, assign=True)
     text = model.model.language_model
-    text.rotary_emb = type(text.rotary_emb)(config=text.config)                 # its buffers are in no checkpoint
+    text.rotary_emb = type(text.rotary_emb)(config=text.config)                 # no checkpoint holds its buffers
     return model
 
 
 def _open_native(folder, config):
     """Network of any other native folder that transformers knows, weights as stored.
 
-    transformers gets the config and the tensors, not the folder, where it would also follow an adapter_config.json
+    transformers gets the config and the tensors, not the folder: there it would also load an adapter_config.json
     """
     state = dict(_tensors(folder))
     config = network_config(folder, config)
@@ -322,13 +322,13 @@ def read_about(folder, family):
 
 
 def refuse_damage(folder):
-    """With-block in which a checkpoint's folder is read: what its damage raises becomes one line."""
+    """Context manager for reading a checkpoint's folder: errors that damaged files cause become one line."""
     return DamageGuard(f"vlm.py: {folder}", "a checkpoint that cannot be read", "a whole one",
-                    keep=(ValueError, FileNotFoundError))
+                       keep=(ValueError, FileNotFoundError))
 
 
 def _read_texts(folder, adapter):
-    """What is not weights: config.json as a dict, its family, the tokenizer, judge.json."""
+    """All but the weights: config.json as a dict, its family, the tokenizer, judge.json."""
     config = read_config(folder)
     family = family_of(folder, config)
     return config, family, load_tokenizer(folder), read_about(adapter or folder, family)

@@ -479,7 +479,7 @@ def read_judge(folder, path):
     return [lambda: judge.LazyJudge(place), answers]
 
 
-H5PY = importlib.util.find_spec("h5py") is not None                              # `data/prepare.py hypersim` alone needs it
+H5PY = importlib.util.find_spec("h5py") is not None                             # only `data.prepare hypersim` needs it
 READERS = {
     "pictures": Reader(6, make_pictures, read_pictures),
     "scenes": Reader(1, scene, lambda folder, path: [lambda: pools.read_scene(folder, "room.0", 16)]),

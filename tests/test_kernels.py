@@ -12,7 +12,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def test_cpu_tensors_take_the_torch_path_unless_asked():
-    assert not kernels.on(torch.zeros(1))
+    assert not kernels.uses_triton(torch.zeros(1))
     with pytest.raises(ValueError, match="got 'cuda', want 'auto', 'torch' or 'triton'"):
         kernels.use("cuda")
 
@@ -22,7 +22,7 @@ def test_describe_names_the_path(triton_path):
         assert kernels.describe() == "kernels: triton (interpreter)"
     kernels.use("torch")
     assert kernels.describe() == "kernels: torch (as asked)"
-    assert not kernels.on(torch.zeros(1, device=DEVICE))
+    assert not kernels.uses_triton(torch.zeros(1, device=DEVICE))
     kernels.use("auto")
     want = "kernels: triton (" if DEVICE == "cuda" else "kernels: torch (no GPU)"
     assert kernels.describe().startswith(want)

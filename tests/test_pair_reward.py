@@ -31,8 +31,15 @@ def case(m, P=37, dtype=torch.float32, size=(13, 17), B=2, G=3, seed=0):
     return tuple(z.to(DEVICE) for z in (pred.to(dtype), pts, prob, weight / weight.sum(1, keepdim=True)))
 
 
+def outputs(found):
+    """What a call gives: the relation, where the form is hard, agreement and reward."""
+    return [z for z in found if z is not None]
+
+
 def assert_same(got, want):
-    assert torch.equal(got[0], want[0]) and got[0].dtype == torch.int8
+    assert (got[0] is None) == (want[0] is None)
+    if want[0] is not None:
+        assert torch.equal(got[0], want[0]) and got[0].dtype == torch.int8
     for a, b in zip(got[1:], want[1:], strict=True):
         assert a.dtype == b.dtype
         torch.testing.assert_close(a, b, rtol=0, atol=TOL["atol"] if a.dtype == torch.float32 else 1e-13)
@@ -45,7 +52,8 @@ def assert_same(got, want):
 def test_kernel_equals_ref(triton_path, m, dtype, form, window):
     args = case(m, dtype=dtype)
     want = pr.pair_reward_ref(*args, m, form, 0.1, window)
-    assert {-1, 1} <= set(want[0].flatten().tolist())
+    rel = pr.pair_reward_ref(*args, m, "hard", 0.1, window)[0]
+    assert {-1, 1} <= set(rel.flatten().tolist())
     assert_same(pr.pair_reward(*args, m, form, 0.1, window), want)
 
 
@@ -73,6 +81,19 @@ def test_no_pair_and_one_pair(triton_path, m, P):
     assert_same(got, pr.pair_reward_ref(*args, m, "hard"))
 
 
+@pytest.mark.parametrize("mode", ["triton", "torch"])
+@pytest.mark.parametrize("form", ["hard", "soft", "brier"])
+def test_a_relation_is_given_only_where_it_votes(triton_path, mode, form):
+    kernels.use(mode)
+    assert (pr.pair_reward(*case("depth"), "depth", form)[0] is not None) == (form == "hard")
+
+
+def test_a_form_that_does_not_use_the_relation_does_not_compute_it(monkeypatch):
+    monkeypatch.setattr(pr, "relation", None)
+    for form in ("soft", "brier"):
+        pr.pair_reward_ref(*case("depth"), "depth", form)
+
+
 def test_no_map():
     args = case("depth", B=0)
     assert pr.pair_reward(*args, "depth")[2].shape == (0, 3)
@@ -83,16 +104,17 @@ def test_public_function_really_reaches_the_kernel(triton_path, monkeypatch):
     pr.pair_reward(*case("depth"), "depth")
 
 
+@pytest.mark.parametrize("form", ["hard", "soft"])
 @pytest.mark.parametrize("m", ["depth", "normal", "irradiance"])     # one channel, the last, and all three in turn
-def test_any_strides_give_the_bits_of_a_contiguous_map_and_no_copy(triton_path, m):
+def test_any_strides_give_the_bits_of_a_contiguous_map_and_no_copy(triton_path, m, form):
     pred, pts, prob, weight = case(m, G=2)
     layouts = dict(channels_last=pred.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3),
                    transposed=pred.mT.contiguous().mT, sliced=torch.stack((pred, -pred), -1)[..., 0])
     strided = torch.stack((prob, 1 - prob), -1)[..., 0]
-    want = pr.pair_reward(pred, pts, prob, weight, m)
+    want = outputs(pr.pair_reward(pred, pts, prob, weight, m, form))
     for layout, other in layouts.items():
         assert (m, layout) == ("depth", "channels_last") or not other.is_contiguous()
-        got = pr.pair_reward(other, pts.int(), strided, weight, m)
+        got = outputs(pr.pair_reward(other, pts.int(), strided, weight, m, form))
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True)), layout
 
 
@@ -132,7 +154,8 @@ def test_non_finite_pixels_give_no_answer_and_do_not_widen_the_range(triton_path
         pred[0, g, :, ::3, ::2] = bad
         pred[1, g] = bad                                                         # nothing finite at all
     want = pr.pair_reward_ref(pred, pts, prob, weight, m, form, 0.1, window)
-    assert (want[0][0] == 0).any(1).all() and (want[1][1] == 0.5).all()
+    rel = relation(pred, pts[:, None], m, window)
+    assert (rel[0] == 0).any(1).all() and (want[1][1] == 0.5).all()
     assert_same(pr.pair_reward(pred, pts, prob, weight, m, form, 0.1, window), want)
 
 
@@ -140,7 +163,7 @@ def test_non_finite_pixels_give_no_answer_and_do_not_widen_the_range(triton_path
 def test_a_constant_map_is_in_the_dead_zone_but_has_one_colour(triton_path, m):
     pred, pts, prob, weight = case(m)
     pred[:] = 0.25
-    assert (pr.pair_reward(pred, pts, prob, weight, m)[0] == (1 if m == "albedo" else 0)).all()
+    assert (pr.pair_reward(pred, pts, prob, weight, m, "hard")[0] == (1 if m == "albedo" else 0)).all()
 
 
 @every_modality
@@ -158,16 +181,20 @@ def test_the_hard_reward_of_sure_answers_is_the_share_of_agreement(triton_path, 
 def test_swapping_the_points_flips_the_vote_exactly(triton_path, mode):
     kernels.use(mode)
     pred, pts, prob, weight = case("depth")
-    rel, agree, _ = pr.pair_reward(pred, pts, torch.ones_like(prob), weight, "depth")
-    swapped = pr.pair_reward(pred, pts.flip(2), torch.ones_like(prob), weight, "depth")
-    assert torch.equal(rel, -swapped[0])
-    torch.testing.assert_close(agree - 0.5, 0.5 - swapped[1], rtol=0, atol=1e-7)
+    sure = torch.ones_like(prob)
+    rel = pr.pair_reward(pred, pts, sure, weight, "depth", "hard")[0]
+    assert torch.equal(rel, -pr.pair_reward(pred, pts.flip(2), sure, weight, "depth", "hard")[0])
+    for form in ("hard", "soft"):
+        agree = pr.pair_reward(pred, pts, sure, weight, "depth", form)[1]
+        swapped = pr.pair_reward(pred, pts.flip(2), sure, weight, "depth", form)[1]
+        torch.testing.assert_close(agree - 0.5, 0.5 - swapped, rtol=0, atol=1e-7)
 
 
-def test_same_bits_in_two_runs_and_inputs_are_never_written(triton_path):
+@pytest.mark.parametrize("form", ["hard", "soft"])
+def test_same_bits_in_two_runs_and_inputs_are_never_written(triton_path, form):
     args = case("depth", P=300)
     before = [z.clone() for z in args]
-    first, second = (pr.pair_reward(*args, "depth", window=1) for _ in range(2))
+    first, second = (outputs(pr.pair_reward(*args, "depth", form, window=1)) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert all(torch.equal(z, b) for z, b in zip(args, before, strict=True))
 

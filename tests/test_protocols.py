@@ -320,7 +320,7 @@ def test_depth_that_gives_no_normal_does_not_count_as_agreement():
 
 def test_the_error_picture_is_bright_at_zero_dark_at_the_top_and_gray_without_truth():
     error = np.array([[0.0, 0.5], [1.0, np.nan]])
-    got = protocols._bar(np.kron(error, np.ones((4, 4))), 0.5)
+    got = protocols._error_picture(np.kron(error, np.ones((4, 4))), 0.5)
     light = got.mean(0)[[0, 0, 4], [0, 4, 0]]
     assert light[0] > 0.8 and light[1] < 0.3 and light[2] == light[1]           # the scale ends at the top
     assert (got[:, 4:, 4:8] == 0.5).all()

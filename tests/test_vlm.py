@@ -290,7 +290,7 @@ def test_logits_are_those_of_the_family_s_own_forward(judge):
 
 def test_forty_pairs_cost_one_vision_pass_one_prefill_and_no_decoding(judge):
     images, calls = images_of(judge.size, 1).expand(40, -1, -1, -1), []
-    eye = judge.family.eye(judge.model)
+    eye = judge.family.vision_tower(judge.model)
     hooks = [m.register_forward_hook(lambda m, a, kw, out, n=name: calls.append((n, kw or a)), with_kwargs=True)
              for name, m in (("eye", eye), ("text", judge.model.model.language_model), ("head", judge.model.lm_head))]
     judge.score(images, "depth")
