@@ -16,7 +16,7 @@ rollout     `full` (paper): every step but the last is stochastic. `branch`: the
 What grpo.py, train.py and eval.py ask of a predictor (models/dit.py and models/marigold.py offer it):
     encode(rgb) -> cond    velocity(x, t, cond, modality) -> v    decode(x, modality) -> map    shape(rgb) -> (c, h, w)
     times(T) -> T + 1 times    start(noise, T) -> state at times(T)[0]    loss(maps, modalities, draw) -> scalar
-    tabled(maps) -> maps in the encodings of relations.MODALITIES; photo_maps(rgb, ...) where a family has its own
+    convert_maps(maps) -> maps in the encodings of relations.MODALITIES; photo_maps(rgb, ...) where a family has its own
     modalities, size, multiple (px, of photo sides), exploration, replays, network, lora_targets,
     checkpointing(on), save(folder)
 Source: ReasonX (arXiv 2512.04222) sec. 3.2, Flow-GRPO (arXiv 2505.05470) eq. 9, DDIM (arXiv 2010.02502) eq. 12, 16.
@@ -264,7 +264,7 @@ def photo_maps(policy, rgb, processing_res=0, steps=0, seed=0, ensemble=1):
 
 def predict_photo(policy, rgb, processing_res=0, steps=0, seed=0, ensemble=1):
     """As photo_maps, in the encodings of relations.MODALITIES: dict modality -> (C, H, W)."""
-    maps = policy.tabled(photo_maps(policy, rgb, processing_res, steps, seed, ensemble))
+    maps = policy.convert_maps(photo_maps(policy, rgb, processing_res, steps, seed, ensemble))
     return {m: maps[m] for m in policy.modalities}
 
 
@@ -315,7 +315,7 @@ def main(argv=None):
             bad += 1
             continue
         native = photo_maps(policy, rgb, args.processing_res, args.denoise_steps, args.seed, args.ensemble_size)
-        maps = policy.tabled(native)
+        maps = policy.convert_maps(native)
         name = output_name(path.relative_to(root) if root.is_dir() else Path(path.name), done)
         done.add(name)
         save_maps(args.out, name, rgb, maps, native)

@@ -190,7 +190,7 @@ class DiT(nn.Module):
             return F.normalize(x, dim=1, eps=1e-6)
         return ((x + 1) / 2).clamp(0, 1)
 
-    def tabled(self, maps):
+    def convert_maps(self, maps):
         """Maps in the encodings of relations.MODALITIES: they already are."""
         return maps
 

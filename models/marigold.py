@@ -145,7 +145,7 @@ class Marigold(nn.Module):
         rng = torch.Generator().manual_seed(seed)
         return self._predict(rgb[None], steps, None, processing_res or None, rng, ensemble, quirk=False)
 
-    def tabled(self, native):
+    def convert_maps(self, native):
         """Native maps -> dict modality -> (C, H, W) in the encodings of relations.MODALITIES.
 
         Further targets (residual, material) keep their names and are sRGB-encoded where they are linear.

@@ -429,7 +429,7 @@ def make_adapter(folder):
 def predicted(policy):
     """Maps of a photo by a predictor that was opened."""
     if policy.size <= 64:
-        policy.tabled(photo_maps(policy, torch.rand(3, 16, 12), steps=2))
+        policy.convert_maps(photo_maps(policy, torch.rand(3, 16, 12), steps=2))
 
 
 def make_marigold(folder):

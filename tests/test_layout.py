@@ -78,7 +78,8 @@ def test_a_module_imports_only_levels_above_it_on_the_ladder(path):
 
 
 def test_files_of_a_folder_do_not_import_in_circles():
-    graph = {module(p): {n for n in imports(p) if n in known} for known in [{module(p) for p in SOURCES}] for p in SOURCES}
+    known = {module(p) for p in SOURCES}
+    graph = {module(p): imports(p) & known for p in SOURCES}
     done = set()
 
     def walk(name, above):
