@@ -1,12 +1,12 @@
 """Ablate GRPO: what each departure from the paper is worth at equal compute, beside losses that are not RL.
 
-    python -m bench.ablate                                     seeds 0 1 2 of preset mini, every row, table, plot, raw JSON
-    python -m bench.ablate --seeds 7 --rows paper all          a quick look
-Rows are flags of train.py, each on top of the row above it; anchors (KL, replay, EMA), T, N and G are the preset's in
-every row. All rows of a seed share its base predictor, judge and judgement bank, so the judge is asked once. Equal
-compute: each row takes as many steps as cost what `all` costs, counted in floating-point operations of its own first
-steps (within 10 %). Scores on held-out `wild` scenes; curves on validation scenes; intervals are over seeds, which
-share the scenes. The same command again goes on where it was interrupted.
+    python -m bench.ablate                               every row on seeds 0 1 2 of preset mini: table, plot, raw JSON
+    python -m bench.ablate --seeds 7 --rows paper all    a quick look
+A row is a set of train.py's flags: those of the row above it and its own. KL, replay, EMA, T, N and G are the preset's
+in every row. All rows of a seed share its base predictor, judge and judgement bank, so the judge is asked once. Equal
+compute: a row takes the number of steps that costs what `all` costs (within 10 %), counted in floating-point operations
+of the row's first steps. Scores are of held-out `wild` and `synthetic` scenes, curves of validation scenes. Intervals
+are over seeds, which share the scenes. The same command again goes on where it was interrupted.
 """
 import json
 import math
@@ -19,7 +19,7 @@ import numpy as np
 
 import train
 from bench import baselines
-from bench.arithmetic import counted
+from bench.arithmetic import count_flops
 from data.pools import scene_pool
 from evaluation import report, scores, watch
 from evaluation.plots import Line, figure
@@ -52,7 +52,8 @@ T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 
 
 def rows_of():
     """Flags of every row on top of a preset: dict name -> dict."""
-    rows, flags = {}, {}
+    rows = {}
+    flags = {}
     for name, more in STEPS:
         flags = {**flags, **more}
         rows[name] = flags
@@ -71,7 +72,7 @@ def row_config(args, row, seed):
 
 def learn(cfg, device, row):
     """Train a row: GRPO, or one of the baselines on the same batches."""
-    ways = {}
+    ways = {}                                                                   # what takes the place of GRPO's parts
     if row == "ranking loss":
         ways = dict(sample=baselines.sample_nothing, gradient=baselines.ranking_gradient)
     if row == "supervised":
@@ -81,10 +82,10 @@ def learn(cfg, device, row):
 
 
 def flops_per_step(cfg, device, row, steps=8):
-    """Floating-point operations of a training step, the mean of the first few; products inside attention included."""
+    """Floating-point operations of a training step, those inside attention included; the mean of the first `steps`."""
     with TemporaryDirectory() as folder:
         own = replace(cfg, out=folder, eval_every=0, stop_at=steps)
-        return counted(lambda: learn(own, device, row)) / steps
+        return count_flops(lambda: learn(own, device, row)) / steps
 
 
 def prepare(args, seed):
@@ -113,7 +114,8 @@ def run_row(job):
     args, row, seed, steps = job
     cfg = row_config(args, row, seed)
     cfg = replace(cfg, steps=steps, eval_every=max(1, steps // args.points))
-    path, key = Path(cfg.out) / "figures.json", dict(settings=asdict(cfg), split=args.split)
+    path = Path(cfg.out) / "figures.json"
+    key = dict(settings=asdict(cfg), split=args.split)
     if path.is_file():
         figures = read_json(path)
         if figures["key"] != key:
@@ -121,7 +123,8 @@ def run_row(job):
         return figures
     device = ranks.setup(cfg)
     learn(cfg, device, row)
-    before, after = load_predictor(cfg.policy).to(device), load_predictor(Path(cfg.out) / "grpo").to(device)
+    before = load_predictor(cfg.policy).to(device)
+    after = load_predictor(Path(cfg.out) / "grpo").to(device)
     figures = dict(row=row, seed=seed, steps=steps, photos=steps * cfg.batch, key=key,
                    about=about(), start=watch.diagnose(before, cfg.size, cfg.eval_steps, cfg.val_images))
     for domain in ("wild", "synthetic"):
@@ -133,11 +136,16 @@ def run_row(job):
     log = files.read_log(Path(cfg.out) / "grpo" / "metrics.jsonl")
     seconds = np.cumsum([r["time/step"] for r in log])
     figures["seconds"] = float(seconds[-1])
-    figures["curve"] = [dict(photos=(r["step"] + 1) * cfg.batch, seconds=float(s),
-                             **{k: r[f"wild/{k}"] / figures["start"][f"wild/{k}"] - 1 for k in SHOWN})
-                        for r, s in zip(log, seconds, strict=True) if f"wild/{SHOWN[0]}" in r and r["step"]]
+    figures["curve"] = curve(log, seconds, figures["start"], cfg.batch)
     files.write_json(path, figures)
     return figures
+
+
+def curve(log, seconds, start, batch):
+    """Points of a row's curve: photos, seconds and the relative change of each metric of SHOWN since the start."""
+    evaluated = [(r, s) for r, s in zip(log, seconds, strict=True) if f"wild/{SHOWN[0]}" in r and r["step"]]
+    return [dict(photos=(r["step"] + 1) * batch, seconds=float(s),
+                 **{k: r[f"wild/{k}"] / start[f"wild/{k}"] - 1 for k in SHOWN}) for r, s in evaluated]
 
 
 def interval(values):
@@ -147,13 +155,13 @@ def interval(values):
     return float(np.mean(values)), float(half)
 
 
-def photos_for(curve, metric, change):
-    """Photos after which a curve first reaches a relative change (negative is better), interpolated; None if never.
+def photos_for(points, metric, change):
+    """Photos after which a curve first reaches a relative change (negative is better), interpolated; None: never.
 
-    Before the first evaluation nothing is known: a change reached there counts all its photos.
+    What the curve does before its first point is unknown: a change that the first point reaches takes all its photos.
     """
     last = None
-    for point in curve:
+    for point in points:
         if point[metric] <= change:
             if last is None:
                 return point["photos"]
@@ -166,7 +174,7 @@ def photos_for(curve, metric, change):
 def fewer_photos(runs, metric):
     """How many times fewer photos `all` needs for the best change that the paper's estimator reaches, per seed.
 
-    None where the paper's estimator never improves, or `all` never gets there
+    None where the paper's estimator never improves, or `all` never gets there.
     """
     found = []
     for paper, ours in zip(runs["paper"], runs["all"], strict=True):
@@ -182,7 +190,7 @@ def summary(runs):
                   for domain in ("wild", "synthetic") for k in many[0][domain]} for row, many in runs.items()}
 
 
-def table(runs, means):
+def ablation_table(runs, means):
     """Markdown of the summary: a row per setting, changes in percent."""
     shown = [f"wild/{k}" for k in SHOWN] + [f"synthetic/{k}" for k in SHOWN]
     lines = ["| row | photos | seconds | " + " | ".join(shown) + " |", "|---" * (3 + len(shown)) + "|"]
@@ -193,7 +201,7 @@ def table(runs, means):
     return "\n".join(lines)
 
 
-def draw(path, runs):
+def draw_curves(path, runs):
     """SVG: the mean change over seeds against photos seen and against seconds, one panel per metric."""
     panels = []
     for axis in ("photos", "seconds"):
@@ -253,7 +261,7 @@ def main(argv=None):
     runs = {row: [f for f in done if f["row"] == row] for row in args.rows}
     means = summary(runs)
     result = dict(about=about(), seeds=args.seeds, split=args.split, means=means, runs=runs)
-    text = table(runs, means)
+    text = ablation_table(runs, means)
     print(f"\nchange in % on {args.split} scenes, mean over seeds {args.seeds} +- 95 % (Student's t); equal compute\n"
           + text)
     if {"paper", "all"} <= runs.keys():
@@ -263,7 +271,7 @@ def main(argv=None):
                   + ", ".join("-" if x is None else f"{x:.1f}" for x in many) + " times fewer photos than `paper`")
     files.write_json(Path(args.out) / "ablation.json", result)
     (Path(args.out) / "ablation.md").write_text(text + "\n")
-    draw(Path(args.out) / "ablation.svg", runs)
+    draw_curves(Path(args.out) / "ablation.svg", runs)
     print(f"written: {args.out}/ablation.json, ablation.md, ablation.svg")
 
 

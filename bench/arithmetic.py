@@ -1,9 +1,10 @@
 """What the published networks cost, counted on tensors without data: operations, and the memory of fine-tuning.
 
-The real-size network runs, and the bytes that autograd keeps are counted; `python -m bench.system --part memory` prints the
-table.
+The real-size network runs, and the bytes that autograd keeps are counted. `python -m bench.system --part memory`
+prints the table.
 """
 import functools
+import itertools
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +12,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import lora, marigold
+from models import lora
 from models.copies import multiplying_layers
+from models.marigold import LORA_TARGETS
+from models.sd2 import VAE, UNet
 
 CARDS = (8, 12, 16, 24, 32, 40, 48, 80)                                         # GB of common GPUs
 GB = 1e9
@@ -40,18 +43,18 @@ JUDGE = dict(  # config.json of InternVL2.5-4B at the tile of the released judge
 JUDGE_PARAMETERS = 3_712_916_480                                                # InternVL2.5-4B at 512 px
 
 
-def counted(fn):
+def count_flops(call):
     """Floating-point operations of a call (2 per multiplication and addition of products).
 
     Attention is taken apart into its products: the counter does not know the CPU's fused form.
     """
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        fn()
+        call()
     return counter.get_total_flops()
 
 
-def size_of(x):
-    """Bytes of a tensor's storage and a name for it."""
+def storage_of(x):
+    """A tensor's storage: (a key that names it, its bytes)."""
     storage = x.untyped_storage()
     return storage._cdata, storage.nbytes()
 
@@ -61,37 +64,41 @@ def activations(unet, px, batch=1):
 
     checkpointed: the inputs of all layers, what lies outside them, and the dearest layer, which is computed again
     """
-    weights = {size_of(p)[0] for p in unet.parameters()}
-    kept, layers, inputs, keep_alive = {}, [], {}, []
+    weights = {storage_of(p)[0] for p in unet.parameters()}
+    kept = {}                                                                   # key -> bytes, outside of layers
+    layers = []                                                                 # the same of each layer
+    inputs = {}                                                                 # the same of the inputs of all layers
+    keep_alive = []                                                             # so that no key is given twice
 
-    def into(target):
-        def pack(x):
-            key, n = size_of(x)
+    def record_in(target):
+        def record(x):
+            key, n = storage_of(x)
             if key not in weights:
                 target[key] = n
-                keep_alive.append(x)                                            # no storage is named twice
+                keep_alive.append(x)
             return x
-        return torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x)
+        return torch.autograd.graph.saved_tensors_hooks(record, lambda x: x)
 
-    plain_layer, norms = marigold.UNet._layer, dict(group_norm=F.group_norm, layer_norm=F.layer_norm)
+    plain_layer = UNet._layer
+    norms = dict(group_norm=F.group_norm, layer_norm=F.layer_norm)
 
     def layer(self, resnet, attention, x, emb, context):
         mine = {}
         layers.append(mine)
-        inputs.update([size_of(x)])
+        inputs.update([storage_of(x)])
         keep_alive.append(x)
-        with into(mine):
+        with record_in(mine):
             return plain_layer(self, resnet, attention, x, emb, context)
 
-    marigold.UNet._layer = layer
+    UNet._layer = layer
     for name, norm in norms.items():                                            # autocast on a GPU keeps these in fp32
         setattr(F, name, lambda x, *args, norm=norm: norm(x.float(), *args))
     try:
-        with into(kept), torch.autocast("cpu", torch.bfloat16):
+        with record_in(kept), torch.autocast("cpu", torch.bfloat16):
             side = px // 8
             unet(torch.empty(batch, unet.config["in_channels"], side, side), 0, torch.empty(1, 2, 1024))
     finally:
-        marigold.UNet._layer = plain_layer
+        UNet._layer = plain_layer
         for name, norm in norms.items():
             setattr(F, name, norm)
     plain = dict(kept)
@@ -100,32 +107,42 @@ def activations(unet, px, batch=1):
     return sum(plain.values()), sum((kept | inputs).values()) + max(sum(mine.values()) for mine in layers)
 
 
-def parameters(module, trained=False):
+def count_parameters(module, trained=False):
     """Number of (trained) parameters."""
     return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
 
 
+def smallest_card(need):
+    """GB of the smallest common GPU that holds `need` GB in 92 % of its memory; None: no card does."""
+    return next((c for c in CARDS if need <= 0.92 * c), None)
+
+
+def state_bytes(unet, vae, full):
+    """Bytes of fp32 weights, AdamW, average and bf16 reference. full: all weights are trained, else LoRA's alone."""
+    trained = count_parameters(unet, trained=True)
+    halved = sum(p.numel() for m in multiplying_layers(unet) for p in m.parameters())
+    of_unet = 12 * count_parameters(unet) - 2 * halved if full else 4 * count_parameters(unet)
+    return of_unet + 4 * (count_parameters(vae) + trained * (3 if full else 5))
+
+
 @functools.cache
-def table(rank=16):
+def memory_table(rank=16):
     """Rows of the memory table, in GB: fp32 weights, AdamW, average, bf16 reference and activations of one state."""
     rows = []
     with FakeTensorMode():
-        for px in (512, 768):
-            for how in ("full", f"LoRA r {rank}"):
-                unet, vae = marigold.UNet(SD2["unet"]), marigold.VAE(SD2["vae"])
-                if how != "full":
-                    lora.inject(unet, marigold.LORA_TARGETS, rank, rank)
-                trained = parameters(unet, trained=True)
-                halved = sum(p.numel() for m in multiplying_layers(unet) for p in m.parameters())
-                frozen = 12 * parameters(unet) - 2 * halved if how == "full" else 4 * parameters(unet)
-                state = frozen + 4 * (parameters(vae) + trained * (3 if how == "full" else 5))
-                decoding = px * px * 256 * 12                                   # bytes, the VAE decoder's widest layer
-                for checkpointed, kept in enumerate(activations(unet, px)):
-                    kept = max(kept, decoding)
-                    total = (state + kept) / GB
-                    fits = lambda need: next((c for c in CARDS if need <= 0.92 * c), None)      # noqa: E731
-                    judged = total + 2 * JUDGE_PARAMETERS / GB
-                    rows.append(dict(px=px, training=how, checkpointing=bool(checkpointed), trained=trained,
-                                     state_gb=state / GB, activations_gb=kept / GB, total_gb=total, card_gb=fits(total),
-                                     with_judge_gb=judged, with_judge_card_gb=fits(judged), peak_gb=None))
+        for px, how in itertools.product((512, 768), ("full", f"LoRA r {rank}")):
+            unet = UNet(SD2["unet"])
+            vae = VAE(SD2["vae"])
+            if how != "full":
+                lora.inject(unet, LORA_TARGETS, rank, rank)
+            state = state_bytes(unet, vae, how == "full")
+            decoding = px * px * 256 * 12                                       # bytes, the VAE decoder's widest layer
+            for checkpointed, kept in enumerate(activations(unet, px)):
+                kept = max(kept, decoding)
+                total = (state + kept) / GB
+                with_judge = total + 2 * JUDGE_PARAMETERS / GB
+                rows.append(dict(
+                    px=px, training=how, checkpointing=bool(checkpointed), trained=count_parameters(unet, trained=True),
+                    state_gb=state / GB, activations_gb=kept / GB, total_gb=total, card_gb=smallest_card(total),
+                    with_judge_gb=with_judge, with_judge_card_gb=smallest_card(with_judge), peak_gb=None))
     return rows

@@ -1,4 +1,4 @@
-"""What is not reinforcement learning, for honest comparison: two gradients on the same batches, predictor and trainer.
+"""Two losses that are not reinforcement learning, to compare with: same batches, same predictor, same trainer.
 
 ranking     minus the reward itself (--reward soft, brier) through a differentiable one-step prediction x_0 = x_t - t v
             from a state of the policy's own ODE, with an anchor |v - v_ref|^2 weighted by kl_weight. No sampling
@@ -15,7 +15,7 @@ from relations import NAMES
 
 
 def sample_nothing(actor, batch):
-    """No maps and no transitions: a loss of its own needs none."""
+    """In place of grpo.sample_groups: no maps and no transitions, since these losses need none."""
     return {}, []
 
 

@@ -7,7 +7,6 @@ Without a GPU it measures the vectorised relation against a loop over pairs (wha
 eager GRPO step, and says that the kernels were not run. Medians with the 20th and 80th percentile.
 """
 import statistics
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import torch
 
 import grpo
 import kernels
+from bench.measure import FAILURES, NOT_RUN, markdown_table
 from data.bank import Judgements
 from kernels import draw_markers, log_ratio, pair_credit, pair_reward, sde_step
 from models.dit import DiT, DiTConfig
@@ -29,17 +29,14 @@ from runtime.files import write_json
 from runtime.ranks import Draw
 from runtime.run import about
 
-NOT_RUN = "not run"
-# of one row: memory, another result, a compiler (Triton calls gcc and passes on its CalledProcessError)
-FAILURES = (RuntimeError, ValueError, OSError, subprocess.SubprocessError, kernels.TritonError)
-LOOP_PAIRS = 100_000                                    # of the loop; its time is scaled to as many as were compared
+LOOP_PAIRS = 100_000              # that the loop is timed on; its time is scaled to the pairs of the vectorised form
 COLUMNS = ("op", "case", "eager ms", "torch.compile ms", "Triton ms", "GB/s", "of copy", "launches (eager)",
            "peak MB (eager)")
 
 
 @dataclass
 class Case:
-    """One measurement: two functions of the same arguments, and the bytes that must move at least."""
+    """One measurement: two functions of the same arguments, and the least bytes that must be moved."""
 
     label: str
     ref: object
@@ -49,19 +46,19 @@ class Case:
     into: int = -1               # index of the argument that receives a gradient; -1: forward only
 
 
-def seeded(device, seed=0):
+def make_rng(device, seed=0):
     """A generator on the device."""
     return torch.Generator(device).manual_seed(seed)
 
 
-def less(n, cut):
+def cut_size(n, cut):
     """A size, divided for a run without a GPU; at least 5."""
     return max(5, n // cut) if cut > 1 else n
 
 
-def points(B, P, size, device):
+def random_points(B, P, size, device):
     """Random points, (B, P, 2, 2)."""
-    rng = seeded(device)
+    rng = make_rng(device)
     return torch.stack([torch.randint(n, (B, P, 2), generator=rng, device=device) for n in size], -1)
 
 
@@ -73,11 +70,13 @@ def pair_reward_cases(device, cut=1):
             ("the same, depth", "depth", 8, 8, 4096, 512, "soft", False),
             ("9 x 371 px, P 1271", "irradiance", 3, 3, 1271, 371, "soft", False),
             ("10 M pairs, no check of points", "albedo", 8, 8, 156_250, 512, "hard", False)):
-        C, P, side = MODALITIES[m].channels, less(P, cut), less(side, cut)
-        pred = torch.rand(B, G, C, side, side, generator=seeded(device), device=device) / 4
+        C = MODALITIES[m].channels
+        P = cut_size(P, cut)
+        side = cut_size(side, cut)
+        pred = torch.rand(B, G, C, side, side, generator=make_rng(device), device=device) / 4
         pred = pred.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3) if last else pred
-        prob = torch.rand(B, P, generator=seeded(device), device=device)
-        args = pred, points(B, P, (side, side), device), prob, torch.full_like(prob, 1 / P), m, form, 0.1, 0
+        prob = torch.rand(B, P, generator=make_rng(device), device=device)
+        args = pred, random_points(B, P, (side, side), device), prob, torch.full_like(prob, 1 / P), m, form, 0.1, 0
         sectors = 2 * B * G * P * 32 * (1 if last else C) + (pred.nbytes if m == "depth" else 0)
         fn = partial(pair_reward.pair_reward, check=P < 100_000)
         yield Case(label, pair_reward.pair_reward_ref, fn, args, sectors)
@@ -86,25 +85,27 @@ def pair_reward_cases(device, cut=1):
 def pair_credit_cases(device, cut=1):
     """The advantage map of 64 states of 64 x 64, P = 4096; and an odd size."""
     for B, G, P, side in ((8, 8, 4096, 64), (3, 5, 1271, 37)):
-        P, side = less(P, cut), less(side, cut)
-        agree = torch.rand(B, G, P, generator=seeded(device), device=device)
-        args = agree, torch.full((B, P), 1 / P, device=device), points(B, P, (side, side), device), (side, side), 4.0
+        P = cut_size(P, cut)
+        side = cut_size(side, cut)
+        agree = torch.rand(B, G, P, generator=make_rng(device), device=device)
+        weight = torch.full((B, P), 1 / P, device=device)
+        args = agree, weight, random_points(B, P, (side, side), device), (side, side), 4.0
         yield Case(f"{B * G} x {side} px, P {P}", pair_credit.pair_credit_ref, pair_credit.pair_credit, args,
                    agree.nbytes + 4 * B * G * side**2)
 
 
-def normal(*shape, device, seed=0, dtype=torch.float32):
-    """Standard normal numbers."""
-    return torch.randn(shape, generator=seeded(device, seed), device=device, dtype=dtype)
+def random_normal(*shape, device, seed=0, dtype=torch.float32):
+    """Standard normal numbers of a shape."""
+    return torch.randn(shape, generator=make_rng(device, seed), device=device, dtype=dtype)
 
 
 def log_ratio_cases(device, cut=1):
     """512 MB of draws, 8 per state; and the latents of a group, per pixel."""
     for label, R, state, per_pixel in (("512 MB of draws", 4, (4, 1024, 1024), False),
                                        ("8 x 8 x 4 x 64 x 64, map", 8, (4, 64, 64), True)):
-        state = state[0], *(less(n, cut) for n in state[1:])
-        x_next = normal(R, 8, *state, device=device)
-        states = [normal(R, *state, device=device, seed=i) for i in range(4)]
+        state = state[0], *(cut_size(n, cut) for n in state[1:])
+        x_next = random_normal(R, 8, *state, device=device)
+        states = [random_normal(R, *state, device=device, seed=i) for i in range(4)]
         args = (x_next, *states, 0.9, -0.1, 0.4, per_pixel)
         n = x_next.nbytes + 4 * states[0].nbytes
         yield Case(f"{label}, forward", log_ratio.log_ratio_kl_ref, log_ratio.log_ratio_kl, args, n)
@@ -114,9 +115,9 @@ def log_ratio_cases(device, cut=1):
 def sde_step_cases(device, cut=1):
     """512 MB of noise, one draw per state; and 8 draws per latent."""
     for label, R, K, state in (("512 MB of noise", 8, 1, (4, 2048, 2048)), ("8 x 8 x 4 x 64 x 64", 8, 8, (4, 64, 64))):
-        state = state[0], *(less(n, cut) for n in state[1:])
-        x, v = (normal(R, *state, device=device, seed=i) for i in range(2))
-        eps = normal(R, K, *state, device=device, seed=2)
+        state = state[0], *(cut_size(n, cut) for n in state[1:])
+        x, v = (random_normal(R, *state, device=device, seed=i) for i in range(2))
+        eps = random_normal(R, K, *state, device=device, seed=2)
         yield Case(label, sde_step.sde_step_ref, sde_step.sde_step, (x, v, eps, 0.9, -0.1, 0.4),
                    3 * x.nbytes + 2 * eps.nbytes)
 
@@ -124,11 +125,11 @@ def sde_step_cases(device, cut=1):
 def draw_markers_cases(device, cut=1):
     """320 marked copies of 8 photos of 512 px in bf16; and an odd size."""
     for B, P, side in ((8, 40, 512), (3, 7, 371)):
-        side = less(side, cut)
-        rgb = torch.rand(B, 3, side, side, generator=seeded(device), device=device)
+        side = cut_size(side, cut)
+        rgb = torch.rand(B, 3, side, side, generator=make_rng(device), device=device)
         photo = torch.arange(B, device=device).repeat_interleave(P)
         mean, std = torch.full((2, 3, 1, 1), 0.4, device=device)
-        args = rgb, points(B, P, (side, side), device).flatten(0, 1), photo, mean, std, torch.bfloat16
+        args = rgb, random_points(B, P, (side, side), device).flatten(0, 1), photo, mean, std, torch.bfloat16
         yield Case(f"{B * P} x {side} px", draw_markers.mark_photos_ref, draw_markers.mark_photos, args,
                    2 * B * P * 3 * side**2)
 
@@ -146,7 +147,7 @@ def assert_equal(label, got, want):
             raise ValueError(f"bench.kernels: {label}: {wrong:.2e} of the elements differ from the reference")
 
 
-def bound(case, fn):
+def bind(case, fn):
     """A function of no arguments: forward, or forward and backward."""
     if case.into < 0:
         return lambda: [z for z in _as_list(fn(*case.args)) if z is not None]
@@ -163,7 +164,7 @@ def _as_list(out):
     return list(out) if isinstance(out, tuple) else [out]
 
 
-def timed(fn):
+def time_call(fn):
     """Median, 20th and 80th percentile in ms, launches and peak MB of one call on the GPU."""
     fn()
     torch.cuda.synchronize()
@@ -180,7 +181,8 @@ def timed(fn):
 
 def check(op, case):
     """A kernel's and its reference's calls, after they gave the same. raises ValueError."""
-    kernel, eager = bound(case, case.kernel), bound(case, case.ref)
+    kernel = bind(case, case.kernel)
+    eager = bind(case, case.ref)
     assert_equal(f"{op}, {case.label}", kernel(), eager())
     return kernel, eager
 
@@ -191,12 +193,12 @@ def check_all(ops, device, cut=64):
     return len(found)
 
 
-def measure(op, case, copy_speed):
-    """One row: equality, then the three ways."""
+def kernel_row(op, case, copy_speed):
+    """One row: equality first, then the times of the three ways."""
     kernel, eager = check(op, case)
     torch._dynamo.reset()
-    compiled = bound(case, torch.compile(case.ref, dynamic=False))
-    ways = dict(eager=timed(eager), compile=timed(compiled), triton=timed(kernel))
+    compiled = bind(case, torch.compile(case.ref, dynamic=False))
+    ways = dict(eager=time_call(eager), compile=time_call(compiled), triton=time_call(kernel))
     speed = case.bytes / ways["triton"]["ms"] / 1e6
     return dict(op=op, case=case.label, **ways, gb_per_s=speed, of_copy=speed / copy_speed)
 
@@ -205,10 +207,10 @@ def copy_bandwidth():
     """GB/s of a device copy of 512 MB, read and written."""
     source = torch.empty(2**29, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    return 2 * source.nbytes / timed(lambda: target.copy_(source))["ms"] / 1e6
+    return 2 * source.nbytes / time_call(lambda: target.copy_(source))["ms"] / 1e6
 
 
-def grpo_step(device, preset, repeats):
+def time_grpo_step(device, preset, repeats):
     """Seconds of one GRPO step (rollout, rewards, credit, loss, backward) of a preset, random weights and answers."""
     cfg = parse(["--preset", preset])[1]
     rng = torch.Generator().manual_seed(0)
@@ -237,11 +239,14 @@ def grpo_step(device, preset, repeats):
 
 def loop_over_pairs(m, values, pairs):
     """Relations of one map, (H, W, C) numpy, pair by pair, as the released judge code labels its questions."""
-    dead, luma, answers = MODALITIES[m].dead, numpy.array(LUMA, dtype=numpy.float32), []
+    dead = MODALITIES[m].dead
+    luma = numpy.array(LUMA, dtype=numpy.float32)
+    answers = []
     if m == "depth":
         extent = values.max() - values.min()
     for (y0, x0), (y1, x1) in pairs:
-        red, green = values[y0, x0], values[y1, x1]
+        red = values[y0, x0]
+        green = values[y1, x1]
         if m == "albedo":
             answers.append(1 if numpy.linalg.norm(red - green) < SAME_ALBEDO else -1)
             continue
@@ -257,11 +262,13 @@ def loop_over_pairs(m, values, pairs):
 
 def relation_rows(n=1_000_000, side=512):
     """CPU time of `relation` of n pairs at once, on one thread, and of the loop on LOOP_PAIRS of them, scaled."""
-    rows, threads, clock = [], torch.get_num_threads(), time.process_time
+    rows = []
+    threads = torch.get_num_threads()
+    clock = time.process_time
     torch.set_num_threads(1)
     for m, modality in MODALITIES.items():
         values = torch.rand(modality.channels, side, side, generator=torch.Generator().manual_seed(0))
-        pts = points(1, n, (side, side), "cpu")[0]
+        pts = random_points(1, n, (side, side), "cpu")[0]
         few = pts[:LOOP_PAIRS].tolist()
         start = clock()
         looped = loop_over_pairs(m, values.movedim(0, -1).contiguous().numpy(), few)
@@ -274,68 +281,83 @@ def relation_rows(n=1_000_000, side=512):
         wrong = sum(a != b for a, b in zip(answers[:len(few)].tolist(), looped, strict=True))
         if wrong > 1:                                                           # fp32 rounding at a threshold
             raise ValueError(f"bench.kernels: {m}: {wrong} of {len(few)} relations differ from the loop's")
-        median, low, high = statistics.median(times), *numpy.quantile(times, (0.2, 0.8)).tolist()
+        median = statistics.median(times)
+        low, high = numpy.quantile(times, (0.2, 0.8)).tolist()
         rows.append(dict(op="relation", case=f"{m}, {n:,} pairs", loop_ms=1e3 * loop, ms=1e3 * median, low=1e3 * low,
                          high=1e3 * high, speedup=loop / median))
     torch.set_num_threads(threads)
     return rows
 
 
-def table(columns, lines):
-    """A markdown table."""
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in (columns, ["---"] * len(columns), *lines))
-
-
-def span(way):
-    """Median (20th to 80th percentile), in ms."""
+def format_times(way):
+    """Text of the median (20th to 80th percentile), in ms."""
     return f"{way['ms']:.3g} ({way['low']:.3g} to {way['high']:.3g})"
 
 
-def on_gpu(ops, copy_speed):
-    """Rows of all cases, copy_speed in GB/s; one that fails (another result, a compiler, memory) costs no other."""
+def kernel_rows(ops, copy_speed):
+    """Rows of all cases on a GPU, copy_speed in GB/s; a case that fails costs no other."""
     rows = []
     for op in ops:
         for case in OPS[op](torch.device("cuda")):
             print(f"kernels: {op}, {case.label}", file=sys.stderr, flush=True)
             try:
-                rows.append(measure(op, case, copy_speed))
+                rows.append(kernel_row(op, case, copy_speed))
             except FAILURES as error:
                 rows.append(dict(op=op, case=case.label, failed=" ".join(f"{type(error).__name__}: {error}".split())))
     return dict(copy_gb_per_s=copy_speed, kernels=rows)
 
 
-def whole_step(device):
+def rows_not_run(ops):
+    """Rows without a GPU: dict as `kernel_rows`."""
+    return dict(kernels=[dict(op=op, eager=NOT_RUN, compile=NOT_RUN, triton=NOT_RUN) for op in ops])
+
+
+def grpo_step_rows(device):
     """Rows of the GRPO step with kernels off and, on a GPU, on."""
     preset, gpu = ("small", True) if device.type == "cuda" else ("mini", False)
     rows = []
     for mode, word in (("torch", "off"), ("auto", "on")):
         kernels.use(mode)
-        row = grpo_step(device, preset, 9 if gpu else 3) if gpu or word == "off" else None
+        row = time_grpo_step(device, preset, 9 if gpu else 3) if gpu or word == "off" else None
         rows.append(dict(preset=preset, kernels=word, **(row or dict(seconds=NOT_RUN))))
     kernels.use("auto")
     return rows
 
 
-def render(found):
+def kernel_cells(row):
+    """Cells of a kernel's row."""
+    if "failed" in row:
+        return row["op"], row["case"], f"failed: {row['failed'][:100]}", *[NOT_RUN] * 6
+    eager = row["eager"]
+    triton = row["triton"]
+    return (row["op"], row["case"], format_times(eager), format_times(row["compile"]), format_times(triton),
+            f"{row['gb_per_s']:.0f}", f"{row['of_copy']:.0%}", f"{triton['launches']} ({eager['launches']})",
+            f"{triton['peak_mb']:.0f} ({eager['peak_mb']:.0f})")
+
+
+def step_cells(row):
+    """Cells of a row of the GRPO step."""
+    if "low" not in row:
+        return row["preset"], row["kernels"], NOT_RUN, NOT_RUN
+    return row["preset"], row["kernels"], f"{row['seconds']:.3f}", f"{row['low']:.3f} to {row['high']:.3f}"
+
+
+def kernel_tables(found):
     """Tables of what was measured, as markdown."""
-    parts, rows = [], found.get("kernels", ())
+    parts = []
     if "copy_gb_per_s" in found:
-        parts.append(f"copy: {found['copy_gb_per_s']:.0f} GB/s\n\n" + table(COLUMNS, [
-            (r["op"], r["case"], f"failed: {r['failed'][:100]}", *[NOT_RUN] * 6) if "failed" in r else
-            (r["op"], r["case"], span(r["eager"]), span(r["compile"]), span(r["triton"]), f"{r['gb_per_s']:.0f}",
-             f"{r['of_copy']:.0%}", f"{r['triton']['launches']} ({r['eager']['launches']})",
-             f"{r['triton']['peak_mb']:.0f} ({r['eager']['peak_mb']:.0f})") for r in rows]))
-    elif rows:
-        parts.append(f"{', '.join(r['op'] for r in rows)}: {NOT_RUN} (no GPU)")
+        parts.append(f"copy: {found['copy_gb_per_s']:.0f} GB/s\n\n"
+                     + markdown_table(COLUMNS, map(kernel_cells, found["kernels"])))
+    elif found.get("kernels"):
+        parts.append(f"{', '.join(r['op'] for r in found['kernels'])}: {NOT_RUN} (no GPU)")
     if "relation" in found:
-        parts.append(table(
+        parts.append(markdown_table(
             ("relation, CPU time of one thread", "loop over pairs ms (scaled)", "vectorised ms", "times faster"),
-            [(r["case"], f"{r['loop_ms']:.0f}", span(r), f"{r['speedup']:.0f}") for r in found["relation"]])
+            [(r["case"], f"{r['loop_ms']:.0f}", format_times(r), f"{r['speedup']:.0f}") for r in found["relation"]])
             + f"\n\nThe loop was timed on {LOOP_PAIRS:,} pairs and scaled.")
     if "grpo_step" in found:
-        parts.append(table(("GRPO step, preset", "kernels", "s", "range"), [
-            (r["preset"], r["kernels"], *((f"{r['seconds']:.3f}", f"{r['low']:.3f} to {r['high']:.3f}")
-                                          if "low" in r else (NOT_RUN, NOT_RUN))) for r in found["grpo_step"]]))
+        parts.append(markdown_table(("GRPO step, preset", "kernels", "s", "range"),
+                                    map(step_cells, found["grpo_step"])))
     return "\n\n".join(parts)
 
 
@@ -356,14 +378,14 @@ def main(argv=None):
         print(f"{n} cases agree with their definitions")
         return
     if ops and gpu:
-        found |= on_gpu(ops, copy_bandwidth())
+        found |= kernel_rows(ops, copy_bandwidth())
     elif ops:
-        found["kernels"] = [dict(op=op, eager=NOT_RUN, compile=NOT_RUN, triton=NOT_RUN) for op in ops]
+        found |= rows_not_run(ops)
     if args.op == "relation" or args.op == "all" and not gpu:
         found["relation"] = relation_rows()
     if args.op in ("all", "grpo_step"):
-        found["grpo_step"] = whole_step(torch.device("cuda" if gpu else "cpu"))
-    print(render(found))
+        found["grpo_step"] = grpo_step_rows(torch.device("cuda" if gpu else "cpu"))
+    print(kernel_tables(found))
     if args.json:
         write_json(args.json, found)
     failed = [r["op"] for r in found.get("kernels", ()) if "failed" in r]

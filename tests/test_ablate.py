@@ -24,7 +24,8 @@ SMALL = [f"{k.replace('-', '_')}={v}" for k, v in zip(
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """An ablation of five rows at toy size, on the base, judge and bank of the toy run."""
-    out, run = tmp_path_factory.mktemp("ablate"), test_train.tiny_run(tmp_path_factory.getbasetemp())
+    out = tmp_path_factory.mktemp("ablate")
+    run = test_train.tiny_run(tmp_path_factory.getbasetemp())
     for part in ("base", "judge", "bank"):
         shutil.copytree(run / part, out / "seed0" / part)
     with pytest.MonkeyPatch.context() as patch:

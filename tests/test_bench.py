@@ -10,24 +10,23 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import kernels
-from bench import arithmetic, peer
-from bench import system as bench
-from models import marigold
+from bench import arithmetic, measure, peer, policy, system
+from bench import kernels as kernel_bench
+from models.sd2 import UNet
 
-ROOT = Path(bench.__file__).parent
+ROOT = Path(system.__file__).parents[1]
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def dry(tmp_path_factory):
-    """JSON of `python -m bench.system --all` on a CPU, but for the full-size network and the counting of its operations."""
+    """JSON of `python -m bench.system --all` on a CPU, without the full-size network and its count of operations."""
     path = tmp_path_factory.mktemp("bench") / "dry.json"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench, "on_cpu", lambda bench: None)
-        patch.setattr(bench, "policy_tflop", lambda px: (1.0, 100.0))
-        patch.setattr(bench, "counted", lambda fn: 3.0)
-        bench.main(["--all", "--device", "cpu", "--json", str(path)])
+        patch.setattr(policy, "cpu_row", lambda bench: None)
+        patch.setattr(policy, "policy_tflop", lambda px: (1.0, 100.0))
+        patch.setattr(measure, "count_flops", lambda call: 3.0)
+        system.main(["--all", "--device", "cpu", "--json", str(path)])
     return json.loads(path.read_text())
 
 
@@ -35,7 +34,7 @@ def test_the_dry_run_takes_every_part_and_invents_no_figure(dry):
     assert {r["part"] for r in dry["rows"]} == {"judge", "policy", "step"} and dry["failed"] == []
     assert all(r[k] is None for r in dry["rows"] for k in ("ms", "low", "high", "of_limit", "instead_ms"))
     assert dry["tflops"] is None and dry["copy"] is None and all(r["peak_gb"] is None for r in dry["memory"])
-    assert [r["op"] for r in dry["kernels"]["kernels"]] == list(kernels.bench.OPS)
+    assert [r["op"] for r in dry["kernels"]["kernels"]] == list(kernel_bench.OPS)
     assert all(r[k] == "not run" for r in dry["kernels"]["kernels"] for k in ("eager", "compile", "triton"))
 
 
@@ -47,7 +46,7 @@ def test_the_dry_run_names_the_rows_of_a_gpu(dry):
 
 
 def test_the_printed_tables_are_those_of_the_json(dry):
-    text = bench.render(dry)
+    text = system.system_tables(dry)
     assert text.count("\n| judge |") == 7 and "512 | LoRA r 16 | yes" in text
     assert all(f"| {r['what']} |" in text for r in dry["rows"])
     assert "draw_markers: not run (no GPU)" in text
@@ -55,66 +54,73 @@ def test_the_printed_tables_are_those_of_the_json(dry):
 
 def test_the_results_page_holds_the_recorded_run():
     found = json.loads((ROOT / "bench" / "results.json").read_text())
-    assert bench.render(found) in (ROOT / "bench" / "RESULTS.md").read_text()
+    assert system.system_tables(found) in (ROOT / "bench" / "RESULTS.md").read_text()
 
 
 def test_a_row_knows_its_goals():
-    row = bench.Row("judge", "x", ms=10.0, tflop=4.0, of_limit=0.5, instead_ms=490.0, least=0.45, least_times=50)
+    row = measure.Row("judge", "x", ms=10.0, tflop=4.0, of_limit=0.5, instead_ms=490.0, least=0.45, least_times=50)
     assert row.times == 49 and row.goal() == "45% of the limit: yes, 50 times: missed"
-    assert bench.Row("judge", "x", least_times=2.5).goal() == "2.5 times: not run"
-    assert bench.Row("judge", "x").goal() == "-"
+    assert measure.Row("judge", "x", least_times=2.5).goal() == "2.5 times: not run"
+    assert measure.Row("judge", "x").goal() == "-"
 
 
 def test_a_row_that_fails_on_a_gpu_costs_no_other_and_is_counted():
-    run = bench.Bench(CPU)
-    run.dry, run.clock, run.clear, run.tflops = False, lambda fn, runs: (fn(), 1.0, 3.0), lambda: None, 100.0
+    run = measure.Bench(CPU)
+    run.dry = False
+    run.clock = lambda call, runs: (call(), 1.0, 3.0)
+    run.clear = lambda: None
+    run.tflops = 100.0
 
     def broken():
         raise torch.OutOfMemoryError("tried to allocate\n 9 GB")
-    bad = run.add(bench.Row("policy", "large"), broken)
-    good = run.add(bench.Row("policy", "small", tflop=0.1), lambda: lambda: 2.0)
+    bad = run.add(measure.Row("policy", "large"), broken)
+    good = run.add(measure.Row("policy", "small", tflop=0.1), lambda: 2.0)
     assert bad.ms is None and bad.note == "failed: OutOfMemoryError: tried to allocate 9 GB"
     assert good.ms == 2.0 and good.of_limit == 0.5 and run.failed == ["policy: large"] and run.rows == [bad, good]
 
 
 @pytest.mark.parametrize("error", [subprocess.CalledProcessError(1, "gcc"), ValueError("x"), OSError("no compiler")])
 def test_a_compiler_that_is_missing_costs_its_row_alone(error):
-    run = bench.Bench(CPU)
-    run.dry, run.clear = False, lambda: None
+    run = measure.Bench(CPU)
+    run.dry = False
+    run.clear = lambda: None
 
     def broken():
         raise error
-    assert run.add(bench.Row("policy", "x"), broken).note.startswith(f"failed: {type(error).__name__}")
+    assert run.add(measure.Row("policy", "x"), broken).note.startswith(f"failed: {type(error).__name__}")
 
 
 def test_attention_is_counted_where_it_is_fused():
     with FakeTensorMode():
         q = torch.empty(2, 3, 16, 8)
-        assert bench.tflop(lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q)) == 49152e-12  # 4 BHLLD
+        got = measure.count_tflop(lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q))
+        assert got == 49152e-12                                                 # 4 BHLLD
 
 
 def test_the_measured_peak_is_that_of_a_later_step_and_leaves_out_what_was_there(monkeypatch):
-    taken, run = [], bench.Bench(CPU)
-    run.dry, run.clear = False, lambda: None
-    monkeypatch.setattr(bench.arithmetic, "table", lambda: [dict(px=512, training="full", checkpointing=True)])
-    monkeypatch.setattr(bench, "Step", lambda *_: SimpleNamespace(whole=lambda: taken.append("step")))
+    taken = []
+    run = measure.Bench(CPU)
+    run.dry = False
+    run.clear = lambda: None
+    monkeypatch.setattr(system, "memory_table", lambda: [dict(px=512, training="full", checkpointing=True)])
+    monkeypatch.setattr(system, "Step", lambda *_: SimpleNamespace(update=lambda: taken.append("step")))
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 7e9)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: taken.append("reset"))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 27e9)
-    bench.memory_part(run)
+    system.memory_part(run)
     assert taken == ["step", "reset", "step"] and run.memory[0]["peak_gb"] == 20
 
 
 def test_a_row_that_would_begin_too_late_is_not_run():
-    run = bench.Bench(CPU, minutes=0)
+    run = measure.Bench(CPU, minutes=0)
     run.deadline = time.monotonic() - 1
-    row = run.add(bench.Row("policy", "x", tflop=1.0), lambda: pytest.fail("was run"))
+    row = run.add(measure.Row("policy", "x", tflop=1.0), lambda: pytest.fail("was run"))
     assert row.ms is None and row.note == "no time was left" and not run.failed
 
 
 def test_the_operations_are_those_of_the_published_sizes():
     """0.80 TFLOP a state at 512 px; a backward pass takes twice a forward pass."""
-    once, whole = bench.policy_tflop(512)
+    once, whole = policy.policy_tflop(512)
     assert 0.79 < once < 0.81
     states = 1 + 8 * 13
     assert 0.98 < (whole - once * (states + 8) - 4 * once * states) / (3 * 1.08 + 8 * 2.48) < 1.02
@@ -123,20 +129,20 @@ def test_the_operations_are_those_of_the_published_sizes():
 @pytest.mark.skipif(peer.diffusers is None, reason="diffusers is not installed")
 @pytest.mark.parametrize("change", ["noise", "kl_weight"])
 def test_a_loop_that_takes_another_step_is_no_comparison(change, monkeypatch):
-    run = bench.Bench(CPU)
-    step = bench.Step(run, 32, "--kl-weight", "1e3")
+    run = measure.Bench(CPU)
+    step = policy.Step(run, 32, "--kl-weight", "1e3")
     with torch.no_grad():
-        for p in step.policy.unet.conv_out.parameters():
+        for p in step.nets.policy.unet.conv_out.parameters():
             p += 0.02                                                           # away from the reference
-    bench.peer_call(step, run)
+    policy.peer_call(step, run)
     real = peer.Peer.__init__
 
-    def other(self, policy, ref, sd2, cfg, photo):
-        real(self, policy, ref, sd2, cfg, photo)
+    def other(self, ours, ref, sd2, cfg, photo):
+        real(self, ours, ref, sd2, cfg, photo)
         self.cfg = dataclasses.replace(cfg, **{change: 0.9 * getattr(cfg, change)})
     monkeypatch.setattr(peer.Peer, "__init__", other)
     with pytest.raises(ValueError, match="ours and the loop with diffusers differ"):
-        bench.peer_call(step, run)
+        policy.peer_call(step, run)
 
 
 # memory -----------------------------------------------------------------------------------------------------------
@@ -148,17 +154,17 @@ TINY = dict(arithmetic.SD2["unet"], block_out_channels=[32, 64], attention_head_
 
 def counted(px):
     with FakeTensorMode():
-        return arithmetic.activations(marigold.UNet(TINY), px)
+        return arithmetic.activations(UNet(TINY), px)
 
 
 def test_tensors_without_data_are_counted_like_real_ones():
-    assert counted(64) == arithmetic.activations(marigold.UNet(TINY), 64)
+    assert counted(64) == arithmetic.activations(UNet(TINY), 64)
 
 
 def test_counting_restores_what_it_replaced():
-    before = marigold.UNet._layer, torch.nn.functional.group_norm, torch.nn.functional.layer_norm
+    before = UNet._layer, torch.nn.functional.group_norm, torch.nn.functional.layer_norm
     counted(64)
-    assert (marigold.UNet._layer, torch.nn.functional.group_norm, torch.nn.functional.layer_norm) == before
+    assert (UNet._layer, torch.nn.functional.group_norm, torch.nn.functional.layer_norm) == before
 
 
 def test_activations_grow_with_the_pixels_and_shrink_by_checkpointing():
@@ -168,7 +174,7 @@ def test_activations_grow_with_the_pixels_and_shrink_by_checkpointing():
 
 
 def test_each_state_adds_the_same_bytes_to_the_bf16_copies_of_the_weights():
-    unet = marigold.UNet(TINY)
+    unet = UNet(TINY)
     one, two, three = (arithmetic.activations(unet, 64, batch=b)[0] for b in (1, 2, 3))
     copies = 2 * sum(p.numel() for p in unet.parameters() if p.ndim > 1)        # matrices and convolutions
     assert two - one == three - two > 0
@@ -177,7 +183,7 @@ def test_each_state_adds_the_same_bytes_to_the_bf16_copies_of_the_weights():
 
 def test_the_documentation_holds_the_computed_table():
     text = (ROOT / "docs" / "marigold.md").read_text()
-    for r in arithmetic.table():
+    for r in arithmetic.memory_table():
         assert (f"| {r['px']} | {r['training']} | {'yes' if r['checkpointing'] else 'no'} | {r['state_gb']:.1f} | "
                 f"{r['activations_gb']:.1f} | {r['total_gb']:.1f} | {r['card_gb']} | {r['with_judge_gb']:.1f} | "
                 f"{r['with_judge_card_gb']} |") in text

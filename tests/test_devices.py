@@ -19,7 +19,7 @@ from test_train import TINY
 import kernels
 import relations
 import train
-from bench import baselines
+from bench import baselines, measure, policy
 from bench import system as bench
 from data import scenes
 from data.maps import consistency
@@ -232,14 +232,16 @@ def test_consistency_rewards_read_maps_where_they_are(watch):
 
 
 def test_the_benchmark_keeps_to_the_gpu(watch, monkeypatch):
-    for name in ("counted", "on_cpu"):
-        monkeypatch.setattr(bench, name, lambda *_: 1.0)
-    monkeypatch.setattr(bench, "policy_tflop", lambda px: (1.0, 100.0))
+    monkeypatch.setattr(measure, "count_flops", lambda *_: 1.0)
+    monkeypatch.setattr(policy, "cpu_row", lambda *_: 1.0)
+    monkeypatch.setattr(policy, "policy_tflop", lambda px: (1.0, 100.0))
     for name in ("GPU", "TINY"):                                                # one of both sides
-        sizes = getattr(bench, name)
-        monkeypatch.setattr(bench, name, dataclasses.replace(sizes, sides=sizes.sides[:1]))
-    monkeypatch.setattr(bench.arithmetic, "table", lambda: [dict(px=512, training="LoRA r 16", checkpointing=True)])
-    run = bench.Bench(torch.device("cpu"))
+        one_side = dataclasses.replace(getattr(measure, name), sides=getattr(measure, name).sides[:1])
+        for module in (measure, policy, bench):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, one_side)
+    monkeypatch.setattr(bench, "memory_table", lambda: [dict(px=512, training="LoRA r 16", checkpointing=True)])
+    run = measure.Bench(torch.device("cpu"))
     run.device = CUDA
     torch.compiler.set_stance("force_eager")
     for part in (name for name in bench.RUN if name != "kernels"):

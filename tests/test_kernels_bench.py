@@ -36,7 +36,7 @@ def test_small_cases_bind_forward_and_backward_and_agree(capsys):
     assert "15 cases agree with their definitions" in capsys.readouterr().out
     for op in bench.OPS:
         for case in bench.OPS[op](torch.device("cpu"), 64):
-            out = bench.bound(case, case.kernel)()
+            out = bench.bind(case, case.kernel)()
             assert case.into < 0 or out[-1].shape == case.args[case.into].shape
 
 
