@@ -244,7 +244,7 @@ def needed_stages(cfg):
 
 
 def check_inputs(cfg):
-    """Open all that the user named: a wrong path fails now, not after hours. raises UserError, OSError and ValueError."""
+    """Open all that the user named: a wrong path fails now, not after hours. raises UserError, OSError, ValueError."""
     if cfg.stage in ("all", "grpo"):
         if cfg.images:
             read_first_rgb(cfg.images)
