@@ -61,7 +61,9 @@ def commit():
 def about():
     """Where numbers come from: command, commit, versions, device."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({os.cpu_count()} cores)"
-    return dict(command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), commit=commit(),
+    module = getattr(sys.modules["__main__"], "__spec__", None)                 # of python -m MODULE
+    program = f"python -m {module.name.removesuffix('.__main__')}" if module else Path(sys.argv[0]).name
+    return dict(command=" ".join([program, *sys.argv[1:]]), commit=commit(),
                 python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__,
                 numpy=numpy.__version__, device=gpu, processes=str(world()), threads=str(torch.get_num_threads()))
 
