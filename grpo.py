@@ -62,27 +62,27 @@ class Batch:
         return torch.arange(n, device=self.index.device).split(self.cfg.micro or n)
 
 
-def draw_batch(judged, modalities, cfg, draw, device):
+def draw_batch(photos, modalities, cfg, draw, device):
     """Draw this rank's photos of a step, their pairs, and the modalities.
 
-    judged   data.bank.Judgements;  modalities  of the predictor;  draw  ranks.Draw
+    photos   data.bank.Judgements;  modalities  of the predictor;  draw  ranks.Draw
     returns  Batch
     raises   ValueError  a point outside its photo
     """
-    places = draw.integers(len(judged.rgb), (draw.batch,))
+    places = draw.integers(len(photos.rgb), (draw.batch,))
     chosen = draw.choices(cfg.bank_pairs, cfg.pairs)
     one = draw.integer(len(modalities))
     names = modalities if cfg.modalities == "joint" else modalities[one:one + 1]
-    rgb = judged.rgb[places].to(device).float() / 255
-    pts = judged.pts[places[:, None], chosen].to(device)
+    rgb = photos.rgb[places].to(device).float() / 255
+    pts = photos.pts[places[:, None], chosen].to(device)
     if cfg.jitter > 1:                                                          # the answer holds around the point too
         near = draw.integers(cfg.jitter, (draw.batch, *pts.shape[1:])).to(device)
         last = torch.tensor(rgb.shape[-2:], device=device) - 1
         pts = (pts + near - cfg.jitter // 2).clamp_min(0).minimum(last)
     check_points("grpo.draw_batch", pts, rgb.shape[-2:])
     index = torch.tensor([NAMES.index(m) for m in names], device=device).repeat_interleave(len(places))
-    return Batch(rgb, places, [judged.names[i] for i in places], names, index, pts,
-                 judged.prob[places[:, None], chosen].to(device), cfg, draw)
+    return Batch(rgb, places, [photos.names[i] for i in places], names, index, pts,
+                 photos.prob[places[:, None], chosen].to(device), cfg, draw)
 
 
 class Conditioned:

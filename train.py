@@ -161,7 +161,7 @@ def train_grpo(cfg, device, sample=grpo.sample_groups, gradient=grpo.policy_grad
     """
     nets = Networks(functools.partial(load_predictor, cfg.start), cfg, device)
     opts = optimizers([nets.policy], cfg.lr, 0, weight_decay=0.0, betas=(0.9, 0.95))
-    run = Run(cfg.grpo_folder, fixed_of(cfg), cfg.seed, cfg.steps, nets.modules, opts, cfg.save_every, cfg.keep)
+    run = Run(cfg.grpo_folder, resume_key(cfg), cfg.seed, cfg.steps, nets.modules, opts, cfg.save_every, cfg.keep)
     watch = Watch(nets, run, cfg, base=str(cfg.start), trained_on=cfg.images or "procedural wild photos")
     photos = judgements(cfg, device) if run.remaining else None
     replay = scene_pool("synthetic", "train", cfg.base_scenes, cfg.size, device=device) if (
@@ -195,7 +195,7 @@ def supervised_loss(policy, scenes, batch):
         return policy.loss(scenes.pick(places, batch.rgb.device), batch.modalities, batch.draw)
 
 
-def fixed_of(cfg):
+def resume_key(cfg):
     """What a GRPO run may not change when it resumes: settings, and digests of both weights."""
     ranks.divide_batch(cfg.batch, "batch")
     judge = cfg.judge if cfg.judge == ORACLE else files.weights_digest(cfg.judge or Path(cfg.out) / "judge")

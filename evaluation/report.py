@@ -156,15 +156,15 @@ def report_wild(cfg, device, start, folder):
           f"maps of your own photos: python predictor.py PHOTO --checkpoint {out}/grpo")
 
 
-def report_photos(cfg, device, judged, start, folder):
+def report_photos(cfg, device, judgements, start, folder):
     """Before/after figures without ground truth on the photos of --images; writes OUT/photos/report.json, panel.png.
 
     cfg            of the run: images, eval_images, eval_steps, micro, seed, and the settings of the reward
-    judged         data.bank.Judgements, of which the first cfg.eval_images are shown
+    judgements         data.bank.Judgements, of which the first cfg.eval_images are shown
     start, folder  of the predictor that GRPO started from, and of its result
     """
     n = cfg.eval_images
-    rgb = judged.rgb[:n].float() / 255
+    rgb = judgements.rgb[:n].float() / 255
     pred = []
     rows = {}
     for path in (start, folder):                                                # one in memory at a time
@@ -172,11 +172,11 @@ def report_photos(cfg, device, judged, start, folder):
         pred.append(predict_maps(policy, rgb, cfg.eval_steps, 0, cfg.micro or 64))
         del policy
     for m in pred[0]:
-        prob = judged.prob[:n, :, NAMES.index(m)]
-        rows[f"reward/{m}"] = [agreement(p[m][:, None], judged.pts[:n], prob, m, cfg)[2][:, 0].numpy() for p in pred]
+        prob = judgements.prob[:n, :, NAMES.index(m)]
+        rows[f"reward/{m}"] = [agreement(p[m][:, None], judgements.pts[:n], prob, m, cfg)[2][:, 0].numpy() for p in pred]
     if {"depth", "normal"} <= pred[0].keys():
         rows["depth-normal RMSE"] = [photo_scores(p) for p in pred]
-    confidences = {m: float((2 * judged.prob[:n, :, k] - 1).abs().mean()) for k, m in enumerate(NAMES)}
+    confidences = {m: float((2 * judgements.prob[:n, :, k] - 1).abs().mean()) for k, m in enumerate(NAMES)}
     result = {"n": len(rgb), "judge/confidence": confidences}
     lines = []
     for name, (a, b) in rows.items():
@@ -189,7 +189,7 @@ def report_photos(cfg, device, judged, start, folder):
     print_table(f"{cfg.images}: {len(rgb)} of the photos trained on; no ground truth exists; paired bootstrap 95 %",
                 lines, ("figure", "judge", "base", "X", "change", "95 %"))
     write_json(folder / "report.json", dict(about=about(), seed=cfg.seed, **result))
-    save_panel(folder / "panel.png", rgb, *pred, labels=judged.names)
+    save_panel(folder / "panel.png", rgb, *pred, labels=judgements.names)
 
 
 def save_panel(path, rgb, before, after, truth=None, labels=None, rows=4):
