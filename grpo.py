@@ -1,6 +1,6 @@
-"""What a group of sampled maps teaches: reward, credit, advantage, clipped loss and KL, one step. No models inside.
+"""What a group of sampled maps teaches: reward, credit, advantage, clipped loss and KL. No models inside.
 
-Algorithm 1 is four calls, in this order: sample_groups, score, advantage, policy_gradient.
+A step of Algorithm 1 is four calls, in this order: sample_groups, score, advantage, policy_gradient.
 
 agreement   of a map with the judge at a pair, p the judge's probability of the first answer (ReasonX reward):
                 reward      map says                 agreement                        dead zone (relations.py)
@@ -50,7 +50,7 @@ class Batch:
     index: torch.Tensor      # (M*B,) number of each row's modality in relations.MODALITIES
     pts: torch.Tensor        # (B, P, 2, 2)
     prob: torch.Tensor       # (B, P, 4) of the first answer
-    cfg: object              # config.Config
+    cfg: object              # runtime.config.Config
     draw: object             # ranks.Draw: the random numbers of the step
 
     def autocast(self):
@@ -235,7 +235,7 @@ def group_advantage(reward, norm="group"):
 def scale_credit(credit, norm):
     """Centred credit (B, G, ...) divided by its rms in each group, over all rows of all ranks, or not; 0 stays 0."""
     if norm not in ("group", "global", "none"):
-        raise ValueError(f"grpo.group_advantage: got norm {norm!r}; want group, global or none")
+        raise ValueError(f"grpo.scale_credit: got norm {norm!r}; want group, global or none")
     if norm == "none":
         return credit
     square = credit.square().mean(tuple(range(0 if norm == "global" else 1, credit.ndim)), keepdim=True)
@@ -344,7 +344,7 @@ def policy_gradient(nets, batch, transitions, advantage, run, update=0):
             gap = {}
             if update == 0:
                 gap = dict(gap=(v.detach() - rows.v).norm() / rows.v.norm().clamp_min(1e-12))
-                rows = rows.drawn_by(v.detach())
+                rows = rows.with_velocity(v.detach())
                 step.v[part] = rows.v
                 step.mean[part] = rows.mean
             term, stats = step_loss(v, v_ref, rows, credit[part], cfg.clip, cfg.kl_weight)

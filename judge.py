@@ -10,9 +10,7 @@ image: one vision pass, one image prefix, the questions blind to each other (pos
 
 The network is one of transformers' own (families.FAMILIES), opened by `load_judge`; `build_mini_judge` makes a tiny
 one. Images are sRGB-encoded [0, 1], always one square tile, normalised and cut into patches by hand: no processor.
-
-Every judge offers ask(rgb, pts, names), digest(), size and grid: Judge; LazyJudge, which is opened at the first
-question; Oracle, which knows the truth.
+Every judge offers ask(rgb, pts, names, modalities), digest(), size and grid: Judge, LazyJudge, Oracle.
 Source: ReasonX (arXiv 2512.04222) and its released judge (questions, answers, prompt format).
 """
 import hashlib
@@ -32,7 +30,7 @@ from kernels.draw_markers import mark_photos
 from models import vlm
 from models.families import END, FAMILIES, SYSTEM, Prompt, read_answer
 from models.mini_judge import mini_network, mini_tokenizer
-from relations import MODALITIES, draw_markers
+from relations import MODALITIES, NAMES, draw_markers
 from runtime.command import run_command
 from runtime.config import Parser
 from runtime.files import replace_files, write_json
@@ -127,31 +125,33 @@ class Judge(nn.Module):
             return torch.tensor([read_answer(x, modality) for x in self.say(images, modality)], device=images.device)
         return self.decide(self.logits(images, (modality,)), (modality,))[:, 0].sigmoid()
 
-    def _answers(self, rgb, pts, photo):
-        """Probability of the first answer to every question: pairs (N, 2, 2) of the photos numbered (N,) -> (N, M)."""
+    def _answers(self, rgb, pts, photo, asked):
+        """Probability of the first answer: pairs (N, 2, 2) of the photos numbered (N,) -> (N, questions asked)."""
         if self.text:
             images = draw_markers(rgb[photo], pts[:, None])[:, 0]
-            said = [[read_answer(x, m) for x in self.say(images, m)] for m in MODALITIES]
+            said = [[read_answer(x, m) for x in self.say(images, m)] for m in asked]
             return torch.tensor(said, device=images.device).T
-        pixels = mark_photos(rgb, pts, photo, self.mean, self.std, self.model.dtype)
-        return self.decide(self.logits(None, features=self.vision(pixels, normalised=True))).sigmoid()
+        features = self.vision(mark_photos(rgb, pts, photo, self.mean, self.std, self.model.dtype), normalised=True)
+        return self.decide(self.logits(None, asked, features), asked).sigmoid()
 
     @torch.no_grad()
-    def ask(self, rgb, pts, names=None, batch=0):
-        """Ask all questions about every pair.
+    def ask(self, rgb, pts, names=None, modalities=None, batch=0):
+        """Ask questions about every pair.
 
-        rgb      (B, 3, S, S) unmarked sRGB [0, 1];  pts (B, P, 2, 2) in pixels of rgb
-        names    of the photos; only an Oracle reads them
-        batch    marked photos at a time; 0: as many as make TOKENS tokens
-        returns  (B, P, M) probability of the first answer, modalities in the order of MODALITIES
+        rgb         (B, 3, S, S) unmarked sRGB [0, 1];  pts (B, P, 2, 2) in pixels of rgb
+        names       of the photos, which only an Oracle reads;  modalities  the questions wanted, None: all
+        batch       marked photos at a time; 0: as many as make TOKENS tokens
+        returns     (B, P, M) probability of the first answer, in the order of MODALITIES; NaN where not asked
         """
         B, P = pts.shape[:2]
         flat = pts.reshape(B * P, 2, 2)
-        batch = batch or max(1, TOKENS // len(self.prompt))
-        out = []
-        for part in torch.arange(B * P, device=rgb.device).split(batch) if B * P else ():
-            out.append(self._answers(rgb, flat[part], part // P).float())
-        return torch.cat(out).view(B, P, -1) if out else rgb.new_zeros(B, P, len(MODALITIES))
+        asked = tuple(m for m in NAMES if modalities is None or m in modalities)
+        prob = torch.full((B * P, len(NAMES)), torch.nan, device=rgb.device)
+        index = torch.tensor([NAMES.index(m) for m in asked], device=rgb.device)
+        places = torch.arange(B * P, device=rgb.device)
+        for part in places.split(batch or max(1, TOKENS // len(self.prompt))) if B * P else ():
+            prob[part[:, None], index] = self._answers(rgb, flat[part], part // P, asked).float()
+        return prob.view(B, P, len(NAMES))
 
     @torch.no_grad()
     def say(self, images, modality, tokens=40):
@@ -227,11 +227,11 @@ class LazyJudge:
         """As Judge.digest of the opened judge."""
         return vlm.files_digest(self.folder, self.prompt.key())
 
-    def ask(self, rgb, pts, names=None):
+    def ask(self, rgb, pts, names=None, modalities=None):
         """As Judge.ask; opens the judge if that has not happened yet."""
         if self.opened is None:
             self.opened = load_judge(self.folder, self.device)
-        return self.opened.ask(rgb, pts, names)
+        return self.opened.ask(rgb, pts, names, modalities)
 
 
 class Oracle:
@@ -252,8 +252,8 @@ class Oracle:
         """Hex digest of how it answers. The errors are not in it: they follow from the order of the questions."""
         return hashlib.sha256(json.dumps([ORACLE, PAPER_ACCURACY]).encode()).hexdigest()
 
-    def ask(self, rgb, pts, names=None):
-        """Answer all questions about every pair; rgb is not looked at.
+    def ask(self, rgb, pts, names=None, modalities=None):
+        """Answer all questions about every pair; rgb and modalities are not looked at.
 
         pts      (B, P, 2, 2);  names  of the scenes, such as "wild 3": the number picks the maps
         returns  (B, P, M) probability of the first answer: the accuracy or one minus it; 0.5 in the dead zone
@@ -290,7 +290,7 @@ def arguments(argv):
     if not args.bank and not (args.red and args.green):
         p.error("want --red X Y and --green X Y, two points of the photo")
     p.at_least(args, 1, "pairs")
-    if args.save and Path(args.save).suffix.lower() != ".png":
+    if args.save and not args.save.lower().endswith(".png"):
         p.error(f"--save {args.save}: want a name that ends in .png")
     return p, args
 

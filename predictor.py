@@ -90,8 +90,8 @@ def _take_step(x, v, eps, A, B, std):
     x = x if x.dtype == torch.float64 else x.float()
     v = v if v.dtype == torch.float64 else v.float()
     mean = A * x + B * v
-    std = torch.tensor(std, dtype=mean.dtype, device=mean.device)
-    return mean + std * eps, mean, std
+    x_next = mean + std * eps if std else mean
+    return x_next, mean, torch.tensor(std, dtype=mean.dtype, device=mean.device)
 
 
 def flow_sde_step(x, v, t, s, a, eps, t_next=None):
@@ -148,7 +148,7 @@ class Transition(Leg):
         cut = {k: getattr(self, k)[part] for k in ("x", "x_next", "mean", "v")}
         return replace(self, squares=self.squares[part.to(self.squares.device)], **cut)
 
-    def drawn_by(self, v):
+    def with_velocity(self, v):
         """The transition with v as the velocity, and its mean as the mean, of the policy that acted; the draws stay.
 
         For a rollout by a network that rounds otherwise than the one in training: the ratio is exactly 1.

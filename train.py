@@ -48,7 +48,7 @@ def train_base(cfg, device):
     fixed = stage_settings(cfg, "base", "size", "width", "encoder_layers", "layers", "heads", "patch", "compile")
     run = Run(Path(cfg.out) / "base", fixed, cfg.seed, cfg.base_steps, dict(policy=policy, average=average), opts,
               cfg.save_every, cfg.keep)
-    if run.remaining:
+    if run.has_steps:
         scenes = ScenePool("synthetic", "train", cfg.base_scenes, cfg.size, device=device)
     for step, draw in run.steps("base", cfg.stop_at, STREAMS["base"], cfg.base_batch):
         places = draw.integers(len(scenes), (draw.batch,))
@@ -58,7 +58,7 @@ def train_base(cfg, device):
         norm = run.update(loss, [list(policy.parameters())], cosine(step, cfg.base_steps, warmup=100))
         update_average(average, policy, min(cfg.base_ema, (step + 1) / (step + 10)))
         run.log(step, {"loss": loss.detach(), "grad/norm": norm}, show=("loss",))
-    if run.finished("predictor.json"):
+    if run.begin_result("predictor.json"):
         average.save(run.folder, base="none", trained_on="synthetic scenes")
 
 
@@ -77,7 +77,7 @@ def train_judge(cfg, device):
     warm = int(cfg.judge_warm * cfg.judge_steps)
     run = Run(Path(cfg.out) / "judge", stage_settings(cfg, "judge", "size"), cfg.seed, cfg.judge_steps,
               dict(judge=model, probe=probe), opts, cfg.save_every, cfg.keep)
-    if run.remaining:
+    if run.has_steps:
         scenes = ScenePool("broad", "train", cfg.judge_scenes, cfg.size, device=device)
     for step, draw in run.steps("judge", cfg.stop_at, STREAMS["judge"], cfg.judge_batch):
         places = draw.integers(len(scenes), (draw.batch,))
@@ -86,7 +86,7 @@ def train_judge(cfg, device):
             loss, stats = judge_loss(model, probe, scenes.pick(places, device), answers=step >= warm, draw=draw)
         norm = run.update(loss, [vision, text], cosine(step, cfg.judge_steps, warmup=100))
         run.log(step, stats | {"grad/norm": norm}, show=("loss/pairs", "loss/answers"))
-    if run.finished("judge.json"):
+    if run.begin_result("judge.json"):
         model.save(run.folder)
 
 
@@ -116,7 +116,7 @@ def tune_judge(cfg, device):
         norm = run.update(None, [list(learnt.parameters())],
                           cosine(step, steps, warmup=max(1, int(cfg.judge_warmup * steps))))
         run.log(step, {"loss": loss, "grad/norm": norm}, show=("loss",))
-    if run.finished("judge.json"):
+    if run.begin_result("judge.json"):
         lora.save_adapter(model.model, folder / "adapter", base=cfg.judge, task="CAUSAL_LM")
         model.eval().save_about(folder / "adapter")
         lora.merge(model.model)
@@ -138,11 +138,11 @@ def judgements(cfg, device, together=True):
         pts = sample_pairs(len(names), (cfg.size, cfg.size), cfg.bank_pairs, rng, mask=scenes["mask"])
         prob = Oracle(scenes, rng).ask(scenes["rgb"], pts, names)
         return Judgements((scenes["rgb"] * 255).round().byte(), pts, prob, names)
+    photos, names, what = training_photos(cfg, device, together)
     judge = LazyJudge(cfg.judge or Path(cfg.out) / "judge", device)             # in memory only if the bank asks it
     if judge.size != cfg.size:
         raise UserError(f"train.py: the judge sees {judge.size} px photos and --size is {cfg.size}; "
                         "use one size for both")
-    photos, names, what = training_photos(cfg, device)
     bank = Bank(cfg.bank or Path(cfg.out) / "bank", judge)
     pts, prob = (bank.fill_together if together else bank.fill)(photos, cfg.bank_pairs, device)
     ranks.say(f"grpo: {what}; judgement bank: {bank.asked} pairs asked, {bank.known} already known")
@@ -152,20 +152,20 @@ def judgements(cfg, device, together=True):
 def train_grpo(cfg, device, sample=grpo.sample_groups, gradient=grpo.policy_gradient):
     """GRPO against the frozen judge, without ground truth; writes OUT/grpo, or OUT/photos for --images.
 
-    Algorithm 1 of ReasonX. Where preset mini differs from the paper (--estimator paper takes its first two back):
-    credit      per pixel, around a pair's points, of a Brier score; paper: one advantage per sample, agreement or not
-    rollout     one noisy step with noise in squares, all modalities at every step; paper: every step but the last, one
-    anchors     0.2 times the supervised loss on synthetic scenes; an early end when a figure drifts; paper: neither
-    result      an exponential average of the policy; paper: not said
-    open there  dead zone, clip, beta and updates per rollout are ours (docs/deviations.md)
+    Algorithm 1 of ReasonX. Preset mini differs from the paper in five ways (--estimator paper undoes the first two):
+    credit    one advantage per pixel, from a proper score (Brier); paper: one per sample, from hard agreement
+    rollout   one noisy step, noise in squares, all modalities at once; paper: all steps but the last, one modality
+    anchors   0.2 times the supervised loss on synthetic scenes, an early end when a figure drifts; paper: neither
+    result    the exponential average of the policy; the paper does not say
+    settings  clip, beta, updates per rollout and the dead zone are ours; the paper leaves them open
     """
     nets = Networks(functools.partial(load_predictor, cfg.start), cfg, device)
     opts = optimizers([nets.policy], cfg.lr, 0, weight_decay=0.0, betas=(0.9, 0.95))
     run = Run(cfg.grpo_folder, resume_key(cfg), cfg.seed, cfg.steps, nets.modules, opts, cfg.save_every, cfg.keep)
     watch = Watch(nets, run, cfg, base=str(cfg.start), trained_on=cfg.images or "procedural wild photos")
-    photos = judgements(cfg, device) if run.remaining else None
+    photos = judgements(cfg, device) if run.has_steps else None
     replay = scene_pool("synthetic", "train", cfg.base_scenes, cfg.size, device=device) if (
-        run.remaining and cfg.replay) else None
+        run.has_steps and cfg.replay) else None
     for step, draw in run.steps("grpo", cfg.stop_at, STREAMS["grpo"], cfg.batch):
         batch = grpo.draw_batch(photos, nets.policy.modalities, cfg, draw, device)    # (B, 3, H, W), (B, P, 2, 2)
         run.where = batch.photos

@@ -61,7 +61,7 @@ def rows_of():
 
 
 def row_config(args, row, seed):
-    """train.Config of one run."""
+    """runtime.config.Config of one run."""
     shared = Path(args.out) / f"seed{seed}"
     run = dict(stage="grpo", seed=seed, threads=args.threads, device=args.device, policy=str(shared / "base"),
                judge=str(shared / "judge"), bank=str(shared / "bank"), val_images=args.val_images, band=0, forget=0,
@@ -212,7 +212,7 @@ def draw_curves(path, runs):
                 lines.append(Line(row, [0.0] + [float(np.mean([p[axis] for p in at])) for at in points],
                                   [0.0] + [100 * float(np.mean([p[metric] for p in at])) for at in points]))
             panels.append((f"{metric}, change in %", axis + (" seen" if axis == "photos" else ""), lines))
-    Path(path).write_text(figure(panels, columns=len(SHOWN)))
+    files.write_text(path, figure(panels, columns=len(SHOWN)))
 
 
 def arguments(argv):
@@ -270,7 +270,7 @@ def main(argv=None):
             print(f"{k}: `all` needs "
                   + ", ".join("-" if x is None else f"{x:.1f}" for x in many) + " times fewer photos than `paper`")
     files.write_json(Path(args.out) / "ablation.json", result)
-    (Path(args.out) / "ablation.md").write_text(text + "\n")
+    files.write_text(Path(args.out) / "ablation.md", text + "\n")
     draw_curves(Path(args.out) / "ablation.svg", runs)
     print(f"written: {args.out}/ablation.json, ablation.md, ablation.svg")
 

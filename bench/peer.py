@@ -10,10 +10,10 @@ except ImportError:
 
 
 class Peer:
-    """The loop, with the weights of a policy and of its reference (marigold.Marigold).
+    """The loop, with the weights of a policy and of its reference (models.marigold.Marigold).
 
     sd2    configs of unet, vae, scheduler
-    cfg    config.Config
+    cfg    runtime.config.Config
     photo  (1, 3, H, W) uint8
     """
 

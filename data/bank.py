@@ -26,9 +26,8 @@ from tqdm import tqdm
 import relations
 from data.photos import as_bytes, find_images, read_rgb
 from relations import MODALITIES, sample_pairs
-from runtime.config import UserError
 from runtime.files import DamageGuard, read_checked, write_tensors
-from runtime.ranks import barrier, combine_numbers, rank, world
+from runtime.ranks import barrier, rank, world
 
 PACK = 64                         # a call that writes at least so many single entries packs them
 BLOCK = 16                        # pairs of a photo that are drawn at a time
@@ -97,7 +96,8 @@ class Bank:
             prob = entry["prob"]
             n = len(prob)
             good = (pts.dtype == torch.int16 and pts.shape == (n, 2, 2) and prob.shape == (n, len(MODALITIES))
-                    and ((pts >= 0) & (pts < self.judge.size)).all() and ((prob >= 0) & (prob <= 1)).all())
+                    and ((pts >= 0) & (pts < self.judge.size)).all()
+                    and ((prob >= 0) & (prob <= 1) | prob.isnan()).all())       # NaN: not known
             if path.name.startswith("pack-"):
                 keys = entry["keys"]
                 counts = entry["counts"]
@@ -144,14 +144,7 @@ class Bank:
                 path.unlink(missing_ok=True)                                    # kept if another writer extended it
 
     def fill_together(self, photos, n, device="cpu"):
-        """As `fill`, called by all ranks: each asks about its share of the photos.
-
-        raises UserError when the ranks see different numbers of photos
-        """
-        seen = combine_numbers(dict(photos_min=len(photos), photos_max=len(photos)))
-        if seen["photos_min"] != seen["photos_max"]:
-            raise UserError("train.py: processes can read different numbers of the photos; want a folder that all of "
-                            "them see alike")
+        """As `fill`, called by all ranks: each asks about its share of the photos."""
         if world() > 1:
             self.fill(photos[rank()::world()], n, device)
             barrier()

@@ -53,7 +53,7 @@ def consistency(maps, rgb, modality, cfg):
     """Rewards of maps that fit each other, which need no judge: list of (name, weight, agreement (B, G, H, W)).
 
     maps  dict modality -> (B, G, C, H, W): sample g of one modality is held against sample g of the other
-    rgb   (B, 3, H, W);  cfg  weights depth_normal and shading of config.Config: [] while they are 0
+    rgb   (B, 3, H, W);  cfg  weights depth_normal and shading of runtime.config.Config: [] while they are 0
     """
     found = []
     if cfg.depth_normal and modality in ("depth", "normal"):

@@ -13,6 +13,8 @@ from tqdm import tqdm
 
 from data import scenes
 from data.photos import Photos, fit_square, open_image
+from runtime.config import UserError
+from runtime.ranks import combine_numbers
 
 MAPS = ("rgb", "depth", "normal", "albedo", "irradiance")
 
@@ -134,14 +136,19 @@ def scene_pool(*args, **kwargs):
     return ScenePool(*args, **kwargs)
 
 
-def training_photos(cfg, device):
+def training_photos(cfg, device, together=True):
     """Unlabeled photos for GRPO: those of --images, or procedural wild ones.
 
-    cfg      images, photos, size of config.Config
-    returns  photos (n, 3, S, S) uint8, n names, and a short description
+    cfg       images, photos, size of runtime.config.Config;  together  True when all ranks call
+    returns   photos (n, 3, S, S) uint8, n names, and a few words that say what they are
+    raises    UserError when the ranks can read different numbers of photos
     """
     if cfg.images:
         found = Photos(cfg.images, cfg.size, cfg.photos)
+        seen = combine_numbers(dict(n_min=len(found), n_max=len(found))) if together else {}
+        if len(set(seen.values())) > 1:
+            raise UserError(f"train.py: processes can read different numbers of the photos in {cfg.images}; "
+                            "want a folder that all of them see alike")
         what = f"{len(found)} photos of {cfg.images} ({len(found.skipped)} unreadable)"
         return found.images, found.names, what
     pool = ScenePool("wild", "train", cfg.photos, cfg.size, keys=("rgb",), device=device)

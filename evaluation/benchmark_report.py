@@ -211,4 +211,4 @@ def list_datasets(procedural):
         print(f"{b.dataset:15} {b.task:9} {b.count or '-':>6}  {', '.join(b.needs):20} {source}; {licence}")
     print(f"{'scenes':15} {'all four':9} {'-':>6}  {'all four':20} your folder of ID_rgb.png, ID_depth.png, ...")
     for name in procedural:
-        print(f"{name:15} {'all four':9} {'-':>6}  {'all four':20} rendered by scenes.py")
+        print(f"{name:15} {'all four':9} {'-':>6}  {'all four':20} rendered by data/scenes.py")

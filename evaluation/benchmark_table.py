@@ -20,7 +20,7 @@ class Benchmark:
     tree: tuple               # an example of the layout, one line each
     roots: tuple = (".",)     # folders or tars under --data in which the files may be
     files: tuple = ()         # (role, part of the photo's name, its replacement) of the files beside the photo
-    list_file: str = ""       # in lists/
+    list_file: str = ""       # in evaluation/lists/
     range: tuple = ()         # metres: only truth strictly inside counts, predictions are clipped to it
     scale: float = 1.0        # stored value per metre
     processing_res: int = 0   # px, long edge that the official inference uses; 0: the photo's own
@@ -195,7 +195,8 @@ def missing_page(bench, missing=()):
         lines.append("The files may also lie below it in one of: " + ", ".join(roots))
     lines += [f"Source:  {source}", f"Licence: {licence}", f"Size:    {size or 'not known here'}"]
     if bench.list_file:
-        lines.append(f"List:    lists/{bench.list_file}, {bench.count} images with truth (names only; already here)")
+        lines.append(f"List:    evaluation/lists/{bench.list_file}, {bench.count} images with truth (names only; "
+                     "already here)")
     if missing:
         lines += [f"Missing: {len(missing)} files, the first ones:", *("    " + m for m in missing[:5])]
     return "\n".join([*lines, "Nothing is downloaded by this program."])

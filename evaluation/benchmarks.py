@@ -37,7 +37,7 @@ FRAME_MARGIN = 5.0                    # degrees, as surface.AXIS_MARGIN, for one
 
 
 def read_list(name):
-    """Names of a list file in order: [(name, has ground truth)] (the format: lists/SOURCE.md)."""
+    """Names of a list file in order: [(name, has ground truth)] (the format: evaluation/lists/SOURCE.md)."""
     found = []
     for line in (LISTS / name).read_text().splitlines():
         pattern, *values = line.split()
@@ -80,7 +80,8 @@ def list_items(bench, files):
         return _maw_items(files)
     found = [_item(bench, name) for name, known in read_list(bench.list_file) if known]
     if len(found) != bench.count:
-        raise ValueError(f"lists/{bench.list_file}: got {len(found)} images with truth, want {bench.count}; restore it")
+        raise ValueError(f"evaluation/lists/{bench.list_file}: got {len(found)} images with truth, want {bench.count}; "
+                         "restore it")
     return found
 
 

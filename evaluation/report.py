@@ -160,7 +160,7 @@ def report_photos(cfg, device, judgements, start, folder):
     """Before/after figures without ground truth on the photos of --images; writes OUT/photos/report.json, panel.png.
 
     cfg            of the run: images, eval_images, eval_steps, micro, seed, and the settings of the reward
-    judgements         data.bank.Judgements, of which the first cfg.eval_images are shown
+    judgements     data.bank.Judgements, of which the first cfg.eval_images are shown
     start, folder  of the predictor that GRPO started from, and of its result
     """
     n = cfg.eval_images
@@ -173,7 +173,8 @@ def report_photos(cfg, device, judgements, start, folder):
         del policy
     for m in pred[0]:
         prob = judgements.prob[:n, :, NAMES.index(m)]
-        rows[f"reward/{m}"] = [agreement(p[m][:, None], judgements.pts[:n], prob, m, cfg)[2][:, 0].numpy() for p in pred]
+        rows[f"reward/{m}"] = [agreement(p[m][:, None], judgements.pts[:n], prob, m, cfg)[2][:, 0].numpy()
+                               for p in pred]
     if {"depth", "normal"} <= pred[0].keys():
         rows["depth-normal RMSE"] = [photo_scores(p) for p in pred]
     confidences = {m: float((2 * judgements.prob[:n, :, k] - 1).abs().mean()) for k, m in enumerate(NAMES)}

@@ -3,7 +3,6 @@
 The averaged policy is evaluated on validation scenes on which no stage trains. When a figure has left its band, the
 average is reset to its state at the evaluation before, and the run ends.
 """
-import json
 import math
 
 import numpy as np
@@ -13,7 +12,7 @@ from data.pools import scene_pool
 from evaluation import metrics
 from evaluation.scores import METRICS, PAIRS, eval_pairs, predict_maps, score_maps
 from grpo import is_unanimous
-from runtime.files import read_log, write_json
+from runtime.files import read_json, read_log, write_json
 from runtime.ranks import combine_numbers, rank
 from runtime.run import about
 
@@ -41,7 +40,7 @@ class Watch:
 
     nets   models.copies.Networks;  run  runtime.run.Run, whose `ended` it sets
     origin facts that saved copies record, such as the base
-    cfg    eval_every, eval_steps, val_images, band, forget, size, micro, fsdp of config.Config
+    cfg    eval_every, eval_steps, val_images, band, forget, size, micro, fsdp of runtime.config.Config
     """
 
     def __init__(self, nets, run, cfg, **origin):
@@ -51,11 +50,11 @@ class Watch:
         self.origin = origin | {k: v for k, v in about().items() if k in ("command", "commit")}
         seen = [row for row in validation_rows(run.folder) if row["step"] < run.start]
         self.drifted = drift(seen[-1], seen[0], cfg.band, cfg.forget) if seen else ""    # the same on every rank
-        self.kept = [p.detach().clone() for p in self.averaged]                 # the average at the evaluation before
+        self.kept = [p.detach().clone() for p in self.average_params]  # of the evaluation before
         run.ended = bool(self.drifted)
 
     @property
-    def averaged(self):
+    def average_params(self):
         """The averaged parameters."""
         return list(self.nets.modules["average"].parameters())
 
@@ -67,7 +66,7 @@ class Watch:
         figures = self._figures(step) if self.nets.takes_part else {}
         self.run.ended = bool(combine_numbers(dict(drifted_max=float(bool(self.drifted))))["drifted_max"])
         with torch.no_grad():
-            for p, kept in zip(self.averaged, self.kept, strict=True):
+            for p, kept in zip(self.average_params, self.kept, strict=True):
                 if self.run.ended:
                     p.copy_(kept)
                 else:
@@ -93,7 +92,7 @@ class Watch:
             print(f"grpo: stopped after step {self.run.done}: {self.drifted}; the result is the average at the "
                   "evaluation before; more --kl-weight or --replay, or a smaller --lr, keeps the next from drifting; "
                   "with --band 0 --forget 0 this one goes on", flush=True)
-        if self.run.complete and self.nets.takes_part:
+        if self.run.is_complete and self.nets.takes_part:
             self.nets.save_average(self.run.folder, **self.origin)
 
 
@@ -101,7 +100,7 @@ def is_best(folder, figures):
     """Whether validation figures are the best of a run so far (best.json), by the mean of all pair accuracies."""
     best = folder / "best.json"
     score = mean_accuracy(figures)
-    return math.isfinite(score) and not (best.exists() and json.loads(best.read_text())["score"] >= score)
+    return math.isfinite(score) and not (best.exists() and read_json(best)["score"] >= score)
 
 
 def mean_accuracy(figures):

@@ -18,12 +18,12 @@ class Networks:
     """The copies of a policy that a GRPO run uses.
 
     policy     trains; with cfg.lora only its adapters do
-    reference  the frozen start; weights that autocast would cast to 16 bits are stored in 16 bits
+    reference  the frozen start; in bf16, without lora and fsdp, it stores in 16 bits what autocast would cast
     average    exponential moving average of the policy: it is evaluated and saved
-    actor      samples the groups: the policy itself, or with cfg.compile a compiled 16-bit copy of it
+    actor      samples the groups: the policy itself, or with cfg.compile a compiled copy of it, kept like the reference
 
     open_policy  function of no arguments: opens the predictor that training starts from, on the CPU
-    cfg          lora, checkpointing, compile, fsdp, precision, ema, seed of config.Config
+    cfg          lora, checkpointing, compile, fsdp, precision, ema, seed of runtime.config.Config
     """
 
     def __init__(self, open_policy, cfg, device):

@@ -51,7 +51,7 @@ def tuning_gradient(judge, rows, step, cfg, device, run):
     """Accumulate the gradient of one LoRA step on a judge over micro-batches; returns the loss.
 
     rows  all training questions, of data.questions;  run  runtime.run.Run
-    cfg   judge_batch, judge_micro, scenes, seed, precision of config.Config
+    cfg   judge_batch, judge_micro, scenes, seed, precision of runtime.config.Config
     Dropout of a micro-batch is seeded by its step and number, so any number of processes takes the same steps.
     """
     batch = questions.batch_of(rows, step, cfg.judge_batch, cfg.seed)

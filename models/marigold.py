@@ -129,7 +129,7 @@ class Marigold(nn.Module):
         native = self._native((x / math.hypot(1 - t, t))[:, 4 * k:4 * k + 4], self.targets[k])
         return self._encoded(native, self.targets[k])
 
-    def loss(self, maps, modalities, rng):
+    def loss(self, maps, modalities, draw):
         """Supervised loss on scenes with ground truth (--replay): not offered. raises ValueError."""
         raise ValueError("marigold: --replay needs ground truth for every target of the pipeline, which the procedural "
                          "scenes do not have; use --replay 0")

@@ -88,7 +88,7 @@ class Config:
     eval_steps: int = 50             # denoising steps in evaluation (paper: 50)
     noise: float = 0.7               # a of the exploration noise, or eta for ddim (paper: 0.7)
     noise_blocks: str = "1"          # px, squares that share noise, a size drawn per row (albedo: 1); 1: white (paper)
-    exploration: str = "flow"        # flow (Flow-GRPO, paper), ddim (eta form), or the predictor's own: Marigold ddim
+    exploration: str = "flow"        # flow (Flow-GRPO, paper), ddim (eta form); auto: the predictor's own (ours: flow)
     init_noise: str = "shared"       # a group starts from shared or independent noise (the paper does not say which)
     rollout: str = "full"            # full: every step but the last stochastic (paper); branch: one; window: a few
     stochastic: int = 2              # K, stochastic steps in a row when the rollout is a window
@@ -98,7 +98,7 @@ class Config:
     reward: str = "hard"             # hard (paper), confidence: relation; soft, brier: tanh(margin/tau) against 2p-1
     tau: str = "0.1"                 # softness of soft and brier, in units of the margin: one, or one per modality
     jitter: int = 1                  # px, side of the square around a judged point in which the map is read (paper: 1)
-    dead_zone: str = "half"          # rewards hard, confidence: an answer in the dead zone counts half, or not: skip
+    dead_zone: str = "half"          # hard, confidence: a map's answer in the dead zone counts one half, or skip: not
     window: int = 0                  # px, radius of the mean read at a point (paper: 0, one pixel)
     modalities: str = "one"          # one drawn per step (paper), or joint: all four at every step
     balance: int = 0                 # 1: both answers to the albedo question carry half of the reward (paper: 0)
@@ -142,7 +142,8 @@ class Config:
         return values[NAMES.index(modality) % len(values)]
 
 
-# --estimator: how rewards become a gradient. Sizes in px, KL, clip, replay, EMA, lr, T, N and G stay the preset's
+# --estimator: how rewards become a gradient. credit_width, KL, clip, replay, EMA, lr, T, N and G stay the preset's, and
+# so does the jitter under `pair`, which is the side of a judge's token
 ESTIMATORS = {
     "paper": dict(credit="global", rollout="full", tail=0, noise_blocks="1", reward="hard", norm="group",
                   modalities="one", balance=0, jitter=1, window=0, depth_normal=0.0, shading=0.0, exploration="flow"),
@@ -224,7 +225,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(argv=None):
-    """Build a Config from defaults < preset < flags; returns (preset, Config, dry_run). Exits 2 on a user error."""
+    """Build a Config: defaults < preset < estimator < flags; returns (preset, Config, dry_run). Exits 2 on an error."""
     text = dict(re.findall(r"^\s+(\w+): \w+ = [^#\n]*#\s*(.+)$", inspect.getsource(Config), re.M))
     p = Parser(prog="train.py", allow_abbrev=False, description=__doc__.splitlines()[0],
                formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=28, width=110))

@@ -212,12 +212,12 @@ class Run:
                             "use another --out, or delete that folder")
 
     @property
-    def remaining(self):
+    def has_steps(self):
         """Whether steps are left to take."""
         return self.start < self.n_steps and not self.ended
 
     @property
-    def complete(self):
+    def is_complete(self):
         """Whether the result is there: the last step has been taken, or the run was ended before it."""
         return self.done >= self.n_steps or self.ended
 
@@ -262,10 +262,11 @@ class Run:
             Run.active = None
             torch.autograd.set_detect_anomaly(False)
 
-    def finished(self, last_file=""):
-        """True on rank 0 when the last step has been taken and its result, which ends with last_file, is to be written.
+    def begin_result(self, last_file=""):
+        """Whether this process is to write the result of the run: rank 0, once the last step has been taken.
 
-        last_file  "": write it again in any case; else it goes first, so that half a result is not taken for one
+        last_file  the file that is written last. It is removed here, so an interrupted write is not mistaken for a
+                   result; where it exists already and no step was taken now, nothing is to be written
         """
         if rank() > 0 or self.done < self.n_steps:
             return False

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))     # the flat modules live in the root
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))     # modules and folders live in the root
 
 # Triton reads this when it is first imported, and torch does not import it by itself.
 if not torch.cuda.is_available():

@@ -3,7 +3,7 @@ import math
 
 import torch
 
-from predictor import eta_coefficients, flow_sde_step
+from predictor import flow_sde_step
 
 
 def row_std(std, like):
@@ -37,10 +37,21 @@ def gaussian_kl(mean, mean_ref, std):
 
 def flow_eta_step(x, v, t, s, eta, eps, t_next=None):
     """The DDIM/eta step on a rectified flow, written out: x0 and noise of the state, then the DDIM mean."""
-    x = x if x.dtype == torch.float64 else x.float()
-    v = v if v.dtype == torch.float64 else v.float()
-    std = eta_coefficients(t, s, eta)[2]
+    x, v = (z if z.dtype == torch.float64 else z.float() for z in (x, v))
+    if not 0 <= s < t <= 1:
+        raise ValueError("want 0 <= s < t <= 1")
+    std = eta * s / t * math.sqrt(max(0.0, t**2 - ((1 - t) / (1 - s) * s) ** 2))
     mean = (1 - s) * (x - t * v) + math.sqrt(max(0.0, s**2 - std**2)) * (x + (1 - t) * v)
+    return mean + std * eps, mean, torch.tensor(std, dtype=mean.dtype)
+
+
+def flow_euler_step(x, v, t, s, a, eps, t_next=None):
+    """Flow-GRPO's step, written out: drift correction by sigma_t, then Euler-Maruyama."""
+    dt = s - t
+    room = 1 - (t if t < 1 else (s if t_next is None else t_next))
+    sigma2 = a * a * t / room
+    mean = x + dt * (v + sigma2 / (2 * t) * (x + (1 - t) * v))
+    std = math.sqrt(sigma2 * -dt)
     return mean + std * eps, mean, torch.tensor(std, dtype=mean.dtype)
 
 
@@ -50,3 +61,4 @@ def agreement(rel, answer):
 
 
 STEPS = {"flow": flow_sde_step, "ddim": flow_eta_step}
+WRITTEN_OUT = {"flow": flow_euler_step, "ddim": flow_eta_step}

@@ -650,7 +650,7 @@ def test_a_policy_that_rounds_otherwise_can_be_taken_for_the_one_that_acted(name
     taken = steps[0]
     v = net(taken.x, taken.t, cond) * 1.01
     off = grpo.step_loss(v, v.detach(), taken, torch.ones(2, GROUP), 1e-4, 0.0)[1]
-    again = taken.drawn_by(v.detach())
+    again = taken.with_velocity(v.detach())
     stats = grpo.step_loss(v, v.detach(), again, torch.ones(2, GROUP), 1e-4, 0.0)[1]
     assert off["ratio_min"] != 1 and stats["ratio_min"] == stats["ratio_max"] == 1
     assert torch.equal(again.x_next, taken.x_next) and torch.equal(again.x, taken.x)

@@ -162,11 +162,11 @@ def test_stopping_and_resuming_is_bitwise_the_uninterrupted_run(tmp_path):
     walk(run, model)
     again, half, half_opts = make(tmp_path / "b")
     walk(again, half, stop_at=2)
-    assert not again.finished()
+    assert not again.begin_result()
     resumed, other, other_opts = make(tmp_path / "b", seed=7)
     assert resumed.start == 2
     walk(resumed, other)
-    assert resumed.finished() and equal(flat(model, opts), flat(other, other_opts))
+    assert resumed.begin_result() and equal(flat(model, opts), flat(other, other_opts))
 
 
 def test_a_checkpoint_names_its_step_settings_and_origin(tmp_path):

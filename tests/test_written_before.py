@@ -49,6 +49,15 @@ def test_a_bank_is_found_and_nothing_is_asked_again(expected, tmp_path):
     assert bank.asked == 0 and torch.equal(pts, expected["bank/pts"]) and torch.equal(prob, expected["bank/prob"])
 
 
+def test_judgements_of_one_question_alone_are_nan_elsewhere(expected):
+    judge = load_judge(FIXTURES / "judge")
+    rgb = torch.rand(1, 3, 16, 16, generator=seeded(0))
+    pts = torch.tensor([[[[2, 2], [10, 6]], [[6, 14], [2, 6]]]])
+    some = judge.ask(rgb, pts, modalities=("depth", "irradiance"))
+    assert some[..., 1:3].isnan().all()
+    torch.testing.assert_close(some[..., [0, 3]], judge.ask(rgb, pts)[..., [0, 3]], rtol=0, atol=1e-5)
+
+
 def test_a_half_done_run_is_refused_in_one_line(tmp_path, monkeypatch):
     """Its settings have other names: it could only go on as another run."""
     monkeypatch.chdir(tmp_path)
