@@ -19,11 +19,10 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from transformers.utils import logging
 
 from data.bank import fill_bank
-from data.photos import read_rgb
+from data.photos import read_rgb, resize
 from data.pictures import save_png
 from data.questions import true_relations
 from kernels.draw_markers import mark_photos
@@ -82,7 +81,7 @@ class Judge(nn.Module):
     def _normalise(self, images):
         return ((images - self.mean) / self.std).to(self.model.dtype)
 
-    def logits(self, images, modalities=tuple(MODALITIES), features=None):
+    def logits(self, images, modalities=NAMES, features=None):
         """Logits of the whole vocabulary at the deciding token of every question, the image seen once.
 
         images    (N, 3, S, S) marked sRGB [0, 1], S = self.size
@@ -110,10 +109,9 @@ class Judge(nn.Module):
         hidden = self.family.hidden_states(self.model, features, ids, position, mask)
         return self.model.lm_head(hidden[:, -1])
 
-    def decide(self, logits, modalities=tuple(MODALITIES)):
+    def decide(self, logits, modalities=NAMES):
         """Difference of the two answer logits: (N, M, vocab) -> (N, M), positive = first answer."""
-        pair = torch.tensor([self.prompt.answers[m] for m in modalities], device=logits.device)  # (M, 2)
-        two = logits.float().gather(-1, pair.expand(len(logits), -1, -1))
+        two = self.prompt.answer_values(logits, modalities)
         return two[..., 0] - two[..., 1]
 
     @torch.no_grad()
@@ -274,7 +272,7 @@ def arguments(argv):
     p.add_argument("image", metavar="IMAGE", help="a photo; with --bank a folder of photos")
     p.add_argument("--red", type=int, nargs=2, metavar=("X", "Y"), help="red point, pixels from the left and the top")
     p.add_argument("--green", type=int, nargs=2, metavar=("X", "Y"), help="green point")
-    p.add_argument("--modality", choices=tuple(MODALITIES), default="depth", help="the question to ask [depth]")
+    p.add_argument("--modality", choices=NAMES, default="depth", help="the question to ask [depth]")
     p.add_argument("--all", action="store_true", help="ask all four questions")
     p.add_argument("--model", default="out/mini/judge",
                    help="judge: folder of ours, InternVL chat, native InternVL or Qwen-VL folder, PEFT adapter, hub id "
@@ -311,7 +309,7 @@ def main(argv=None):
             p.error(f"--{name} {x} {y} lies outside the {W} x {H} photo")
     judge = load_judge(args.model, device, text=args.text)
     judge.text = len(judge.prompt.answers) < len(MODALITIES)                    # only where its words cannot be scored
-    small = F.interpolate(rgb[None], (judge.size, judge.size), mode="bilinear", antialias=True).clamp(0, 1).to(device)
+    small = resize(rgb, judge.size, judge.size)[None].to(device)
     xy = torch.tensor([args.red, args.green])                                   # (2, 2) x, y
     pts = (xy.flip(-1) * judge.size // torch.tensor([H, W])) // judge.grid * judge.grid + judge.grid // 2
     pts = pts.to(device)[None, None]                                            # (1, 1, 2, 2)

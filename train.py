@@ -23,12 +23,12 @@ from evaluation import report
 from evaluation.watch import Watch, reward_statistics
 from judge import ORACLE, LazyJudge, Oracle, build_mini_judge, load_judge
 from models import lora
-from models.copies import Networks, compile_velocity, frozen_copy, trained_part, update_average
+from models.copies import Networks, average_decay, compile_velocity, frozen_copy, trained_part, update_average
 from models.dit import DiT, DiTConfig, flow_loss
 from models.finetune import add_lora, tuning_gradient
 from models.mini_judge import MiniSizes, Probe, judge_loss
 from predictor import load_predictor
-from relations import MODALITIES, sample_pairs
+from relations import NAMES, sample_pairs
 from runtime import files, ranks
 from runtime.command import run_command, run_stage
 from runtime.config import UserError, grpo_settings, parse, plan, stage_settings
@@ -38,8 +38,7 @@ from runtime.run import Run, cosine, optimizers
 
 def train_base(cfg, device):
     """Flow matching on synthetic scenes with ground truth; writes OUT/base."""
-    policy = DiT(DiTConfig(cfg.size, cfg.patch, cfg.width, cfg.encoder_layers, cfg.layers, cfg.heads),
-                 seed=cfg.seed).to(device)
+    policy = DiT(DiTConfig.of(cfg), seed=cfg.seed).to(device)
     average = frozen_copy(policy)
     if cfg.compile:
         compile_velocity(policy)
@@ -51,12 +50,11 @@ def train_base(cfg, device):
     if run.has_steps:
         scenes = ScenePool("synthetic", "train", cfg.base_scenes, cfg.size, device=device)
     for step, draw in run.steps("base", cfg.stop_at, STREAMS["base"], cfg.base_batch):
-        places = draw.integers(len(scenes), (draw.batch,))
-        run.where = [f"scene {i}" for i in places.tolist()]
+        maps, run.where = scenes.draw(draw, device)
         with ranks.autocast(cfg.precision, device):
-            loss = flow_loss(policy, scenes.pick(places, device), tuple(MODALITIES), draw)
+            loss = flow_loss(policy, maps, NAMES, draw)
         norm = run.update(loss, [list(policy.parameters())], cosine(step, cfg.base_steps, warmup=100))
-        update_average(average, policy, min(cfg.base_ema, (step + 1) / (step + 10)))
+        update_average(average, policy, average_decay(cfg.base_ema, step))
         run.log(step, {"loss": loss.detach(), "grad/norm": norm}, show=("loss",))
     if run.begin_result("predictor.json"):
         average.save(run.folder, base="none", trained_on="synthetic scenes")
@@ -80,10 +78,9 @@ def train_judge(cfg, device):
     if run.has_steps:
         scenes = ScenePool("broad", "train", cfg.judge_scenes, cfg.size, device=device)
     for step, draw in run.steps("judge", cfg.stop_at, STREAMS["judge"], cfg.judge_batch):
-        places = draw.integers(len(scenes), (draw.batch,))
-        run.where = [f"scene {i}" for i in places.tolist()]
+        maps, run.where = scenes.draw(draw, device)
         with ranks.autocast(cfg.precision, device):
-            loss, stats = judge_loss(model, probe, scenes.pick(places, device), answers=step >= warm, draw=draw)
+            loss, stats = judge_loss(model, probe, maps, answers=step >= warm, draw=draw)
         norm = run.update(loss, [vision, text], cosine(step, cfg.judge_steps, warmup=100))
         run.log(step, stats | {"grad/norm": norm}, show=("loss/pairs", "loss/answers"))
     if run.begin_result("judge.json"):
@@ -181,18 +178,18 @@ def train_grpo(cfg, device, sample=grpo.sample_groups, gradient=grpo.policy_grad
         for update in range(cfg.updates):
             stats |= gradient(nets, batch, transitions, advantage, run, update)     # ratio is 1 at update 0
             if replay:
-                run.backward(cfg.replay * supervised_loss(nets.policy, replay, batch))
+                scenes, _ = replay.draw(draw, device)
+                run.backward(cfg.replay * supervised_loss(nets.policy, scenes, batch))
             stats["grad/norm"] = run.update(None, [nets.params], cosine(step, cfg.steps, warmup=10))
         nets.follow(step)                                                       # average <- EMA of policy
         run.log(step, stats | {"time/step": run.seconds}, show=("reward", "policy/kl"), **watch.evaluate(step))
     watch.close()
 
 
-def supervised_loss(policy, scenes, batch):
-    """Supervised loss on as many synthetic scenes as the batch has photos, in its modalities (--replay)."""
-    places = batch.draw.integers(len(scenes), (batch.draw.batch,))
+def supervised_loss(policy, maps, batch):
+    """Supervised loss on the true maps of as many scenes as the batch has photos, in its modalities (--replay)."""
     with batch.autocast():
-        return policy.loss(scenes.pick(places, batch.rgb.device), batch.modalities, batch.draw)
+        return policy.loss(maps, batch.modalities, batch.draw)
 
 
 def resume_key(cfg):

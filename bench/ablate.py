@@ -94,9 +94,8 @@ def prepare(args, seed):
     out = Path(cfg.policy).parent
     shared = replace(cfg, out=str(out), policy="", judge="", bank="")
     device = ranks.setup(shared)
-    for stage, sign in (("base", "predictor.json"), ("judge", "judge.json")):
-        if not (out / stage / sign).is_file():
-            train.STAGES[stage](replace(shared, stage=stage), device)
+    for stage in train.needed_stages(shared)[:-1]:
+        train.STAGES[stage](replace(shared, stage=stage), device)
     train.judgements(cfg, device)
     path = out / "flops.json"
     known = read_json(path) if path.is_file() else {}

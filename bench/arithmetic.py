@@ -19,6 +19,7 @@ from models.sd2 import VAE, UNet
 
 CARDS = (8, 12, 16, 24, 32, 40, 48, 80)                                         # GB of common GPUs
 GB = 1e9
+RANK = 16                                                                       # of the adapters in the memory table
 SD2 = dict(  # sizes of the public weights
     unet=dict(in_channels=16, out_channels=12, block_out_channels=[320, 640, 1280, 1280], layers_per_block=2,
               attention_head_dim=[5, 10, 20, 20], cross_attention_dim=1024, norm_num_groups=32,
@@ -126,15 +127,15 @@ def state_bytes(unet, vae, full):
 
 
 @functools.cache
-def memory_table(rank=16):
+def memory_table():
     """Rows of the memory table, in GB: fp32 weights, AdamW, average, bf16 reference and activations of one state."""
     rows = []
     with FakeTensorMode():
-        for px, how in itertools.product((512, 768), ("full", f"LoRA r {rank}")):
+        for px, how in itertools.product((512, 768), ("full", f"LoRA r {RANK}")):
             unet = UNet(SD2["unet"])
             vae = VAE(SD2["vae"])
             if how != "full":
-                lora.inject(unet, LORA_TARGETS, rank, rank)
+                lora.inject(unet, LORA_TARGETS, RANK, RANK)
             state = state_bytes(unet, vae, how == "full")
             decoding = px * px * 256 * 12                                       # bytes, the VAE decoder's widest layer
             for checkpointed, kept in enumerate(activations(unet, px)):

@@ -12,6 +12,7 @@ import torch
 
 from grpo import Conditioned, agreement
 from relations import NAMES
+from train import supervised_loss
 
 
 def sample_nothing(actor, batch):
@@ -65,9 +66,7 @@ def ranking_gradient(nets, batch, transitions, advantage, run, update=0):
 def supervised_gradient(truth):
     """A gradient as grpo.policy_gradient, of flow matching on the true maps of the photos: truth a pools.ScenePool."""
     def gradient(nets, batch, transitions, advantage, run, update=0):
-        with batch.autocast():
-            maps = truth.pick(batch.places, batch.rgb.device)
-            loss = nets.policy.loss(maps, batch.modalities, batch.draw)
+        loss = supervised_loss(nets.policy, truth.pick(batch.places, batch.rgb.device), batch)
         run.backward(loss)
         return {"loss/flow": loss.detach(), "loss": loss.detach()}
     return gradient

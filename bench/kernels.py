@@ -94,9 +94,9 @@ def pair_credit_cases(device, cut=1):
                    agree.nbytes + 4 * B * G * side**2)
 
 
-def random_normal(*shape, device, seed=0, dtype=torch.float32):
+def random_normal(*shape, device, seed=0):
     """Standard normal numbers of a shape."""
-    return torch.randn(shape, generator=make_rng(device, seed), device=device, dtype=dtype)
+    return torch.randn(shape, generator=make_rng(device, seed), device=device)
 
 
 def log_ratio_cases(device, cut=1):
@@ -214,8 +214,7 @@ def time_grpo_step(device, preset, repeats):
     """Seconds of one GRPO step (rollout, rewards, credit, loss, backward) of a preset, random weights and answers."""
     cfg = parse(["--preset", preset])[1]
     rng = torch.Generator().manual_seed(0)
-    sizes = DiTConfig(cfg.size, cfg.patch, cfg.width, cfg.encoder_layers, cfg.layers, cfg.heads)
-    policy = DiT(sizes, seed=0).to(device)
+    policy = DiT(DiTConfig.of(cfg), seed=0).to(device)
     photos = torch.randint(256, (cfg.batch, 3, cfg.size, cfg.size), generator=rng, dtype=torch.uint8)
     pts = sample_pairs(cfg.batch, (cfg.size, cfg.size), cfg.bank_pairs, rng)
     prob = torch.rand(cfg.batch, cfg.bank_pairs, 4, generator=rng)

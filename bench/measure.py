@@ -1,6 +1,6 @@
 """How a figure is measured: the sizes, a row for each measurement, the clock, the rates that set the limits.
 
-On a CPU every function runs once at the tiny size and nothing is timed; a figure without a measurement is None.
+On a CPU every row runs once at the tiny size, untimed; a figure without a measurement is None.
 """
 import contextlib
 import gc

@@ -5,7 +5,7 @@
 
 Weights are random: speed does not depend on them. The limit is operations (counted on tensors without data)
 over the rate of a matrix product, for kernels bytes over the rate of a copy, rates of the same run. Without a GPU every
-code path runs once at a tiny size, the full-size U-Net once on the CPU, and every other figure reads "not run".
+code path runs once at a tiny size, the full-size U-Net is timed on the CPU, and every other figure reads "not run".
 """
 import time
 from dataclasses import asdict
@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kernels
 from bench import kernels as kernel_bench
-from bench.arithmetic import GB, memory_table
+from bench.arithmetic import GB, RANK, memory_table
 from bench.measure import (
     FAILURES,
     GPU,
@@ -142,7 +142,7 @@ def memory_part(bench):
             continue
         flags = ["--micro", "1", "--sample-steps", "3", "--checkpointing", str(int(row["checkpointing"]))]
         held = 0 if bench.dry else torch.cuda.memory_allocated()                # a judge of another part
-        step = Step(bench, px, *flags, *(["--lora", "16"] if row["training"] != "full" else []))
+        step = Step(bench, px, *flags, *(["--lora", str(RANK)] if row["training"] != "full" else []))
         step.update()
         if not bench.dry:
             torch.cuda.reset_peak_memory_stats()

@@ -125,6 +125,11 @@ class ScenePool:
         return {k: v[index].to(device) if v.dtype == torch.bool else v[index].to(device).float()
                 for k, v in self.maps.items()}
 
+    def draw(self, draw, device="cpu"):
+        """This rank's scenes of a batch: their maps, as `pick`, and their names. draw: ranks.Draw of the step."""
+        index = draw.integers(len(self), (draw.batch,))
+        return self.pick(index, device), [f"scene {i}" for i in index.tolist()]
+
     def all(self):
         """Maps of every scene, float32 on the CPU."""
         return self.pick(slice(None))

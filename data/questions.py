@@ -15,7 +15,6 @@ import math
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import photos
@@ -134,7 +133,7 @@ def read_photo(row, folder, size):
     """The unmarked photo of a row, or the marked one of a JSONL file: (3, size, size)."""
     if "image" in row:
         rgb = photos.read_rgb(row["image"])
-        return F.interpolate(rgb[None], (size, size), mode="bilinear", antialias=True)[0].clamp(0, 1)
+        return photos.resize(rgb, size, size)
     return photos.fit_square(photos.read_rgb(Path(folder, f"{row['scene']}_rgb.png")), size)
 
 

@@ -140,7 +140,7 @@ def drift(now, start, band, forget):
         if start.get(name) is None or now[name] is None:                        # not finite, or not measured
             continue
         if band and name.startswith("wild/") and name.endswith(("_high_frequency", "_spread")):
-            factor = now[name] / max(start.get(name) or 0, 1e-12)
+            factor = now[name] / max(start[name], 1e-12)
             if not 1 / band <= factor <= band:
                 return f"{name} is {factor:.2g} x what it was (--band {band:g})"
         domain, _, metric = name.partition("/")

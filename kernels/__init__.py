@@ -47,6 +47,19 @@ def uses_triton_with_floats(tensor):
     return uses_triton(tensor) and (INTERPRET or tensor.dtype != torch.float64)
 
 
+def acc_dtype(*tensors):
+    """Dtype of arithmetic on these tensors: fp32, or fp64 when one of them is."""
+    acc = torch.float32
+    for z in tensors:
+        acc = torch.promote_types(acc, z.dtype)
+    return acc
+
+
+def triton_dtype(acc):
+    """Triton's name of such a dtype."""
+    return tl.float64 if acc == torch.float64 else tl.float32
+
+
 @triton.jit
 def exact_div(x, y):
     """x / y rounded to nearest, as in torch; Triton's `/` is up to 2 ulp off in fp32, which can flip a relation."""

@@ -13,7 +13,7 @@ import torch
 
 import relations
 
-from . import exact_div, exact_sqrt, tl, triton, uses_triton
+from . import acc_dtype, exact_div, exact_sqrt, tl, triton, triton_dtype, uses_triton
 
 BLOCK = 1024
 
@@ -70,12 +70,12 @@ def mark_photos(rgb, pts, photo, mean, std, dtype):
     if not uses_triton(rgb) or torch.is_grad_enabled() and rgb.requires_grad or not N or not rgb.numel():
         return mark_photos_ref(rgb, pts, photo, mean, std, dtype)
     H, W = rgb.shape[-2:]
-    acc = torch.promote_types(torch.promote_types(rgb.dtype, mean.dtype), torch.float32)
+    acc = acc_dtype(rgb, mean)
     out = rgb.new_empty(N, 3, H, W, dtype=dtype)
     _mark_photos_kernel[(N, triton.cdiv(H * W, BLOCK))](
         rgb.detach().contiguous(), pts.contiguous(), photo.contiguous(), mean.flatten(), std.flatten(), out, H * W, W,
         *relations.marker_size((H, W)), RED=relations.RED, GREEN=relations.GREEN, BLOCK=BLOCK,
-        ACC=tl.float64 if acc == torch.float64 else tl.float32)
+        ACC=triton_dtype(acc))
     return out
 
 

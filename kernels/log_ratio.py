@@ -15,8 +15,8 @@ One kernel pair for both averages: (R, K, C, P) with P pixels; the scalar form i
 import torch
 from torch.autograd.function import once_differentiable
 
-from . import tl, triton, uses_triton_with_floats
-from .sde_step import acc_dtype, linear_mean
+from . import acc_dtype, tl, triton, triton_dtype, uses_triton_with_floats
+from .sde_step import linear_mean
 
 BLOCK = 1024                                           # fixed: it decides the summation order
 
@@ -103,7 +103,7 @@ class _LogRatioKL(torch.autograd.Function):
         n_parts = triton.cdiv(P, BLOCK)
         out = v.new_empty(R, K, P if per_pixel else n_parts, dtype=acc)
         kl = v.new_empty(R, n_parts, dtype=acc)
-        ctx.meta = dict(C=C, MAP=per_pixel, BLOCK=BLOCK, ACC=tl.float64 if acc == torch.float64 else tl.float32)
+        ctx.meta = dict(C=C, MAP=per_pixel, BLOCK=BLOCK, ACC=triton_dtype(acc))
         ctx.scales = A, B, 0.5 / std**2 / (C if per_pixel else C * P), 0.5 * (B / std) ** 2 / (C * P)
         ctx.save_for_backward(x_next, x, v, v_ref)
         _log_ratio_fwd_kernel[(R, n_parts)](x_next, x, v, mean_old, v_ref, out, kl, K, P, n_parts, x_next.stride(0),

@@ -14,7 +14,7 @@ import torch
 
 from relations import check_points
 
-from . import tl, triton, uses_triton
+from . import tl, triton, triton_dtype, uses_triton
 
 TILE = 32                                              # pixels of a side of a program's part of the map
 BLOCK = 32                                             # points of a step; fixed: it decides the summation order
@@ -116,7 +116,7 @@ def pair_credit(agree, weight, pts, size, width, check=True):
     if not uses_triton(agree) or math.isinf(width) or not agree.numel():
         return pair_credit_ref(agree, weight, pts, size, width)
     out = agree.new_empty(B, G, h, w)
-    ACC = tl.float64 if agree.dtype == torch.float64 else tl.float32
+    ACC = triton_dtype(agree.dtype)
     _pair_credit_kernel[(B * G, triton.cdiv(h, TILE) * triton.cdiv(w, TILE))](
         agree.detach().contiguous(), weight.detach().contiguous(), pts.contiguous(), out, G, P, h, w,
         INV=1 / (2 * width**2), GROUP=triton.next_power_of_2(G), TILE=TILE, BLOCK=BLOCK, ACC=ACC)

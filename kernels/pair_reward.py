@@ -17,7 +17,7 @@ import torch
 
 from relations import LUMA, MODALITIES, SAME_ALBEDO, check_points, relation, soft_relation
 
-from . import exact_div, exact_sqrt, tl, triton, uses_triton
+from . import acc_dtype, exact_div, exact_sqrt, tl, triton, triton_dtype, uses_triton
 
 FORMS = ("hard", "soft", "brier")
 BLOCK = 256                                            # pairs of a program; fixed: it decides the summation order
@@ -27,7 +27,7 @@ RANGE_BLOCK = 1024                                     # pixels that such a prog
 
 def pair_reward_ref(pred, pts, prob, weight, modality, form="soft", tau=0.1, window=0):
     """Plain torch. The definition; every other path must match it."""
-    acc = torch.promote_types(pred.dtype, torch.float32)
+    acc = acc_dtype(pred)
     pred, prob, weight = (z.to(acc) for z in (pred, prob, weight))
     answer = (2 * prob - 1)[:, None]                                                           # (B, 1, P)
     rel = None
@@ -151,8 +151,8 @@ def _pair_reward_kernel(
 def _launch(pred, pts, prob, weight, modality, form, tau, window):
     B, G, _, H, W = pred.shape
     P = pts.shape[1]
-    acc = torch.promote_types(pred.dtype, torch.float32)
-    ACC = tl.float64 if acc == torch.float64 else tl.float32
+    acc = acc_dtype(pred)
+    ACC = triton_dtype(acc)
     stride_b, stride_g, stride_c, stride_h, stride_w = pred.stride()
     n_parts = triton.cdiv(P, BLOCK)
     agree = pred.new_empty(B, G, P, dtype=acc)

@@ -11,17 +11,9 @@ the compiler fuses, and the ratio is exactly 1 before the first update. States a
 """
 import torch
 
-from . import tl, triton, uses_triton_with_floats
+from . import acc_dtype, tl, triton, triton_dtype, uses_triton_with_floats
 
-BLOCK = 1024                                           # fixed: it decides the summation order
-
-
-def acc_dtype(*states):
-    """Dtype of arithmetic on these states: fp32, or fp64 when one of them is."""
-    acc = torch.float32
-    for z in states:
-        acc = torch.promote_types(acc, z.dtype)
-    return acc
+BLOCK = 1024                                           # elements of a program
 
 
 def sde_step_ref(x, v, eps, A, B, std):
@@ -81,7 +73,7 @@ def sde_step(x, v, eps, A, B, std):
     mean = x.new_empty(x.shape, dtype=acc)
     _sde_step_kernel[(R, triton.cdiv(n, BLOCK))](
         x.detach().contiguous(), v.detach().contiguous(), flat, x_next, mean, K, n, flat.stride(0), flat.stride(1),
-        float(A), float(B), float(std), BLOCK=BLOCK, ACC=tl.float64 if acc == torch.float64 else tl.float32)
+        float(A), float(B), float(std), BLOCK=BLOCK, ACC=triton_dtype(acc))
     return x_next, mean
 
 

@@ -59,8 +59,8 @@ class Networks:
         return self._actor
 
     def follow(self, step):
-        """Move the average toward the policy after `step`; the decay rises to cfg.ema over the first steps."""
-        update_average(self.modules["average"], self.modules["policy"], min(self.cfg.ema, (step + 1) / (step + 10)))
+        """Move the average toward the policy after `step`."""
+        update_average(self.modules["average"], self.modules["policy"], average_decay(self.cfg.ema, step))
 
     @property
     def takes_part(self):
@@ -127,6 +127,11 @@ def copy_parameters(copies, params):
     with torch.no_grad():
         for c, p in zip(copies, params, strict=True):
             c.copy_(p)
+
+
+def average_decay(most, step):
+    """Decay of the average after `step`: it rises to `most` over the first steps."""
+    return min(most, (step + 1) / (step + 10))
 
 
 def update_average(average, model, decay):

@@ -49,6 +49,11 @@ class DiTConfig:
     layers: int = 3          # denoiser, once per step and sample
     heads: int = 4
 
+    @classmethod
+    def of(cls, settings):
+        """The sizes among the settings of a run (runtime.config.Config)."""
+        return cls(**{f.name: getattr(settings, f.name) for f in fields(cls)})
+
 
 class Block(nn.Module):
     """Pre-norm transformer block; `cond` (B, D) modulates it (adaLN-Zero of DiT) when the block was built for it."""
@@ -244,7 +249,7 @@ def to_state(maps, mask, modality):
     """Training target of a modality: maps in physical units -> state in [-1, 1].
 
     maps     dict of (B, C, H, W) (depth in metres, may be inf where invalid); mask (B, 1, H, W) bool
-    returns  (B, 3, H, W) and the mask of pixels that count; invalid pixels hold 0
+    returns  (B, 3, H, W); invalid pixels hold 0
     """
     x = maps[modality]
     if modality == "depth":

@@ -222,6 +222,11 @@ class Prompt:
         """The largest token id."""
         return max(max(part) for part in (self.head, *self.blocks.values(), *self.answers.values()))
 
+    def answer_values(self, values, modalities):
+        """What stands at the deciding words: (N, M, vocab) -> (N, M, 2) fp32, first answer first."""
+        words = torch.tensor([self.answers[m] for m in modalities], device=values.device)           # (M, 2)
+        return values.float().gather(-1, words.expand(len(values), -1, -1))
+
     def __len__(self):
         """Number of tokens of the head and all questions."""
         return len(self.head) + sum(map(len, self.blocks.values()))

@@ -1,4 +1,4 @@
-"""Marigold in plain torch: pipeline, scheduler and files of the public weights, behind the predictor interface.
+"""Marigold in plain torch: pipeline and files of the public weights, behind the predictor interface.
 
 state      latents of all targets side by side, (B, 4 n, h/8, w/8); condition: the photo's latent (B, 4, h/8, w/8)
 native     x_vp = alpha x0 + sigma eps, alpha^2 = abar;  network output v_vp = alpha eps - sigma x0
@@ -9,8 +9,8 @@ spaces     native maps are what diffusers returns: IID targets in the space mode
            appearance albedo: sRGB), depth [0, 1] 0 near, normals [-1, 1] x right, y up, z toward the viewer.
            `decode` gives the encodings of relations.MODALITIES: albedo and irradiance sRGB-encoded. A shading, known up
            to scale, is encoded without dividing by its maximum: else one pixel would change all others
-Networks: sd2.py. Source: Marigold (Ke et al. 2024; arXiv 2505.09358 for IID), Stable Diffusion
-2 (Rombach et al. 2022), zero-terminal SNR (Lin et al. 2023). Weights: OpenRAIL++-M.
+Networks: sd2.py; noise levels: schedule.py. Source: Marigold (Ke et al. 2024; arXiv 2505.09358 for IID), Stable
+Diffusion 2 (Rombach et al. 2022), zero-terminal SNR (Lin et al. 2023). Weights: OpenRAIL++-M.
 """
 import functools
 import math
@@ -44,6 +44,7 @@ class Marigold(nn.Module):
     """
 
     lora_targets = LORA_TARGETS
+    exploration = "ddim"
     replays = False
 
     def __init__(self, unet, vae, schedule, text, about, source=None):
@@ -73,7 +74,6 @@ class Marigold(nn.Module):
         self.steps = about.get("default_denoising_steps") or 4
         self.multiple = vae.scale
         self.vae_tile = 0
-        self.exploration = "ddim"
 
     @property
     def network(self):
@@ -160,7 +160,7 @@ class Marigold(nn.Module):
         """Clean latent (B, 4, h, w), scaled -> native map (B, C, 8h, 8w), fp32."""
         x = self.vae.decode((z / LATENT_SCALE).to(self._dtype), self.vae_tile).float()
         if target == "normals":
-            return _unit(x.clamp(-1, 1))
+            return F.normalize(x.clamp(-1, 1), dim=1, eps=1e-6)
         if target == "depth":
             x = x.mean(1, keepdim=True)
         return (x.clamp(-1, 1) + 1) / 2
@@ -212,7 +212,7 @@ class Marigold(nn.Module):
         for k, name in enumerate(self.targets):
             members = self._native(z[:, 4 * k:4 * k + 4], name)[:, :, :h, :w]   # (E, C, h, w)
             full = F.interpolate(_ensemble(members, name), (H, W), mode="bilinear")
-            out[name] = (_unit(full) if name == "normals" else full)[0].cpu()
+            out[name] = (F.normalize(full, dim=1, eps=1e-6) if name == "normals" else full)[0].cpu()
         return out
 
     def _sample(self, x, cond, steps, quirk):
@@ -301,10 +301,6 @@ def _as_map(z):
     return z.float().view(-1, 1, 1, 1)
 
 
-def _unit(normals):
-    return normals / normals.norm(dim=1, keepdim=True).clamp_min(1e-6)
-
-
 def _ensemble(members, target):
     """One map of an ensemble (E, C, h, w) -> (1, C, h, w), as the pipelines combine them.
 
@@ -314,7 +310,8 @@ def _ensemble(members, target):
     if len(members) == 1:
         return members
     if target == "normals":
-        closest = (_unit(members.mean(0, keepdim=True)) * members).sum(1, keepdim=True).argmax(0, keepdim=True)
+        mean = F.normalize(members.mean(0, keepdim=True), dim=1, eps=1e-6)
+        closest = (mean * members).sum(1, keepdim=True).argmax(0, keepdim=True)
         return members.gather(0, closest.expand(-1, 3, -1, -1))
     if target == "depth":
         first = members[0].flatten().double()

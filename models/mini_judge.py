@@ -20,18 +20,17 @@ from transformers import (
 )
 
 from data.questions import true_relations
-from models.families import END, TURN
+from models.families import END, FAMILIES, TURN
 from models.positions import grid_positions
-from relations import LUMA, MODALITIES, draw_markers, relative_depth, sample_pairs
+from relations import LUMA, MODALITIES, NAMES, draw_markers, relative_depth, sample_pairs
 from runtime.ranks import mean_over_ranks, on_device, own_part, world
 
-IMG = "<IMG_CONTEXT>"
-IMG_START = "<img>"
-IMG_END = "</img>"
+INTERNVL = FAMILIES["internvl"]
+IMG = INTERNVL.image
 EMPHASIS = (1.2, 2.0, 0.4, 0.4)      # weight of each modality in the pair loss: shape is learnt slower than colour
 DENSE_EMPHASIS = (3.0, 1.0, 1.0, 3.0, 0.5, 0.5, 0.5, 1.0)     # weight of depth, normal x y z, albedo r g b, irradiance
-ALBEDO = list(MODALITIES).index("albedo")
-SPECIAL = (TURN, END, IMG_START, IMG_END, IMG)
+ALBEDO = NAMES.index("albedo")
+SPECIAL = (TURN, END, INTERNVL.opening, INTERNVL.closing.rstrip(), IMG)
 
 
 @dataclass
@@ -93,13 +92,13 @@ class Probe(nn.Module):
     `marker_head` says which token holds the red and which the green marker, so that the language model can find them.
     """
 
-    def __init__(self, sizes, rng, channels=8):
+    def __init__(self, sizes, rng):
         super().__init__()
         self.patch = sizes.patch
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(torch.randint(2**31, (1,), generator=rng)))
             self.norm = nn.LayerNorm(sizes.width)
-            self.dense = nn.Linear(sizes.width, channels * sizes.patch**2)
+            self.dense = nn.Linear(sizes.width, len(DENSE_EMPHASIS) * sizes.patch**2)
             self.pairs = nn.Sequential(nn.Linear(2 * sizes.width, sizes.width), nn.GELU(),
                                        nn.Linear(sizes.width, len(MODALITIES)))
             self.marker_head = nn.Linear(sizes.width, 3)
@@ -135,7 +134,7 @@ def dense_targets(maps, patch):
     luma = torch.einsum("bchw,c->bhw", maps["irradiance"], maps["irradiance"].new_tensor(LUMA))[:, None]
     maps = torch.cat((2 * depth - 1, maps["normal"], 2 * maps["albedo"] - 1, 2 * luma - 1), 1)      # (B, 8, H, W)
     maps = torch.where(mask, maps, 0.0)
-    return _tokens(maps, patch), _tokens(mask.float().expand(-1, 8, -1, -1), patch)
+    return _tokens(maps, patch), _tokens(mask.float().expand_as(maps), patch)
 
 
 def _tokens(x, patch):
@@ -177,8 +176,7 @@ def answer_loss(judge, images, features, rel, pair_logits):
     differs: only the deciding word is supervised; the released recipe supervises the whole sentence.
     """
     logp = judge.logits(images, features=features).float().log_softmax(-1)      # (B, M, vocab)
-    words = torch.tensor([judge.prompt.answers[m] for m in MODALITIES], device=rel.device)      # (M, 2)
-    two = logp.gather(-1, words.expand(len(rel), -1, -1))
+    two = judge.prompt.answer_values(logp, NAMES)                               # (B, M, 2)
     taught = pair_logits.detach().float().sigmoid()
     first = torch.where(rel == 0, 0.5, (0.5 + 0.5 * rel + taught) / 2)          # (B, M) share of answer one
     return -(torch.stack((first, 1 - first), -1) * two).sum(-1).mean()

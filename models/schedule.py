@@ -27,7 +27,7 @@ class Schedule:
     """Noise levels of the training timesteps and the timesteps that a sampler visits.
 
     config  scheduler_config.json, a dict
-    .abar   (1000,) float64, decreasing;  .final  abar after the last step;  .t  (1000,) float64, our times, increasing
+    .abar   (n,) float64, decreasing;  .final  abar after the last step;  .t  (n,) float64, our times, increasing
     raises  ValueError: a scheduler or an option that is not implemented
     """
 
@@ -56,7 +56,7 @@ class Schedule:
         self.t = torch.from_numpy(level / (alpha + level))
 
     def timesteps(self, T):
-        """The T timesteps a sampler visits, descending. raises ValueError when T is not in 1 .. 1000."""
+        """The T timesteps a sampler visits, descending. raises ValueError when there are not so many."""
         n = len(self.abar)
         offset = self.config.get("steps_offset", 0) if self.spacing == "leading" else 0
         if not 1 <= T <= n - offset:
@@ -68,7 +68,7 @@ class Schedule:
     def steps(self, T, quirk=False):
         """(timestep, abar there, abar after the step) of each step; the last ends at the scheduler's final abar.
 
-        quirk  True: each step ends at timestep - 1000 // T, as in diffusers. When T does not divide 1000, that is not
+        quirk  True: each step ends at timestep - n // T, as in diffusers. When T does not divide n, that is not
                the next timestep
         """
         visited = self.timesteps(T)

@@ -9,6 +9,7 @@ Source: OpenGVLab/InternVL2_5-4B's config.json and tensor names; transformers' I
 """
 import hashlib
 import re
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 
@@ -374,12 +375,10 @@ def files_digest(name, start):
     h = hashlib.sha256(start)
     config = read_config(folder)
     rename = native_name if family_of(folder, config).internvl_files and "llm_config" not in config else str
-    places = {}
-    for path in weight_files(folder):
-        with Tensors(path) as f:
-            places |= {rename(key): (path, key) for key in f.keys()}  # noqa: SIM118
-    for key, (path, on_disk) in sorted(places.items()):
-        with Tensors(path) as f:
+    with ExitStack() as stack:                                                  # each file is opened once
+        opened = [stack.enter_context(Tensors(path)) for path in weight_files(folder)]
+        places = {rename(key): (f, key) for f in opened for key in f.keys()}  # noqa: SIM118
+        for key, (f, on_disk) in sorted(places.items()):
             _hash_tensor(h, key, f.get_tensor(on_disk))
     if adapter:
         h.update(Path(adapter, "adapter_model.safetensors").read_bytes())
