@@ -14,7 +14,7 @@ from pathlib import Path
 from data.pools import ScenePool, scene_batch
 from evaluation import benchmark_report
 from evaluation.benchmark_table import DATASETS, MissingData
-from evaluation.report import report_judge, report_scenes
+from evaluation.report import compared_paths, report_judge, report_scenes
 from evaluation.scores import PAIRS, eval_pairs, judge_scores, predict_maps, score_maps
 from judge import load_judge
 from predictor import load_predictor
@@ -48,8 +48,7 @@ def evaluate_scenes(args):
     """The tables of procedural scenes or of a scene folder, with the judge on the same pairs."""
     out = Path(args.out)
     device = pick_device("auto", "eval.py")
-    new = args.checkpoint or (args.compare[1] if len(args.compare) == 2 else out / "grpo")
-    old = args.compare[0] if args.compare else ("" if args.checkpoint else out / "base")
+    new, old = compared_paths(args)
     policies = [load_predictor(path).to(device) for path in (new, old) if path]
     for policy in policies:
         lacking = [m for m in NAMES if m not in policy.modalities]

@@ -29,11 +29,12 @@ from models.finetune import add_lora, tuning_gradient
 from models.mini_judge import MiniSizes, Probe, judge_loss
 from predictor import load_predictor
 from relations import NAMES, sample_pairs
-from runtime import files, ranks
+from runtime import ranks
 from runtime.command import run_command, run_stage
 from runtime.config import UserError, grpo_settings, parse, plan, stage_settings
 from runtime.ranks import STREAMS, generator
 from runtime.run import Run, cosine, optimizers
+from runtime.weights import weights_digest
 
 
 def train_base(cfg, device):
@@ -103,7 +104,7 @@ def tune_judge(cfg, device):
     learnt = trained_part(model.model)
     opts = optimizers([learnt], cfg.judge_lr, 0, cfg.judge_decay, betas=(0.9, 0.999))
     fixed = stage_settings(cfg, "judge", "size", "scenes", "judge") | dict(
-        questions=len(rows), judge_weights=files.weights_digest(cfg.judge))
+        questions=len(rows), judge_weights=weights_digest(cfg.judge))
     run = Run(folder, fixed, cfg.seed, steps, dict(adapters=learnt), opts, cfg.save_every, cfg.keep)
     ranks.say(f"judge: {len(rows)} questions, {steps} steps of {cfg.judge_batch}; "
               f"{sum(p.numel() for p in learnt.parameters())} weights train")
@@ -195,8 +196,8 @@ def supervised_loss(policy, maps, batch):
 def resume_key(cfg):
     """What a GRPO run may not change when it resumes: settings, and digests of both weights."""
     ranks.divide_batch(cfg.batch, "batch")
-    judge = cfg.judge if cfg.judge == ORACLE else files.weights_digest(cfg.judge or Path(cfg.out) / "judge")
-    return grpo_settings(cfg) | dict(policy_weights=files.weights_digest(cfg.start), judge_weights=judge)
+    judge = cfg.judge if cfg.judge == ORACLE else weights_digest(cfg.judge or Path(cfg.out) / "judge")
+    return grpo_settings(cfg) | dict(policy_weights=weights_digest(cfg.start), judge_weights=judge)
 
 
 STAGES = dict(base=train_base, judge=train_judge, grpo=train_grpo)

@@ -68,6 +68,8 @@ class Bank:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.asked = 0                                                          # pairs that the judge was asked about
         self.known = 0                                                          # pairs that were found on disk
+        self._packs = set()                                                     # paths of the packs that were read
+        self._packed = {}                                                       # what they hold: key -> (pts, prob)
 
     def _pairs(self, key, n):
         """The first n pairs of a photo. They are drawn in blocks, so a longer sequence starts with the shorter one."""
@@ -108,18 +110,21 @@ class Bank:
         return entry
 
     def _read_packs(self):
-        """All entries of all packs: dict key -> (pts, prob). Of two entries of a photo the longer one is taken."""
-        found = {}
-        for path in sorted(self.folder.glob("pack-*.safetensors")):
+        """All entries of all packs: dict key -> (pts, prob). Of two entries of a photo the longer one is taken.
+
+        A pack never changes, so it is read once.
+        """
+        for path in sorted(set(self.folder.glob("pack-*.safetensors")) - self._packs):
+            self._packs.add(path)
             pack = self._load(path)
             if pack is not None:
                 counts = pack["counts"].tolist()
                 for key, pts, prob in zip(pack["keys"].numpy(), pack["pts"].split(counts), pack["prob"].split(counts),
                                           strict=True):
                     key = key.tobytes().hex()
-                    if len(prob) > _length(found.get(key)):
-                        found[key] = (pts, prob)
-        return found
+                    if len(prob) > _length(self._packed.get(key)):
+                        self._packed[key] = (pts, prob)
+        return self._packed
 
     def _write(self, path, **tensors):
         write_tensors(path, tensors)
@@ -136,7 +141,7 @@ class Bank:
         name = _digest(keys, lengths, uuid.uuid4().hex)
         self._write(self.folder / f"pack-{name}.safetensors",
                     keys=torch.tensor([list(bytes.fromhex(k)) for k in keys], dtype=torch.uint8),
-                    counts=torch.tensor(lengths), pts=torch.cat([e["pts"].to(torch.int16) for _, e in entries]),
+                    counts=torch.tensor(lengths), pts=torch.cat([e["pts"] for _, e in entries]),
                     prob=torch.cat([e["prob"] for _, e in entries]))
         for (path, entry), n in zip(entries, lengths, strict=True):
             again = self._load(path)

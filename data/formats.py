@@ -47,13 +47,13 @@ class _CappedReads(io.FileIO):
 class Files:
     """Read-only access by relative name to a folder or to an uncompressed tar.
 
-    path     folder or tar file;  prefix: folder inside it that names are relative to
+    path     folder or tar file; names are relative to it, or to a folder inside it (`under`)
     raises   FileNotFoundError: no such folder or file; ValueError: not a tar, or a compressed one
     """
 
-    def __init__(self, path, prefix=""):
+    def __init__(self, path):
         self.path = Path(path)
-        self.prefix = prefix
+        self.prefix = ""
         self.index = None                                                       # of a tar: name -> (offset, bytes)
         self.fd = -1                                                            # of a tar: its open file
         if self.path.is_dir():

@@ -20,10 +20,15 @@ ANCHORS = np.array([[254, 246, 190], [253, 205, 106], [243, 150, 70], [216, 96, 
                     [165, 62, 118], [108, 44, 124], [56, 28, 98], [16, 12, 44]]) / 255
 
 
+def _levels(x):
+    """An array in [0, 1] as 8 bit."""
+    return np.round(np.clip(np.asarray(x, np.float64), 0, 1) * 255).astype(np.uint8)
+
+
 def save_png(path, image):
     """Write a PIL image, or a (3, H, W) or (H, W) array in [0, 1] as 8 bit, atomically; returns the path."""
     if not isinstance(image, Image.Image):
-        pixels = np.round(np.clip(np.asarray(image, np.float64), 0, 1) * 255).astype(np.uint8)
+        pixels = _levels(image)
         image = Image.fromarray(pixels if pixels.ndim == 2 else pixels.transpose(1, 2, 0).copy())
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
@@ -62,8 +67,8 @@ def save_map(out_dir, name, modality, array, native=None):
         span = np.ptp(array.astype(np.float64)) or 1.0
         levels = np.round((array[0] - float(array.min())) / span * 65535).astype(np.uint16)
         save_png(files[1], Image.fromarray(levels))
-        return files + [save_png(f"{stem}_colour.png", colour_depth(array))]
-    save_png(files[1], (array + 1) / 2 if modality == "normal" else array)
+        return files + [save_png(f"{stem}_colour.png", picture_of(modality, array))]
+    save_png(files[1], picture_of(modality, array))
     return files
 
 
@@ -99,7 +104,7 @@ def panel(images, columns=5):
     """
     tiles = []
     for label, x in images:
-        x = np.round(np.clip(np.asarray(x, np.float64), 0, 1) * 255).astype(np.uint8).transpose(1, 2, 0)
+        x = _levels(x).transpose(1, 2, 0)
         factor = -(-128 // min(x.shape[:2])) if min(x.shape[:2]) < 128 else 1
         # the default font has Latin letters only
         tiles.append((" ".join(str(label).split()).encode("ascii", "replace").decode(),

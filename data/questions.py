@@ -10,7 +10,6 @@ split       by room, never by question: the room is a scene id up to its first "
 files       JSON lines as InternVL's trainer and the judge release read them: id, image, width, height, conversations
 """
 import hashlib
-import json
 import math
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from data.pictures import save_png
 from data.pools import list_scenes, read_scene
 from relations import LUMA, MODALITIES, draw_markers, margin, relation, sample_pairs
 from runtime.config import UserError
-from runtime.files import DamageGuard, decode_json, path_inside, read_json, refuse, write_json, write_text
+from runtime.files import DamageGuard, decode_json, path_inside, read_json, refuse, write_json, write_rows
 from runtime.ranks import barrier, generator, rank
 
 BLACK = 0.1                       # encoded luma (1 % linear); a darker albedo shows no light
@@ -37,10 +36,10 @@ def true_relations(maps, pts):
     return torch.stack([relation(nan[m], pts, m) for m in MODALITIES], -1)
 
 
-def split_of(scene, share=SHARE):
-    """"train" or "val", from a hash of the scene's room: the same on every machine; `share` of all rooms is "val"."""
+def split_of(scene):
+    """"train" or "val", from a hash of the scene's room: the same on every machine; SHARE of all rooms is "val"."""
     room = scene.split(".")[0]
-    return "val" if int(hashlib.sha256(room.encode()).hexdigest()[:8], 16) < share * 2**32 else "train"
+    return "val" if int(hashlib.sha256(room.encode()).hexdigest()[:8], 16) < SHARE * 2**32 else "train"
 
 
 def draw_questions(folder, scene, n, size, seed, grid=1):
@@ -165,7 +164,7 @@ def write_jsonl(rows, folder, out, size, name):
             metadata=dict(dataset=Path(folder).name, modality=row["modality"], question=m.question, answer=answer,
                           scene=row["scene"], red_xy=red[::-1], green_xy=green[::-1], margin=row["margin"])))
     out.mkdir(parents=True, exist_ok=True)
-    write_text(out / name, "".join(json.dumps(line) + "\n" for line in lines))
+    write_rows(out / name, lines)
     return out / name
 
 

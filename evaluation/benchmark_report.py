@@ -8,9 +8,7 @@ from data.pictures import panel, save_png
 from evaluation import benchmarks, predictions, protocols
 from evaluation.benchmark_table import ABOUT, BENCHMARKS, MissingData, choose_benchmarks, missing_page
 from evaluation.intervals import bootstrap_interval, verdict
-from evaluation.report import format_interval, format_number, print_table
-
-NAN = float("nan")
+from evaluation.report import compared_paths, format_interval, format_number, print_table
 
 
 def check_problems(bench, source, rows, items):
@@ -35,19 +33,19 @@ def benchmark_figures(values, weights, times, old, better):
     """
     known = ~np.isnan(values)
     value = times * float(np.average(values[known], weights=weights[known]))
-    low = high = NAN
+    low = high = np.nan
     if known.sum() > 1 and np.isfinite(value):                                  # one image has no spread
         low, high = (times * x for x in bootstrap_interval(values[known], weights=weights[known])[1:])
     row = dict(n=int(known.sum()), value=value, low=low, high=high)
     if old is None:
         return row
     both = known & ~np.isnan(old)
-    change = low = high = NAN
+    change = low = high = np.nan
     if both.any() and old[both].any() and np.isfinite([*old[both], *values[both]]).all():
         change, low, high = bootstrap_interval(old[both], values[both], relative=True, weights=weights[both])
         if both.sum() == 1:
-            low = high = NAN
-    before = float(times * np.average(old[both], weights=weights[both])) if both.any() else NAN
+            low = high = np.nan
+    before = float(times * np.average(old[both], weights=weights[both])) if both.any() else np.nan
     return row | dict(base=before, change=change, change_low=low, change_high=high, verdict=verdict(low, high, better))
 
 
@@ -152,8 +150,7 @@ def report_benchmarks(args):
     """
     opened = [(bench, *open_benchmark(bench, args.data, args.limit))
               for bench in choose_benchmarks(args.dataset, args.task)]
-    new = args.pred_dir or args.checkpoint or (args.compare[1] if len(args.compare) == 2 else Path(args.out) / "grpo")
-    old = args.compare[0] if args.compare else "" if args.checkpoint or args.pred_dir else Path(args.out) / "base"
+    new, old = compared_paths(args)
     sources = [(predictions.saved_source if args.pred_dir else predictions.find_source)(new, args)]
     sources += [predictions.find_source(old, args)] if old else []
     results = []
@@ -189,7 +186,7 @@ def check_data(args):
     for bench in choose_benchmarks(args.dataset, args.task):
         files, items, missing = benchmarks.find_data(bench, args.data)
         there = [item for item in items if benchmarks.is_complete(files, item)][:args.limit or None]
-        size = sum(max(0, files.size(f)) for item in there for role, f in item.items() if role != "name")
+        size = sum(max(0, files.size(f)) for item in there for f in benchmarks.item_files(item))
         print(f"{bench.dataset}, {bench.task}: {len(there)} of {bench.count or len(items)} images complete in "
               f"{files.path}, {size / 1e9:.3f} GB", flush=True)
         for item in tqdm(there, desc="decode", disable=len(there) < 3):

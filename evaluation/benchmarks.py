@@ -70,10 +70,6 @@ def _item(bench, name):
 
 def list_items(bench, files):
     """Every image of the official protocol, in its order: a list of dict role -> relative name."""
-    if bench.dataset == "photos":
-        found = find_images(files.path) if files.index is None else []
-        root = files.path if files.path.is_dir() else files.path.parent
-        return [_item(bench, str(p.relative_to(root))) for p in found]
     if bench.dataset == "mit":
         return [_item(bench, f"{tag}/{'diffuse' if bench.task == 'lmse' else 'light01'}.png") for tag in MIT_OBJECTS]
     if bench.dataset == "maw":
@@ -105,9 +101,14 @@ def _maw_items(files):
                  mask=f"labels/{r[1]}") for p, r in zip(photos, rows, strict=True)]
 
 
+def item_files(item):
+    """Names of the files of an item."""
+    return [name for role, name in item.items() if role != "name"]
+
+
 def is_complete(files, item):
     """Whether all files of an item are there."""
-    return all(files.size(item[role]) >= 0 for role in item if role != "name")
+    return all(files.size(name) >= 0 for name in item_files(item))
 
 
 def _prefer_npy(files, item):
@@ -128,9 +129,8 @@ def find_data(bench, path):
         raise MissingData(f"--data {path}: got no such folder or tar, want the files of {bench.dataset}",
                           missing_page(bench))
     if bench.dataset == "photos":
-        files = formats.Files(path if Path(path).is_dir() else Path(path).parent)
-        files.path = Path(path) if Path(path).is_file() else files.path
-        return files, list_items(bench, files), []
+        root = Path(path) if Path(path).is_dir() else Path(path).parent
+        return formats.Files(root), [_item(bench, str(p.relative_to(root))) for p in find_images(path)], []
     best = None                                                                 # (complete images, files, items)
     top = formats.Files(path)
     places = [top] if top.index is None else [top, *(top.under(r) for r in bench.roots if not r.endswith(".tar"))]
@@ -144,7 +144,7 @@ def find_data(bench, path):
         if best is None or n > best[0]:
             best = n, files, found
     n, files, found = best
-    missing = [item[r] for item in found for r in item if r != "name" and files.size(item[r]) < 0]
+    missing = [name for item in found for name in item_files(item) if files.size(name) < 0]
     missing = list(dict.fromkeys(missing))
     if n == 0:
         raise MissingData(f"--data {path}: got none of the {len(found)} images of {bench.dataset} "
@@ -152,14 +152,14 @@ def find_data(bench, path):
     return files, found, missing
 
 
-def _chw(pixels):
-    """(H, W, 3) uint8 or float -> (3, H, W) float32 tensor in [0, 1]."""
-    tensor = torch.from_numpy(np.array(pixels)).permute(2, 0, 1).contiguous()
-    return tensor.float().div_(255) if pixels.dtype == np.uint8 else tensor.float()
+def _photo(files, item):
+    """The photo of an item: (3, H, W) float32 tensor in [0, 1]."""
+    pixels = formats.decode_rgb(files.read(item["rgb"]), files.where(item["rgb"]))
+    return torch.from_numpy(np.array(pixels)).permute(2, 0, 1).contiguous().float().div_(255)
 
 
-def _linear(files, name):
-    """A linear colour map, .exr or .npy -> (3, H, W) float32."""
+def _three_channels(files, name):
+    """Linear colours or normals, .exr or .npy -> (3, H, W) float32."""
     decode = formats.decode_exr if name.endswith(".exr") else formats.decode_npy
     array = decode(files.read(name), files.where(name)).astype(np.float32, copy=False)
     if not array.size or array.ndim != 3 or array.shape[2] != 3:
@@ -197,7 +197,7 @@ def _load_depth(bench, files, item):
         if depth.dtype != np.uint16:
             raise ValueError(f"{where}: got 8-bit depth, want 16 bits, {bench.scale:g} a metre; fetch it again")
         depth = depth.astype(np.float32) / np.float32(bench.scale)
-    rgb = _chw(formats.decode_rgb(files.read(item["rgb"]), files.where(item["rgb"])))
+    rgb = _photo(files, item)
     _same_size(where, depth.shape, rgb.shape[1:])
     if bench.dataset == "kitti":
         h, w = KITTI_SIZE
@@ -248,16 +248,14 @@ def valid_depth(bench, depth):
 
 def _load_normal(bench, files, item):
     where = files.where(item["normal"])
-    normal = formats.decode_npy(files.read(item["normal"]), where).astype(np.float32)
-    if normal.ndim != 3 or normal.shape[2] != 3:
-        raise ValueError(f"{where}: got shape {normal.shape}, want (H, W, 3); fetch it again")
-    rgb = _chw(formats.decode_rgb(files.read(item["rgb"]), files.where(item["rgb"])))
-    _same_size(where, normal.shape[:2], rgb.shape[1:])
+    normal = _three_channels(files, item["normal"])
+    rgb = _photo(files, item)
+    _same_size(where, normal.shape[1:], rgb.shape[1:])
     if not np.isfinite(normal).all():
         raise ValueError(f"{where}: got non-finite normals, want zero vectors at invalid pixels; set them to zero")
     if not normal.any():
         raise ValueError(f"{where}: got an empty mask (all normals zero), want at least one; fetch it again")
-    return dict(photos=[rgb], normal=normal.transpose(2, 0, 1), size=normal.shape[:2])
+    return dict(photos=[rgb], normal=normal, size=normal.shape[1:])
 
 
 def _check_axes(files, item, sample):
@@ -281,14 +279,14 @@ def _check_truth(where, measure, *args):
 
 
 def _load_whdr(bench, files, item):
-    rgb = _chw(formats.decode_rgb(files.read(item["rgb"]), files.where(item["rgb"])))
+    rgb = _photo(files, item)
     judgements = decode_json(files.read(item["judgements"]), files.where(item["judgements"]))
     _check_truth(files.where(item["judgements"]), metrics.whdr, np.ones((8, 8, 3)), judgements)
     return dict(photos=[rgb], judgements=judgements, size=tuple(rgb.shape[1:]))
 
 
 def _load_maw(bench, files, item):
-    rgb = _chw(formats.decode_rgb(files.read(item["rgb"]), files.where(item["rgb"])))
+    rgb = _photo(files, item)
     colors = formats.decode_npy(files.read(item["colors"]), files.where(item["colors"]))
     labels = formats.decode_gray(files.read(item["mask"]), files.where(item["mask"]))
     black = np.zeros((*metrics.MAW_SIZE, 3), np.uint8)
@@ -341,14 +339,14 @@ def _colours(where, x):
 
 def _load_iid(bench, files, item):
     if bench.dataset == "interiorverse":
-        photo, albedo = (_linear(files, item[m]).clip(0, 1) for m in ("rgb", "albedo"))
+        photo, albedo = (_three_channels(files, item[m]).clip(0, 1) for m in ("rgb", "albedo"))
         for m, x in (("rgb", photo), ("albedo", albedo)):
             _colours(files.where(item[m]), x)
         rgb = torch.from_numpy(photo ** (1 / 2.2)).float()
         _same_size(files.where(item["albedo"]), albedo.shape[1:], rgb.shape[1:])
         return dict(photos=[rgb], albedo=albedo, size=albedo.shape[1:])
-    rgb = _chw(formats.decode_rgb(files.read(item["rgb"]), files.where(item["rgb"])))
-    truth = {m: _linear(files, item[m]) for m in ("albedo", "shading", "residual")}
+    rgb = _photo(files, item)
+    truth = {m: _three_channels(files, item[m]) for m in ("albedo", "shading", "residual")}
     for m, x in truth.items():
         _same_size(files.where(item[m]), x.shape[1:], rgb.shape[1:])
     finite = {m: np.isfinite(x) for m, x in truth.items()}
@@ -367,8 +365,7 @@ def _load_iid(bench, files, item):
 
 
 def _load_surface(bench, files, item):
-    root = files.path if files.path.is_dir() else files.path.parent
-    rgb = read_rgb(root / item["rgb"])
+    rgb = read_rgb(files.path / item["rgb"])
     return dict(photos=[rgb], size=tuple(rgb.shape[1:]))
 
 

@@ -26,7 +26,7 @@ from evaluation import benchmarks, protocols
 from evaluation.benchmark_table import MIT_LIGHTS
 from predictor import load_predictor, predict_photo
 from relations import srgb_decode
-from runtime.files import write_text
+from runtime.files import read_log, write_rows
 from runtime.ranks import pick_device
 
 
@@ -99,8 +99,10 @@ def network_source(path, args):
     policy = load_predictor(path).to(pick_device("auto", "eval.py"))
     trained = getattr(getattr(policy, "cfg", None), "size", None)              # px, of our DiT; None: the protocol's
 
+    edge = trained if args.processing_res is None else args.processing_res      # None: the protocol's
+
     def resolution(bench):
-        return next(r for r in (args.processing_res, trained, bench.processing_res) if r is not None)
+        return bench.processing_res if edge is None else edge
 
     def lacks(bench, items):
         less = [m for m in bench.needs if m not in policy.modalities]
@@ -119,7 +121,6 @@ def network_source(path, args):
 
     steps = args.denoise_steps or getattr(policy, "steps", 10)
     settings = f"{steps} steps, ensemble {args.ensemble_size}, seed {args.seed}, "
-    edge = next((r for r in (args.processing_res, trained) if r is not None), None)
     settings += "long edge " + ("of the protocol" if edge is None else f"{edge} px" if edge else "of the photo")
 
     def key(bench, items):
@@ -197,7 +198,7 @@ def saved_source(path, args):
 
     def read(bench, files, item):
         sample = benchmarks.load_sample(bench, files, item, axes=True)
-        own = {files.place(f) for role, f in item.items() if role != "name"}
+        own = {files.place(f) for f in benchmarks.item_files(item)}
         sample["saved"] = []
         for maps in names(bench, item):
             maps = {m: f for m, f in maps.items() if m in bench.needs or saved.size(f) >= 0}
@@ -246,7 +247,7 @@ CODE = sorted(project_source().items())   # read at import: the code that runs, 
 
 def results_file(bench, source, files, items, out):
     """Path of the JSONL file of values per image; its name is a digest (see the module docstring)."""
-    stamps = [[files.stamp(f) for role, f in item.items() if role != "name"] for item in items]
+    stamps = [[files.stamp(f) for f in benchmarks.item_files(item)] for item in items]
     key = hashlib.sha256(repr((CODE, stamps, files.where("x"), source.key(bench, items))).encode()).hexdigest()[:16]
     return Path(out, "eval", f"{bench.dataset}-{bench.task}-{key}.jsonl")
 
@@ -255,17 +256,11 @@ def read_results(bench, path):
     """Values of the images in a file: dict name -> values. The file is cut before the first incomplete line."""
     if not path.is_file():
         return {}
-    rows = []
-    lines = path.read_bytes().splitlines()
-    for line in lines:
-        try:
-            rows.append(json.loads(line))
-        except (ValueError, RecursionError):
-            break                                                               # the writer was killed
-    rows = protocols.whole_rows(bench, rows)
-    if len(rows) < len(lines):
-        print(f"{path}: got {len(lines)} lines, the first {len(rows)} whole; going on after them")
-    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+    n = len(path.read_bytes().splitlines())
+    rows = protocols.whole_rows(bench, read_log(path))
+    if len(rows) < n:
+        print(f"{path}: got {n} lines, the first {len(rows)} whole; going on after them")
+    write_rows(path, rows)
     return {row.pop("name"): row for row in rows}
 
 

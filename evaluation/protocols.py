@@ -159,13 +159,13 @@ def score_surface(bench, pred, sample):
     z, *camera = assumed_camera(np.asarray(pred[0]["depth"], np.float64))
     derived = surface.valid_normals(z, *camera)
     ok = derived.any(0)
-    a, b = ((x + 1) / 2 for x in (derived, normal / np.linalg.norm(normal, axis=0).clip(1e-12)))
+    a, b = ((x + 1) / 2 for x in (derived, metrics.unit_vectors(normal)))
     return dict(rmse=surface.depth_normal_consistency(z, normal, *camera), ssim=metrics.ssim(a, b, ok),
                 valid=float(ok[1:-1, 1:-1].mean()))
 
 
 _SCORES = {"depth": score_depth, "normal": score_normal, "whdr": score_whdr, "maw": score_maw, "lmse": score_lmse,
-          "lights": score_lights, "iid": score_iid, "surface": score_surface}
+           "lights": score_lights, "iid": score_iid, "surface": score_surface}
 
 
 def score_prediction(bench, pred, sample):
@@ -290,7 +290,7 @@ def result_pictures(bench, pred, sample):
     if bench.task == "normal":
         truth, guess = (_small(x["normal"]) for x in (sample, one))
         angle = metrics.normal_error(guess, truth)
-        unit = guess / np.linalg.norm(guess, axis=0).clip(1e-12)
+        unit = metrics.unit_vectors(guess)
         return [photo, ("truth", (truth + 1) / 2 * truth.any(0)), ("prediction", (unit + 1) / 2),
                 ("angle, bar 0..60 deg", _error_picture(angle, 60))]
     if bench.task in ("lmse", "iid"):

@@ -31,6 +31,14 @@ from runtime.ranks import pick_device
 from runtime.run import about
 
 
+def compared_paths(args):
+    """Paths of what is evaluated and of what it is compared with ("": nothing), as the command line names them."""
+    given = args.pred_dir or args.checkpoint
+    new = given or (args.compare[1] if len(args.compare) == 2 else Path(args.out) / "grpo")
+    old = args.compare[0] if args.compare else "" if given else Path(args.out) / "base"
+    return new, old
+
+
 def print_table(title, rows, header):
     """Print rows of strings under a header, columns aligned."""
     rows = [header, *rows]

@@ -130,9 +130,9 @@ def judge_scores(judge, maps, pred, seed):
     """
     out = {}
     pairs = eval_pairs(maps, PAIRS, judge.grid, seed)
+    device = next(judge.parameters()).device
     for k, m in enumerate(NAMES):
         pts, truth = pairs[m]
-        device = next(judge.parameters()).device
         prob = torch.cat([judge.ask(maps["rgb"][i:i + 32].to(device), pts[i:i + 32].to(device)).cpu()
                           for i in range(0, len(pts), 32)])
         out[f"judge/{m}"] = accuracy(prob[..., k] - 0.5, truth)

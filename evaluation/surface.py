@@ -61,12 +61,12 @@ def valid_normals(depth, fx, fy, cx, cy):
     return np.pad(normals_from_depth(z, fx, fy, cx, cy).numpy() * ok, ((0, 0), (1, 1), (1, 1)))
 
 
-def depth_normal_consistency(depth, normal, fx, fy, cx=None, cy=None, mask=None):
+def depth_normal_consistency(depth, normal, fx, fy, cx=None, cy=None):
     """RMSE between normals derived from predicted depth and predicted normals. Ours.
 
     depth    (H, W) predicted planar z, aligned by the caller (a shift bends the surface), > 0 where used
     normal   (3, H, W) x right, y up, z toward the viewer; renormalised here
-    cx, cy   principal point in pixels, default the image centre; mask (H, W), default all
+    cx, cy   principal point in pixels, default the image centre
     returns  float in [0, 2 / sqrt 3]: root of the mean over pixels *and* the three components
     """
     H, W = np.asarray(depth).shape
@@ -76,7 +76,7 @@ def depth_normal_consistency(depth, normal, fx, fy, cx=None, cy=None, mask=None)
     cx = (W - 1) / 2 if cx is None else cx
     cy = (H - 1) / 2 if cy is None else cy
     derived = valid_normals(depth, fx, fy, cx, cy)
-    valid = derived.any(0) & (True if mask is None else np.asarray(mask).astype(bool))
+    valid = derived.any(0)
     if not valid.any():
         reject("surface.depth_normal_consistency", "no pixel with five valid depths", "one", "check depth > 0")
     return float(np.sqrt(np.square(derived - normal)[:, valid].mean()))

@@ -21,17 +21,9 @@ from torch.utils.checkpoint import checkpoint
 from models import lora
 from models.positions import grid_positions
 from relations import NAMES, relative_depth
-from runtime.files import (
-    LAYERS,
-    bounded_integer,
-    load_strict,
-    read_json,
-    read_tensors,
-    refuse,
-    write_json,
-    write_tensors,
-)
+from runtime.files import read_json, read_tensors, refuse, write_json, write_tensors
 from runtime.ranks import mean_over_ranks
+from runtime.weights import LAYERS, bounded_integer, load_strict
 
 DATA_STD = 0.5                     # s, standard deviation of maps in [-1, 1]
 ARCHITECTURE = "reasonx-dit"

@@ -12,7 +12,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from runtime.files import bounded_integer, read_json, read_tensors, refuse, write_json, write_weights
+from runtime.files import read_json, read_tensors, refuse, write_json, write_weights
+from runtime.weights import bounded_integer
 
 PREFIX = "base_model.model."
 REFUSED = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform")

@@ -27,6 +27,7 @@ from models.schedule import Schedule, flow_time
 from models.sd2 import LATENT_SCALE, VAE, UNet
 from relations import srgb_encode
 from runtime import files
+from runtime.weights import bounded_integer, check_weights, hub_folder, load_strict, plain_config
 
 MODALITY = {"albedo": "albedo", "shading": "irradiance", "irradiance": "irradiance", "depth": "depth",
             "normals": "normal"}                                                # target name: modality
@@ -69,7 +70,7 @@ class Marigold(nn.Module):
             raise ValueError(f"marigold: targets {self.targets} with a U-Net of {got[0]} -> {got[1]} channels; want "
                              f"{n + 4} -> {n}: four for each target and four for the photo")
         self.modalities = tuple(MODALITY[name] for name in self.targets if name in MODALITY)
-        self.size = files.bounded_integer(about.get("default_processing_resolution") or 768, 1, EDGE,
+        self.size = bounded_integer(about.get("default_processing_resolution") or 768, 1, EDGE,
                                           "default_processing_resolution", "marigold: model_index.json")
         self.steps = about.get("default_denoising_steps") or 4
         self.multiple = vae.scale
@@ -237,7 +238,7 @@ class Marigold(nn.Module):
 
     @classmethod
     def _load(cls, path, dtype):
-        folder = files.hub_folder(path, ["model_index.json", "*/config.json", "scheduler/*", "tokenizer/*",
+        folder = hub_folder(path, ["model_index.json", "*/config.json", "scheduler/*", "tokenizer/*",
                                          f"unet/{WEIGHTS}*.safetensors", f"vae/{WEIGHTS}*.safetensors",
                                          "text_encoder/model*.safetensors", "empty_text_embedding.safetensors"])
         about = _read_config(folder / "model_index.json")
@@ -254,7 +255,7 @@ class Marigold(nn.Module):
                 head, name_, leaf = key.rsplit(".", 2)
                 state[f"{head}.{old[name_]}.{leaf}"] = state.pop(key)
             state = {k: state.pop(k).to(dtype) for k in list(state)}            # one copy in memory, not two
-            files.load_strict(model, state, folder / name, assign=True)
+            load_strict(model, state, folder / name, assign=True)
             parts.append(model)
         schedule = Schedule(_read_config(folder / "scheduler" / "scheduler_config.json"))
         text = empty_prompt(folder, parts[0].config["cross_attention_dim"]).to(dtype)
@@ -340,7 +341,7 @@ def empty_prompt(folder, width):
         config = CLIPTextConfig.from_dict(_read_config(folder / "text_encoder" / "config.json"))
         state = _read_weights(folder / "text_encoder", "model")
         with torch.device("meta"):
-            files.check_weights(CLIPTextModel(config), state, folder / "text_encoder")
+            check_weights(CLIPTextModel(config), state, folder / "text_encoder")
         encoder, found = CLIPTextModel.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32,
                                                        output_loading_info=True)
         wrong = [str(k) for kind in ("missing_keys", "mismatched_keys", "unexpected_keys") for k in found[kind]
@@ -363,7 +364,7 @@ def _read_config(path):
     if not path.is_file():
         raise FileNotFoundError(f"marigold: got no {path.name} in {path.parent}; want a diffusers-layout folder, such "
                                 "as a download of prs-eth/marigold-iid-lighting-v1-1")
-    return files.plain_config(files.read_json(path), path)
+    return plain_config(files.read_json(path), path)
 
 
 def _read_weights(folder, stem):

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from models.sd2 import check_config
-from runtime.files import bounded_integer, refuse
+from runtime.files import refuse
+from runtime.weights import bounded_integer
 
 MOST_TIMESTEPS = 10_000
 

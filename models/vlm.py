@@ -28,8 +28,8 @@ from transformers import (
 
 from models import lora
 from models.families import FAMILIES
-from runtime import files
-from runtime.files import DamageGuard, Tensors, bounded_integer, check_weights, plain_config, read_json, refuse
+from runtime.files import DamageGuard, Tensors, read_json, refuse
+from runtime.weights import bounded_integer, check_weights, hub_folder, load_strict, plain_config
 
 TILE = 1 << 12                        # px, largest side of a tile
 PATTERNS = ["*.safetensors", "*.json", "merges.txt"]
@@ -276,7 +276,7 @@ def _open_internvl(folder, config, tokenizer, size):
         state[POSITIONS] = resize_positions(state[POSITIONS], side)
     with torch.device("meta"):
         model = InternVLForConditionalGeneration(config)
-    files.load_strict(model, state, folder, assign=True)
+    load_strict(model, state, folder, assign=True)
     text = model.model.language_model
     text.rotary_emb = type(text.rotary_emb)(config=text.config)                 # no checkpoint holds its buffers
     return model
@@ -303,12 +303,12 @@ def _open_native(folder, config):
 
 def find_folders(name):
     """Folders of a judge: (folder of the weights, adapter folder or None); a hub id is downloaded."""
-    folder = files.hub_folder(name, PATTERNS)
+    folder = hub_folder(name, PATTERNS)
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
         if not base or not isinstance(base, str):
             raise ValueError(f"vlm.py: {folder} is an adapter that names no base; open the merged folder beside it")
-        return files.hub_folder(base, PATTERNS), folder
+        return hub_folder(base, PATTERNS), folder
     return folder, None
 
 

@@ -21,7 +21,6 @@ import zlib
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from safetensors import SafetensorError, safe_open
@@ -31,18 +30,12 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LOCKED = (errno.EROFS, errno.EACCES, errno.EPERM)
 PIXELS = 80_000_000                   # of a photo or map, 1.5 GB while it is read; --max-pixels
 JSON_BYTES = 1 << 27                  # a tokenizer of 260,000 words has 33 MB
-SIZE = 1 << 24                        # largest number in a network's config
-LAYERS = 256                          # largest number of layers
 # what readers raise on a damaged file: OSError (cut off), SyntaxError (PNG structure), the others (absurd fields)
 BROKEN = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, ArithmeticError, AttributeError,
           AssertionError, NotImplementedError, RecursionError, struct.error, zlib.error, tokenize.TokenError,
           tarfile.TarError, SafetensorError, StrictDataclassError, Image.DecompressionBombError)
 # what tensors are made of; torch has narrower floats that it can neither copy nor convert
 DTYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"}
-# keys of a config with which transformers would load code, kernels or other files
-LOADING = ("auto_map", "attn_implementation", "_attn_implementation", "_attn_implementation_internal",
-           "experts_implementation", "_experts_implementation", "transformers_weights", "fusion_config",
-           "kernel_config")
 
 limit = dict(pixels=PIXELS)
 
@@ -64,6 +57,11 @@ def write_json(path, value):
 def write_text(path, text):
     """Write a text file, UTF-8, atomically and durably."""
     write_bytes(path, text.encode())
+
+
+def write_rows(path, rows):
+    """Write a .jsonl file, a row a line, atomically and durably."""
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def write_bytes(path, content):
@@ -248,12 +246,12 @@ def read_json(path, want="one object"):
 
 
 def read_log(path):
-    """Rows of a metrics.jsonl up to the first that is incomplete (a kill, a full disk); [] where there is no file."""
+    """Rows of a .jsonl file up to the first that is incomplete (a kill, a full disk); [] where there is no file."""
     rows = []
-    for line in Path(path).read_text().splitlines() if Path(path).exists() else ():
+    for line in Path(path).read_bytes().splitlines() if Path(path).exists() else ():
         try:
             rows.append(json.loads(line))
-        except ValueError:
+        except (ValueError, RecursionError):
             break
     return rows
 
@@ -306,43 +304,6 @@ def read_checked(path):
     return tensors, header
 
 
-def plain_config(config, where):
-    """A network's config without the keys that load code or other files; its numbers are bounded.
-
-    raises   Refusal: a number above SIZE, more than LAYERS layers, quantised weights
-    """
-    def clean(value, name):
-        if isinstance(value, dict):
-            if value.get("quantization_config"):
-                refuse(where, "quantization_config", "plain weights", "use the checkpoint before quantisation")
-            return {k: clean(v, k) for k, v in value.items() if k not in LOADING}
-        if isinstance(value, list):
-            return [clean(v, name) for v in value]
-        most = LAYERS if any(word in name for word in ("layers", "depth")) else SIZE
-        if isinstance(value, (int, float)) and not abs(value) <= most:
-            refuse(where, f"{name} = {value}", f"at most {most}", "use another checkpoint")
-        return value
-    return clean(config, "")
-
-
-def bounded_integer(value, least, most, name, where):
-    """An integer of a config inside its bounds. raises Refusal."""
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-        refuse(where, f"{name} = {value!r}", f"an integer in {least}..{most}", "use another checkpoint")
-    return value
-
-
-def check_weights(model, state, where):
-    """Refuse a network, made on the meta device, with more parameters than its file has: loading would invent the rest.
-
-    model  nn.Module;  state  dict of tensors;  raises  Refusal
-    """
-    need = sum(p.numel() for p in model.parameters())
-    have = sum(x.numel() for x in state.values())
-    if need > have:
-        refuse(where, f"{have} weights for a network of {need}", "all of them", "use the config.json they belong to")
-
-
 def path_inside(root, name, where):
     """Path of a file that another file names, relative to the folder `root`. raises Refusal: it leaves the folder."""
     if isinstance(name, str) and "\0" not in name and not Path(name).is_absolute():
@@ -353,48 +314,3 @@ def path_inside(root, name, where):
         if place is not None and place.is_relative_to(Path(root).resolve()):
             return Path(root, name)
     refuse(where, f"{name!r}", f"a path inside {str(root)!r}", "edit it")
-
-
-def load_strict(model, state, origin, assign=False):
-    """load_state_dict that names the first missing, surplus or misshapen key. raises ValueError."""
-    want = {k: tuple(v.shape) for k, v in model.state_dict().items()}
-    got = {k: tuple(v.shape) for k, v in state.items()}
-    wrong = sorted(k for k in want.keys() | got.keys() if want.get(k) != got.get(k))
-    if wrong:
-        k = wrong[0]
-        raise ValueError(f"{len(wrong)} of {len(want)} weights in {origin} do not fit (first: {k}, "
-                         f"got {got.get(k)}, want {want.get(k)}); use a checkpoint of the same architecture and size")
-    model.load_state_dict(state, assign=assign)
-
-
-def hub_folder(name, patterns):
-    """A local folder as it is, or the files of a hub id (ORG/NAME) that match `patterns`, downloaded to HF_HOME.
-
-    raises  FileNotFoundError when it is neither
-    """
-    if Path(name).is_dir():
-        return Path(name)
-    reason = "not of the form ORG/NAME"
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name)):
-        try:
-            return Path(snapshot_download(str(name), allow_patterns=patterns))
-        except (OSError, ValueError) as error:                                  # no network, no such model, no access
-            reason = one_line(error)
-    raise FileNotFoundError(f"got no folder {str(name)!r} here and no such model on the hub ({reason}); "
-                            "want a folder, or a hub id and a network")
-
-
-def weights_digest(name):
-    """Short digest of the safetensors files under a folder or of a hub id's snapshot.
-
-    A run may not resume on other weights than it began with.
-    """
-    folder = hub_folder(name, ["*.safetensors"])
-    h = hashlib.sha256()
-    for path in sorted(folder.rglob("*.safetensors")):
-        if not path.name.startswith("checkpoint"):
-            h.update(str(path.relative_to(folder)).encode())
-            with open(path, "rb") as f:
-                while block := f.read(1 << 24):
-                    h.update(block)
-    return h.hexdigest()[:16]

@@ -21,7 +21,7 @@ import transformers
 from tqdm import tqdm
 
 from runtime.config import UserError
-from runtime.files import finite_json, read_checked, read_log, sync, write_json, write_tensors, write_text
+from runtime.files import finite_json, read_checked, read_log, sync, write_json, write_rows, write_tensors
 from runtime.ranks import (
     Draw,
     add_over_ranks,
@@ -176,7 +176,7 @@ class Run:
             write_json(self.folder / "run.json", dict(settings=self.settings, seed=self.seed, **about()))
         log = self.folder / "metrics.jsonl"
         if self.start < self.n_steps:
-            write_text(log, "".join(json.dumps(row) + "\n" for row in read_log(log) if row["step"] < self.start))
+            write_rows(log, [row for row in read_log(log) if row["step"] < self.start])
 
     def checkpoints(self):
         """Checkpoints in the folder, newest first."""

@@ -5,9 +5,11 @@ from pathlib import Path
 import numpy as np
 import official
 import pytest
+import torch
 from official import bench_of, pool
 
 from data import formats
+from data.photos import read_rgb
 from evaluation import benchmark_table, benchmarks, predictions
 from evaluation.benchmark_table import BENCHMARKS, MissingData
 
@@ -210,6 +212,15 @@ def test_an_empty_folder_is_missing_data(bench, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises((MissingData, FileNotFoundError), match="empty"):
         benchmarks.find_data(bench, tmp_path / "empty")
+
+
+def test_one_photo_is_a_data_set_of_its_own(tmp_path):
+    bench = bench_of("photos")
+    items = official.make(bench, tmp_path, 2)
+    files, found, missing = benchmarks.find_data(bench, tmp_path / items[1]["rgb"])
+    assert [item["rgb"] for item in found] == [Path(items[1]["rgb"]).name] and missing == []
+    sample = benchmarks.load_sample(bench, files, found[0])
+    assert torch.equal(sample["photos"][0], read_rgb(tmp_path / items[1]["rgb"]))
 
 
 def test_the_first_missing_file_is_named_in_list_order(tmp_path):

@@ -183,7 +183,7 @@ PLACES = {  # call: the modules that may make it, since they check what they rea
     "json.loads": {"runtime.files", "runtime.run", "evaluation.predictions"}, "json.load": set(),
     "load_file": set(), "safe_open": {"runtime.files"}, "Image.open": {"data.formats"},
     "tarfile.open": {"data.formats"}, "h5py.File": {"data.prepare"}, "torch.load": set(),
-    "snapshot_download": {"runtime.files"}, "os.replace": {"runtime.files", "runtime.run", "data.bank"},
+    "snapshot_download": {"runtime.weights"}, "os.replace": {"runtime.files", "runtime.run", "data.bank"},
     "save_file": {"runtime.files"}}
 
 

@@ -30,7 +30,7 @@ from models.mini_judge import MiniSizes
 from models.schedule import flow_time
 from predictor import COEFFICIENTS, ddim_sde_step, load_predictor, plan_walk, rollout, sample_ode
 from relations import NAMES, srgb_encode
-from runtime import config, files
+from runtime import config
 from runtime.command import run_command
 from runtime.ranks import Draw
 
@@ -1320,7 +1320,7 @@ def test_an_embedding_of_another_width_is_refused(copied):
 def test_a_hub_id_without_a_network_is_one_line(monkeypatch, capsys):
     def offline(*args, **kwargs):
         raise OSError("cannot reach the hub:\nname resolution failed")
-    monkeypatch.setattr(files, "snapshot_download", offline)
+    monkeypatch.setattr("runtime.weights.snapshot_download", offline)
     refused(FileNotFoundError, lambda: load_predictor("prs-eth/marigold-none"), "prs-eth/marigold-none", "network")
 
 
@@ -1331,7 +1331,7 @@ def test_a_hub_id_is_downloaded_without_pickles(folders, monkeypatch):
     def download(name, allow_patterns):
         asked.append((name, allow_patterns))
         return str(folders["depth"])
-    monkeypatch.setattr(files, "snapshot_download", download)
+    monkeypatch.setattr("runtime.weights.snapshot_download", download)
     assert load_predictor("prs-eth/marigold-some").modalities == ("depth",)
     (name, patterns), = asked
     wanted = lambda path: any(fnmatch.fnmatch(path, p) for p in patterns)       # noqa: E731
