@@ -57,9 +57,8 @@ def evaluate_scenes(args):
                              f"{', '.join(policy.modalities)}; want one that has {', '.join(lacking)}, or a benchmark "
                              "of what it predicts (--list-datasets)")
     size = args.size or policies[0].size
-    place = Path(args.judge) if args.judge else out / "judge"
-    asked = args.judge not in ("", "none") or (not args.judge and place.is_dir())
-    judge = load_judge(place, device) if asked else None
+    asked = args.judge != "none" and (args.judge or (out / "judge").is_dir())
+    judge = load_judge(args.judge or out / "judge", device) if asked else None
     if args.dataset == "scenes":
         maps = scene_batch(args.data, size)
         maps["depth"] = maps["depth"] + 1                                       # affine in [0, 1]: no zero to divide by
@@ -68,7 +67,7 @@ def evaluate_scenes(args):
     pairs = eval_pairs(maps, PAIRS, 1, args.seed)
     pred = [predict_maps(policy, maps["rgb"], args.denoise_steps or 10, args.seed) for policy in policies]
     values = [score_maps(p, maps, pairs) for p in pred]
-    judge_values = judge_scores(judge, maps, pred[-1], args.seed) if judge is not None else None
+    judge_values = judge_scores(judge, maps, pred[-1], args.seed, args.dataset) if judge is not None else None
     return report_scenes(args.dataset, values[0], values[1] if old else None, judge_values)
 
 

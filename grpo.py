@@ -94,14 +94,14 @@ class Conditioned:
         with batch.autocast():
             cond = net.encode(batch.rgb)
         self._encoded = torch.cat([cond] * len(batch.modalities))               # (M*B, ...)
-        self._cond = self._encoded.detach().requires_grad_(self._encoded.requires_grad)
+        self.cond = self._encoded.detach().requires_grad_(self._encoded.requires_grad)
 
     def velocity(self, x, t, part, n):
         """v of states x (N, c, h, w) at time t (float), fp32. part (N,): places among n, a row's together."""
         row = part // (n // len(self.batch.index))
         with self.batch.autocast():
             times = torch.full((len(x),), t, device=x.device)
-            return self.net.velocity(x, times, self._cond[row], self.batch.index[row]).float()
+            return self.net.velocity(x, times, self.cond[row], self.batch.index[row]).float()
 
     def velocities(self, x, t):
         """v of all states, portion by portion."""
@@ -110,7 +110,7 @@ class Conditioned:
     def end_backward(self):
         """Send what the velocities' gradients have gathered through the photo encoder, once."""
         if self._encoded.requires_grad:
-            self._encoded.backward(self._cond.grad)
+            self._encoded.backward(self.cond.grad)
 
 
 def draw_squares(batch):
@@ -151,9 +151,9 @@ def sample_groups(actor, batch):
         x0, transitions = rollout(net.velocities, actor.start(noise, cfg.sample_steps), plan, cfg.group, normal,
                                   squares)
     maps = {}
-    for m, part in zip(batch.modalities, x0.split(B), strict=True):
+    for m, part, cond in zip(batch.modalities, x0.split(B), net.cond.split(B), strict=True):
         with batch.autocast():                                                  # only the drawn modality is decoded
-            maps[m] = actor.decode(part.flatten(0, 1), m).float().unflatten(0, (B, cfg.group))
+            maps[m] = actor.decode(part.flatten(0, 1), m, cond).float().unflatten(0, (B, cfg.group))
     return maps, transitions
 
 
@@ -173,12 +173,16 @@ def normalize_rows(weight):
 
 
 def pair_weights(prob, modality, cfg):
-    """Share of each pair in the reward: prob (B, P) of the first answer -> (B, P), rows sum to 1 (or are all 0)."""
-    weight = torch.full_like(prob, 1 / prob.shape[1])
+    """Share of each pair in the reward: prob (B, P) of the first answer -> (B, P), rows sum to 1 (or are all 0).
+
+    A pair without an answer (NaN) has none.
+    """
+    known = prob.isfinite()
+    weight = known / known.sum(1, keepdim=True).clamp_min(1)
     if cfg.balance and modality == "albedo":                                    # both answers carry half of the reward
-        weight = 0.5 * (normalize_rows(prob) + normalize_rows(1 - prob))
+        weight = 0.5 * sum(normalize_rows(p.where(known, 0.0)) for p in (prob, 1 - prob))
     if cfg.reward == "confidence":
-        weight = normalize_rows(weight * (2 * prob - 1).abs())
+        weight = normalize_rows(weight * (2 * prob - 1).abs().where(known, 0.0))
     return weight
 
 
@@ -191,6 +195,7 @@ def agreement(pred, pts, prob, modality, cfg):
     or --dead-zone skip: as much as the sample's other pairs on average, so that the reward is the mean over those
     """
     weight = pair_weights(prob, modality, cfg)
+    prob = prob.where(prob.isfinite(), 0.5)                                     # of no weight
     form = FORM[cfg.reward]
     rel, agree, reward = pair_reward(pred, pts, prob, weight, modality, form, cfg.softness(modality), cfg.window,
                                      check=False)

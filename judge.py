@@ -8,14 +8,13 @@ of the two words that can follow are compared (relations.MODALITIES):
 so no answer is unparsable and each comes with a confidence. The questions of all modalities are packed behind one
 image: one vision pass, one image prefix, the questions blind to each other (position ids restart after the image).
 
-The network is one of transformers' own (families.FAMILIES), opened by `load_judge`; `build_mini_judge` makes a tiny
-one. Images are sRGB-encoded [0, 1], always one square tile, normalised and cut into patches by hand: no processor.
-Every judge offers ask(rgb, pts, names, modalities), digest(), size and grid: Judge, LazyJudge, Oracle.
+The network is one of transformers' own (families.FAMILIES). Images are sRGB-encoded [0, 1], always one square tile,
+normalised and cut into patches by hand: no processor. Whatever offers AnyJudge is a judge, a class of yours too.
 Source: ReasonX (arXiv 2512.04222) and its released judge (questions, answers, prompt format).
 """
-import hashlib
-import json
+import math
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import torch.nn as nn
@@ -24,7 +23,6 @@ from transformers.utils import logging
 from data.bank import fill_bank
 from data.photos import read_rgb, resize
 from data.pictures import save_png
-from data.questions import true_relations
 from kernels.draw_markers import mark_photos
 from models import vlm
 from models.families import END, FAMILIES, SYSTEM, Prompt, read_answer
@@ -34,11 +32,24 @@ from runtime.command import run_command
 from runtime.config import Parser
 from runtime.files import replace_files, write_json
 from runtime.ranks import pick_device
+from runtime.weights import RULES, open_own, read_spec
 
 logging.disable_progress_bar()       # of loading and saving weights: errors stay one line
 TOKENS = 2**16                       # of the language model at a time in `ask`
-ORACLE = "oracle"                    # --judge: see Oracle
-PAPER_ACCURACY = dict(depth=0.962, normal=0.935, albedo=0.894, irradiance=0.876)     # ReasonX, held-out judge accuracy
+ORACLE = "oracle"                    # --judge: see data/oracle.py
+
+
+class AnyJudge(Protocol):
+    """What every judge offers, a class of yours too (docs/extend.md)."""
+
+    size: int                # px, side of the square photos it is asked about
+    grid: int                # px, it is asked about centres of grid x grid cells; 1: any pixel
+
+    def ask(self, rgb, pts, names=None, modalities=None):
+        """Probability (B, P, M) of the first answer about each pair, M = all of MODALITIES; see Judge.ask."""
+
+    def digest(self):
+        """A text that differs when its answers may: the judgement bank keys answers by it."""
 
 
 class Judge(nn.Module):
@@ -137,9 +148,10 @@ class Judge(nn.Module):
         """Ask questions about every pair.
 
         rgb         (B, 3, S, S) unmarked sRGB [0, 1];  pts (B, P, 2, 2) in pixels of rgb
-        names       of the photos, which only an Oracle reads;  modalities  the questions wanted, None: all
+        names       photo paths or scene ids, which this judge does not read;  modalities  those wanted, None: all
         batch       marked photos at a time; 0: as many as make TOKENS tokens
-        returns     (B, P, M) probability of the first answer, in the order of MODALITIES; NaN where not asked
+        returns     (B, P, M) probability of the first answer, in the order of MODALITIES; NaN where not asked or, of
+                    other judges, not known
         """
         B, P = pts.shape[:2]
         flat = pts.reshape(B * P, 2, 2)
@@ -184,18 +196,39 @@ class Judge(nn.Module):
         write_json(Path(folder, "judge.json"), dict(system=self.system, grid=self.grid, size=self.size))
 
 
-def load_judge(folder, device="cpu", dtype=None, size=0, text=False):
-    """Open a judge: mini folder, InternVL chat folder (merged or unmerged LoRA), native folder, PEFT folder, hub id.
+def load_judge(spec, device="cpu", dtype=None, size=0, text=False):
+    """Open a judge by its SPEC (runtime.weights.Spec).
+
+    A folder or hub id holds a mini judge, an InternVL chat model (merged or unmerged LoRA), a native model of
+    models/families.py, or a PEFT adapter of one. A class of yours is AnyJudge.
 
     dtype   of the weights; None: fp32 on a CPU, as stored (bf16 for the published ones) on a GPU
     size    px of the tile, if not the checkpoint's own (InternVL only)
     raises  FileNotFoundError, ValueError: one line that names the file or key
     """
+    found = read_spec(spec)
+    if found.module:
+        return own_judge(found, device)
+    folder = found.text
     with vlm.refuse_damage(folder):
         model, tokenizer, about = vlm.open_network(folder, size)
         dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else None)
         model = model.to(device, dtype) if dtype else model.to(device)
         return Judge(model, tokenizer, **about, origin="" if size else str(folder), text=text).to(device).eval()
+
+
+def own_judge(spec, device):
+    """A judge of the user's class. raises ValueError: it lacks a member."""
+    judge = open_own(spec)
+    for name in ("ask", "digest", "size", "grid"):
+        if not hasattr(judge, name):
+            raise ValueError(f"judge: {spec.text} has no `{name}`; want ask, digest, size and grid (docs/extend.md)")
+    return judge.to(device).eval() if isinstance(judge, nn.Module) else judge
+
+
+def open_judge(spec, device="cpu"):
+    """A judge whose weights are read at the first question, or an object of the user's class."""
+    return load_judge(spec, device) if read_spec(spec).module else LazyJudge(spec, device)
 
 
 def build_mini_judge(sizes, rng):
@@ -232,40 +265,6 @@ class LazyJudge:
         return self.opened.ask(rgb, pts, names, modalities)
 
 
-class Oracle:
-    """A judge that knows the truth and errs as often as the paper's: what a better judge would be worth.
-
-    maps  true maps of all scenes: dict of (n, C, S, S), every modality and mask
-    rng   torch.Generator of the errors; each `ask` goes on drawing from it
-    """
-
-    grid = 1
-
-    def __init__(self, maps, rng):
-        self.maps = maps
-        self.rng = rng
-        self.size = maps["mask"].shape[-1]
-
-    def digest(self):
-        """Hex digest of how it answers. The errors are not in it: they follow from the order of the questions."""
-        return hashlib.sha256(json.dumps([ORACLE, PAPER_ACCURACY]).encode()).hexdigest()
-
-    def ask(self, rgb, pts, names=None, modalities=None):
-        """Answer all questions about every pair; rgb and modalities are not looked at.
-
-        pts      (B, P, 2, 2);  names  of the scenes, such as "wild 3": the number picks the maps
-        returns  (B, P, M) probability of the first answer: the accuracy or one minus it; 0.5 in the dead zone
-        raises   ValueError without names
-        """
-        if names is None:
-            raise ValueError("judge.Oracle.ask: got no names; want the scene of every photo, such as 'wild 3'")
-        index = torch.tensor([int(name.split()[-1]) for name in names])
-        truth = true_relations({k: self.maps[k][index] for k in (*MODALITIES, "mask")}, pts).float()    # (B, P, M)
-        right = torch.tensor([PAPER_ACCURACY[m] for m in MODALITIES])
-        sign = torch.where(torch.rand(truth.shape, generator=self.rng) < right, 1.0, -1.0)
-        return 0.5 + (right - 0.5) * sign * truth
-
-
 def arguments(argv):
     """Parse and check the command line."""
     p = Parser(prog="judge.py", allow_abbrev=False, description="Ask the judge to compare two points of a photo.")
@@ -274,9 +273,7 @@ def arguments(argv):
     p.add_argument("--green", type=int, nargs=2, metavar=("X", "Y"), help="green point")
     p.add_argument("--modality", choices=NAMES, default="depth", help="the question to ask [depth]")
     p.add_argument("--all", action="store_true", help="ask all four questions")
-    p.add_argument("--model", default="out/mini/judge",
-                   help="judge: folder of ours, InternVL chat, native InternVL or Qwen-VL folder, PEFT adapter, hub id "
-                        "[out/mini/judge]")
+    p.add_argument("--model", default="out/mini/judge", metavar="SPEC", help=f"judge: {RULES} [out/mini/judge]")
     p.add_argument("--text", action="store_true",
                    help="generate the answer as text as well: slow, to check the score, or for a model without scores")
     p.add_argument("--save", default="", help="file for the photo as the judge sees it, with its markers (.png)")
@@ -298,7 +295,7 @@ def main(argv=None):
     p, args = arguments(argv)
     device = pick_device(args.device, "judge.py")
     if args.bank:
-        bank = fill_bank(args.bank, args.image, LazyJudge(args.model, device), args.pairs, device)
+        bank = fill_bank(args.bank, args.image, open_judge(args.model, device), args.pairs, device)
         print(f"bank: {bank.asked} pairs asked, {bank.known} already known; {bank.folder}")
         return
     rgb = read_rgb(args.image)
@@ -308,7 +305,10 @@ def main(argv=None):
         if not (0 <= x < W and 0 <= y < H):
             p.error(f"--{name} {x} {y} lies outside the {W} x {H} photo")
     judge = load_judge(args.model, device, text=args.text)
-    judge.text = len(judge.prompt.answers) < len(MODALITIES)                    # only where its words cannot be scored
+    if args.text:
+        if not isinstance(judge, Judge):
+            p.error(f"--text: {args.model} generates no text; want a vision-language model")
+        judge.text = len(judge.prompt.answers) < len(MODALITIES)                # only where its words cannot be scored
     small = resize(rgb, judge.size, judge.size)[None].to(device)
     xy = torch.tensor([args.red, args.green])                                   # (2, 2) x, y
     pts = (xy.flip(-1) * judge.size // torch.tensor([H, W])) // judge.grid * judge.grid + judge.grid // 2
@@ -316,10 +316,12 @@ def main(argv=None):
     marked = draw_markers(small, pts)[:, 0]
     if args.save:
         save_png(args.save, marked[0].cpu().numpy())
-    prob = dict(zip(MODALITIES, judge.ask(small, pts)[0, 0].tolist(), strict=True))
-    for m in MODALITIES if args.all else (args.modality,):
+    asked = NAMES if args.all else (args.modality,)
+    prob = dict(zip(NAMES, judge.ask(small, pts, [args.image], asked)[0, 0].tolist(), strict=True))
+    for m in asked:
         first = prob[m] >= 0.5
-        print(f"{m}: {MODALITIES[m].answers[0 if first else 1]} (p = {prob[m] if first else 1 - prob[m]:.3f})")
+        known = f"{MODALITIES[m].answers[0 if first else 1]} (p = {prob[m] if first else 1 - prob[m]:.3f})"
+        print(f"{m}: not known to this judge" if math.isnan(prob[m]) else f"{m}: {known}")
         if args.text:
             print(f"{m}, generated: {judge.say(marked, m)[0]}")
 

@@ -13,33 +13,30 @@ squares     noise may be one number per square of k x k pixels of the state: coa
 rollout     `full` (paper): every step but the last is stochastic. `branch`: the group shares noise and an ODE prefix,
             one step is stochastic, an ODE tail finishes. `window`: K such steps in a row
 
-What grpo.py, train.py and eval.py ask of a predictor (models/dit.py and models/marigold.py offer it):
-    encode(rgb) -> cond    velocity(x, t, cond, modality) -> v    decode(x, modality) -> map    shape(rgb) -> (c, h, w)
-    times(T) -> T + 1 times    start(noise, T) -> state at times(T)[0]    loss(maps, modalities, draw) -> scalar
-    convert_maps(maps) -> maps in the encodings of relations.MODALITIES; photo_maps(rgb, ...) where a family has its own
-    modalities, size, multiple (px, of photo sides), exploration, replays, network, lora_targets,
-    checkpointing(on), save(folder)
 Source: ReasonX (arXiv 2512.04222) sec. 3.2, Flow-GRPO (arXiv 2505.05470) eq. 9, DDIM (arXiv 2010.02502) eq. 12, 16.
 """
 import itertools
 import math
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data.photos import find_images, read_rgb, resize_long
+from data.photos import find_images, read_rgb, readable_photos, resize_long
 from data.pictures import output_name, save_maps
 from kernels.sde_step import sde_step
 from kernels.squares import fill_squares
 from models.dit import DiT
 from models.marigold import Marigold
+from models.schedule import check_times, eta_coefficients, eta_factors
+from models.wrapper import wrap
 from runtime.command import run_command
 from runtime.config import Parser
 from runtime.ranks import pick_device
+from runtime.weights import RULES, open_own, read_spec
 
 
 def flow_coefficients(t, s, a, t_next=None):
@@ -50,7 +47,7 @@ def flow_coefficients(t, s, a, t_next=None):
     returns  std is already times sqrt(|dt|); a = 0 or s = 0 is the ODE step, std 0
     raises   ValueError when not 0 <= s < t <= 1
     """
-    _check_times("flow_coefficients", t, s)
+    check_times("flow_coefficients", t, s)
     dt = s - t
     if a == 0 or s == 0:
         return 1.0, dt, 0.0
@@ -59,30 +56,7 @@ def flow_coefficients(t, s, a, t_next=None):
     return 1 + dt * drift, dt * (1 + drift * (1 - t)), a * math.sqrt(t / room * -dt)
 
 
-def eta_coefficients(t, s, eta):
-    """A, B, std of the DDIM step with noise eta on a rectified flow (signal 1 - t, noise level t); as above."""
-    _check_times("eta_coefficients", t, s)
-    signal, keep, std = _eta_factors(1 - t, t, 1 - s, s, eta)
-    return signal + keep, keep * (1 - t) - signal * t, std                      # x0 = x - t v, noise = x + (1 - t) v
-
-
 COEFFICIENTS = {"flow": flow_coefficients, "ddim": eta_coefficients}
-
-
-def _check_times(name, t, s):
-    if not 0 <= s < t <= 1:
-        raise ValueError(f"predictor.{name}: got t = {t}, s = {s}; want 0 <= s < t <= 1 "
-                         "(sampling walks t from 1 to 0)")
-
-
-def _eta_factors(signal, level, signal_s, level_s, eta):
-    """Factors of x0 and of the noise in the mean, and std, for x = signal x0 + level noise and the same at s.
-
-    Python floats (fp64) and clamped radicands: in fp32 eta = 1 with signal = 0 would round below zero.
-    """
-    gap = max(0.0, level**2 - (signal / signal_s * level_s) ** 2) if signal_s > 0 else 0.0
-    var = min(eta**2 * level_s**2 / level**2 * gap, level_s**2)
-    return signal_s, math.sqrt(max(0.0, level_s**2 - var)), math.sqrt(var)
 
 
 def _take_step(x, v, eps, A, B, std):
@@ -116,7 +90,7 @@ def ddim_sde_step(x, v, abar_t, abar_s, eta, eps):
                          "want 0 <= abar_t < abar_s <= 1")
     signal = math.sqrt(abar_t)
     level = math.sqrt(1 - abar_t)
-    signal_s, keep, std = _eta_factors(signal, level, math.sqrt(abar_s), math.sqrt(1 - abar_s), eta)
+    signal_s, keep, std = eta_factors(signal, level, math.sqrt(abar_s), math.sqrt(1 - abar_s), eta)
     A = signal_s * signal + keep * level                                        # x0 = signal x - level v
     B = keep * signal - signal_s * level                                        # noise = level x + signal v
     return _take_step(x, v, eps, A, B, std)
@@ -168,6 +142,8 @@ def plan_walk(grid, stochastic, exploration, noise, draw, tail=0):
     raises       ValueError  K or T out of range
     """
     T = len(grid) - 1
+    if T == 1:                                                                  # a network that maps a photo to a map
+        return [Leg(*grid, 1.0, grid[1] - grid[0], noise)]
     if not 0 < stochastic < T:
         raise ValueError(f"predictor.plan_walk: got {stochastic} stochastic of {T} steps; want 1 to T - 1 "
                          "(the last step is deterministic)")
@@ -215,16 +191,46 @@ def rollout(velocity, x, plan, group, normal, squares=None):
     return x.unflatten(0, (R, group)), transitions
 
 
-def load_predictor(path):
-    """Open a predictor: a folder written by DiT.save, or a diffusers-layout Marigold folder or hub id.
+class Predictor(Protocol):
+    """A flow network of yours, a torch.nn.Module: these members. models/wrapper.py fills in what it leaves out.
 
-    raises  FileNotFoundError: no predictor.json or weights there;
-            ValueError: another architecture, missing or surplus keys
+    What it may add: encode(rgb) -> cond, called once a photo (else cond is the photo); shape(rgb) -> (c, h, w) of the
+    state (3, H, W); times(T); start(noise, T); multiple, px, of which photo sides are multiples (1); exploration
+    ("flow"); lora_targets (every linear layer); checkpointing(on); save(folder) with load(folder)
     """
-    if (Path(path) / "model_index.json").is_file() or (
-            str(path).count("/") == 1 and not Path(path).exists() and not Path(path).parent.is_dir()):
-        return Marigold.load(path)
-    return DiT.load(path)
+
+    modalities: tuple        # of relations.NAMES
+    size: int                # px, side of the photos it is made for
+
+    def velocity(self, x, t, cond, modality):
+        """v = x_1 - x_0 of states x (B, c, h, w) at times t (B,), given cond (B, ...), of a modality's name."""
+
+    def decode(self, x, modality):
+        """Map (B, C, H, W) in the encoding of relations.MODALITIES from a state at t = 0."""
+
+
+class MapPredictor(Protocol):
+    """A network of yours that maps a photo straight to a map: these members, and what Predictor may add."""
+
+    modalities: tuple
+    size: int
+
+    def predict(self, rgb, modality):
+        """Map (B, C, H, W) in the encoding of relations.MODALITIES of photos (B, 3, H, W), sRGB [0, 1]."""
+
+
+def load_predictor(spec):
+    """Open a predictor by its SPEC (runtime.weights.Spec): ours, a Marigold in diffusers' layout, a class of yours.
+
+    raises  FileNotFoundError: no such folder, model or file;
+            ValueError: another architecture, missing or surplus keys, a class that lacks a member
+    """
+    found = read_spec(spec)
+    if found.module:
+        return wrap(open_own(found), found.text)
+    if found.hub or (found.folder / "model_index.json").is_file():
+        return Marigold.load(found.text)
+    return DiT.load(found.folder)
 
 
 @torch.no_grad()
@@ -238,7 +244,7 @@ def sample_ode(policy, rgb, modality, steps, rng=None, noise=None, cond=None):
     x = policy.start(noise, steps)
     for t, s in itertools.pairwise(policy.times(steps)):
         x = x + (s - t) * policy.velocity(x, torch.full((len(x),), t, device=x.device), cond, modality)
-    return policy.decode(x, modality)
+    return policy.decode(x, modality, cond)
 
 
 def photo_maps(policy, rgb, processing_res=0, steps=0, seed=0, ensemble=1):
@@ -273,8 +279,8 @@ def arguments(argv):
     p = Parser(prog="predictor.py", allow_abbrev=False,
                description="Depth, normal, albedo and irradiance of your own photos.")
     p.add_argument("images", metavar="IMAGE_OR_DIR", help="a photo, or a folder of photos (searched recursively)")
-    p.add_argument("--checkpoint", default="out/mini/grpo",
-                   help="predictor folder, or a Marigold folder or hub id [out/mini/grpo]")
+    p.add_argument("--checkpoint", default="out/mini/grpo", metavar="SPEC",
+                   help=f"predictor: {RULES} [out/mini/grpo]")
     p.add_argument("--out", default="out/maps",
                    help="folder for .npy (native space), .png and one panel.png a photo [out/maps]")
     p.add_argument("--processing-res", type=int, default=0,
@@ -303,26 +309,21 @@ def main(argv=None):
     if args.half:
         policy.to(torch.float16 if device.type == "cuda" else torch.bfloat16)
     root = Path(args.images)
-    bad = 0
+    skipped = []
     done = set()
-    for path in tqdm(paths, desc="photos", disable=len(paths) < 3):
-        try:
-            rgb = read_rgb(path)
-        except (ValueError, OSError) as error:
-            if len(paths) == 1:
-                raise
-            print(f"skipped: {error}", file=sys.stderr)
-            bad += 1
-            continue
+    many = readable_photos(tqdm(paths, desc="photos", disable=len(paths) < 3), skipped)
+    for path, rgb in many if len(paths) > 1 else [(paths[0], read_rgb(paths[0]))]:
         native = photo_maps(policy, rgb, args.processing_res, args.denoise_steps, args.seed, args.ensemble_size)
         maps = policy.convert_maps(native)
         name = output_name(path.relative_to(root) if root.is_dir() else Path(path.name), done)
         done.add(name)
         save_maps(args.out, name, rgb, maps, native)
-    if bad == len(paths):
-        raise ValueError(f"none of {bad} images in {args.images} could be read; want JPEG or PNG photos")
-    print(f"{len(paths) - bad} of {len(paths)} photos -> {args.out} ({bad} unreadable, named above)" if bad else
-          f"{len(paths)} photos -> {args.out}")
+    if not done:
+        raise ValueError(f"none of {len(paths)} images in {args.images} could be read; want JPEG or PNG photos")
+    if skipped:
+        print(f"{len(done)} of {len(paths)} photos -> {args.out} ({len(skipped)} unreadable, named above)")
+    else:
+        print(f"{len(done)} photos -> {args.out}")
 
 
 if __name__ == "__main__":

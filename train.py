@@ -17,11 +17,12 @@ import grpo
 import kernels
 from data import questions
 from data.bank import Bank, Judgements
+from data.oracle import Oracle
 from data.photos import read_first_rgb
 from data.pools import ScenePool, list_scenes, scene_pool, training_photos
 from evaluation import report
 from evaluation.watch import Watch, reward_statistics
-from judge import ORACLE, LazyJudge, Oracle, build_mini_judge, load_judge
+from judge import ORACLE, build_mini_judge, load_judge, open_judge
 from models import lora
 from models.copies import Networks, average_decay, compile_velocity, frozen_copy, trained_part, update_average
 from models.dit import DiT, DiTConfig, flow_loss
@@ -34,7 +35,7 @@ from runtime.command import run_command, run_stage
 from runtime.config import UserError, grpo_settings, parse, plan, stage_settings
 from runtime.ranks import STREAMS, generator
 from runtime.run import Run, cosine, optimizers
-from runtime.weights import weights_digest
+from runtime.weights import read_spec, weights_digest
 
 
 def train_base(cfg, device):
@@ -123,9 +124,10 @@ def tune_judge(cfg, device):
               flush=True)
 
 
-def judgements(cfg, device, together=True):
+def judgements(cfg, device, modalities, together=True):
     """Unlabeled training photos and what the judge says of them, asked once and kept in the judgement bank.
 
+    modalities  of the predictor: no others are asked about
     together  True when all ranks call: each asks about its share;  False: this one asks what is left
     returns   data.bank.Judgements
     """
@@ -134,15 +136,16 @@ def judgements(cfg, device, together=True):
         names = [f"wild {i}" for i in range(len(scenes["rgb"]))]
         rng = generator(cfg.seed, STREAMS["oracle"])
         pts = sample_pairs(len(names), (cfg.size, cfg.size), cfg.bank_pairs, rng, mask=scenes["mask"])
-        prob = Oracle(scenes, rng).ask(scenes["rgb"], pts, names)
+        prob = Oracle(scenes, rng).ask(scenes["rgb"], pts, names, modalities)
         return Judgements((scenes["rgb"] * 255).round().byte(), pts, prob, names)
     photos, names, what = training_photos(cfg, device, together)
-    judge = LazyJudge(cfg.judge or Path(cfg.out) / "judge", device)             # in memory only if the bank asks it
+    judge = open_judge(cfg.judge or Path(cfg.out) / "judge", device)            # in memory only if the bank asks it
     if judge.size != cfg.size:
         raise UserError(f"train.py: the judge sees {judge.size} px photos and --size is {cfg.size}; "
                         "use one size for both")
     bank = Bank(cfg.bank or Path(cfg.out) / "bank", judge)
-    pts, prob = (bank.fill_together if together else bank.fill)(photos, cfg.bank_pairs, device)
+    fill = bank.fill_together if together else bank.fill
+    pts, prob = fill(photos, cfg.bank_pairs, device, names, modalities)
     ranks.say(f"grpo: {what}; judgement bank: {bank.asked} pairs asked, {bank.known} already known")
     return Judgements(photos, pts, prob, names)
 
@@ -161,7 +164,7 @@ def train_grpo(cfg, device, sample=grpo.sample_groups, gradient=grpo.policy_grad
     opts = optimizers([nets.policy], cfg.lr, 0, weight_decay=0.0, betas=(0.9, 0.95))
     run = Run(cfg.grpo_folder, resume_key(cfg), cfg.seed, cfg.steps, nets.modules, opts, cfg.save_every, cfg.keep)
     watch = Watch(nets, run, cfg, base=str(cfg.start), trained_on=cfg.images or "procedural wild photos")
-    photos = judgements(cfg, device) if run.has_steps else None
+    photos = judgements(cfg, device, nets.policy.modalities) if run.has_steps else None
     replay = scene_pool("synthetic", "train", cfg.base_scenes, cfg.size, device=device) if (
         run.has_steps and cfg.replay) else None
     for step, draw in run.steps("grpo", cfg.stop_at, STREAMS["grpo"], cfg.batch):
@@ -196,8 +199,8 @@ def supervised_loss(policy, maps, batch):
 def resume_key(cfg):
     """What a GRPO run may not change when it resumes: settings, and digests of both weights."""
     ranks.divide_batch(cfg.batch, "batch")
-    judge = cfg.judge if cfg.judge == ORACLE else weights_digest(cfg.judge or Path(cfg.out) / "judge")
-    return grpo_settings(cfg) | dict(policy_weights=weights_digest(cfg.start), judge_weights=judge)
+    judge = cfg.judge if cfg.judge == ORACLE else open_judge(cfg.judge or Path(cfg.out) / "judge").digest()
+    return grpo_settings(cfg) | dict(policy_weights=weights_digest(cfg.start), judge=judge)
 
 
 STAGES = dict(base=train_base, judge=train_judge, grpo=train_grpo)
@@ -220,10 +223,12 @@ def main(argv=None):
             ranks.say(f"train.py: stopped after {cfg.stop_at} steps of {name} (--stop-at); without it the same goes on")
             return
     if ranks.rank() == 0 and cfg.stage in ("all", "grpo") and not cfg.stop_at:
+        result = read_spec(cfg.start).at(cfg.grpo_folder)
         if cfg.images:
-            report.report_photos(cfg, device, judgements(cfg, device, together=False), cfg.start, cfg.grpo_folder)
+            judged = judgements(cfg, device, load_predictor(result).modalities, together=False)
+            report.report_photos(cfg, device, judged, cfg.start, result)
         else:
-            report.report_wild(cfg, device, cfg.start, cfg.grpo_folder)
+            report.report_wild(cfg, device, cfg.start, result)
 
 
 def needed_stages(cfg):
@@ -256,7 +261,7 @@ def check_inputs(cfg):
                 raise UserError(f"train.py: --replay {cfg.replay} needs ground truth for every map that {cfg.policy} "
                                 "predicts, which the procedural scenes have not; use --replay 0")
         if cfg.judge not in ("", ORACLE):
-            LazyJudge(cfg.judge).digest()
+            open_judge(cfg.judge).digest()
     if cfg.scenes and not cfg.scenes.endswith(".jsonl"):
         list_scenes(cfg.scenes)
 

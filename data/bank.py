@@ -5,7 +5,8 @@ and run, and the judge need not be in memory. The folder's name is a digest of t
 marker, an entry's name a digest of the photo's pixels: after any of them changes, the old answers are not found. The
 pairs of a photo are a fixed sequence that depends only on its digest, so asking for more pairs extends the entry.
 
-entry   pts (P, 2, 2) int16, in pixels of the judge's image, and prob (P, M), the probability of the first answer
+entry   pts (P, 2, 2) int16, in pixels of the judge's image, and prob (P, M), the probability of the first answer;
+        NaN: not asked yet, infinity: asked, and the judge does not know. Two entries of a photo are merged
 files   KEY.safetensors        one entry with a checksum, written atomically; a damaged one is reported and asked again
         pack-NAME.safetensors  many entries, concatenated; a damaged one is renamed pack-NAME.damaged
         Packs are never changed: `pack` writes a new one and then removes the single files whose entries it holds, so
@@ -15,7 +16,6 @@ import contextlib
 import hashlib
 import json
 import os
-import sys
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +24,12 @@ import torch
 from tqdm import tqdm
 
 import relations
-from data.photos import as_bytes, find_images, read_rgb
-from relations import MODALITIES, sample_pairs
+from data.photos import as_bytes, find_images, readable_photos
+from relations import NAMES, sample_pairs
 from runtime.files import DamageGuard, read_checked, write_tensors
 from runtime.ranks import barrier, rank, world
 
+UNKNOWN = float("inf")            # on disk: asked, and the judge gave no probability
 PACK = 64                         # a call that writes at least so many single entries packs them
 BLOCK = 16                        # pairs of a photo that are drawn at a time
 
@@ -59,7 +60,7 @@ class Judgements:
 class Bank:
     """Judgements of one judge.
 
-    folder  where banks are kept;  judge  object with .ask(rgb, pts), .digest(), .size and .grid (judge.py)
+    folder  where banks are kept;  judge  object with .ask, .digest, .size and .grid (judge.AnyJudge)
     """
 
     def __init__(self, folder, judge):
@@ -97,9 +98,9 @@ class Bank:
             pts = entry["pts"]
             prob = entry["prob"]
             n = len(prob)
-            good = (pts.dtype == torch.int16 and pts.shape == (n, 2, 2) and prob.shape == (n, len(MODALITIES))
+            good = (pts.dtype == torch.int16 and pts.shape == (n, 2, 2) and prob.shape == (n, len(NAMES))
                     and ((pts >= 0) & (pts < self.judge.size)).all()
-                    and ((prob >= 0) & (prob <= 1) | prob.isnan()).all())       # NaN: not known
+                    and ((prob >= 0) & (prob <= 1) | prob.isnan() | (prob == UNKNOWN)).all())
             if path.name.startswith("pack-"):
                 keys = entry["keys"]
                 counts = entry["counts"]
@@ -110,24 +111,17 @@ class Bank:
         return entry
 
     def _read_packs(self):
-        """All entries of all packs: dict key -> (pts, prob). Of two entries of a photo the longer one is taken.
-
-        A pack never changes, so it is read once.
-        """
+        """All entries of all packs: dict key -> (pts, prob). A pack never changes, so it is read once."""
         for path in sorted(set(self.folder.glob("pack-*.safetensors")) - self._packs):
             self._packs.add(path)
             pack = self._load(path)
             if pack is not None:
                 counts = pack["counts"].tolist()
-                for key, pts, prob in zip(pack["keys"].numpy(), pack["pts"].split(counts), pack["prob"].split(counts),
-                                          strict=True):
+                for key, *entry in zip(pack["keys"].numpy(), pack["pts"].split(counts), pack["prob"].split(counts),
+                                       strict=True):
                     key = key.tobytes().hex()
-                    if len(prob) > _length(self._packed.get(key)):
-                        self._packed[key] = (pts, prob)
+                    self._packed[key] = merge_entries(self._packed.get(key), entry)
         return self._packed
-
-    def _write(self, path, **tensors):
-        write_tensors(path, tensors)
 
     def pack(self):
         """Put all single entries into one new pack. Safe when other processes write or pack, and when it is killed."""
@@ -139,62 +133,92 @@ class Bank:
         keys = [p.stem for p, _ in entries]
         lengths = [len(e["prob"]) for _, e in entries]
         name = _digest(keys, lengths, uuid.uuid4().hex)
-        self._write(self.folder / f"pack-{name}.safetensors",
-                    keys=torch.tensor([list(bytes.fromhex(k)) for k in keys], dtype=torch.uint8),
-                    counts=torch.tensor(lengths), pts=torch.cat([e["pts"] for _, e in entries]),
-                    prob=torch.cat([e["prob"] for _, e in entries]))
+        write_tensors(self.folder / f"pack-{name}.safetensors", dict(
+            keys=torch.tensor([list(bytes.fromhex(k)) for k in keys], dtype=torch.uint8),
+            counts=torch.tensor(lengths), pts=torch.cat([e["pts"] for _, e in entries]),
+            prob=torch.cat([e["prob"] for _, e in entries])))
         for (path, entry), n in zip(entries, lengths, strict=True):
             again = self._load(path)
-            if again is not None and len(again["prob"]) == n and torch.equal(again["prob"], entry["prob"]):
+            if again is not None and len(again["prob"]) == n and again["prob"].numpy().tobytes() == (
+                    entry["prob"].numpy().tobytes()):
                 path.unlink(missing_ok=True)                                    # kept if another writer extended it
 
-    def fill_together(self, photos, n, device="cpu"):
+    def fill_together(self, photos, n, device="cpu", names=None, modalities=NAMES):
         """As `fill`, called by all ranks: each asks about its share of the photos."""
         if world() > 1:
-            self.fill(photos[rank()::world()], n, device)
+            own = slice(rank(), None, world())
+            self.fill(photos[own], n, device, names and names[own], modalities)
             barrier()
-        return self.fill(photos, n, device)
+        return self.fill(photos, n, device, names, modalities)
 
-    def fill(self, photos, n, device="cpu"):
-        """Judgements of n pairs per photo; only unanswered ones are asked.
+    def fill(self, photos, n, device="cpu", names=None, modalities=NAMES):
+        """Judgements of n pairs per photo; only what is missing is asked.
 
-        photos   (B, 3, S, S) uint8, sRGB, S = judge.size
-        returns  pts (B, n, 2, 2) int64 and prob (B, n, M) float32, modalities in the order of MODALITIES
+        photos      (B, 3, S, S) uint8, sRGB, S = judge.size;  names  of the photos, for the judge
+        modalities  the questions wanted
+        returns     pts (B, n, 2, 2) int64 and prob (B, n, M) float32, modalities in the order of MODALITIES; NaN where
+                    nothing is known
         """
         all_pts = torch.empty(len(photos), n, 2, 2, dtype=torch.int64)
-        all_prob = torch.empty(len(photos), n, len(MODALITIES))
+        all_prob = torch.empty(len(photos), n, len(NAMES))
+        wanted = torch.tensor([m in modalities for m in NAMES])
         packs = self._read_packs()
         written = 0
         bar = tqdm(range(len(photos)), desc="bank", unit="photo", disable=None if len(photos) > 8 else True,
                    mininterval=1.0)
         for i in bar:
             key = _digest(photos[i].contiguous().numpy().tobytes(), list(photos[i].shape))
-            path = self.folder / f"{key}.safetensors"
             entry = packs.get(key)
-            if _length(entry) < n:                                              # a single file may hold more pairs
-                single = self._load(path)
-                if single is not None and len(single["prob"]) > _length(entry):
-                    entry = single["pts"], single["prob"]
-            have = _length(entry)
-            if have < n:
-                pts = self._pairs(key, n)
+            if _missing(entry, n, wanted).any():                                # a single file may hold more
+                single = self._load(self.folder / f"{key}.safetensors")
+                entry = merge_entries(entry, single and (single["pts"], single["prob"]))
+            missing = _missing(entry, n, wanted)                                # (n, M)
+            asked = int(missing.any(1).sum())
+            if entry is None or len(entry[1]) < n:
+                entry = merge_entries(entry, (self._pairs(key, n), torch.full((n, len(NAMES)), torch.nan)))
+            pts, prob = entry
+            if asked:
                 rgb = photos[i:i + 1].to(device).float() / 255
-                fresh = self.judge.ask(rgb, pts[None, have:].to(device))[0].float().cpu()
-                entry = pts, fresh if entry is None else torch.cat((entry[1], fresh))
-                self._write(path, prob=entry[1], pts=pts.to(torch.int16))
+                prob = self._ask(rgb, pts, prob, missing, names and names[i:i + 1])
+                write_tensors(self.folder / f"{key}.safetensors", dict(prob=prob, pts=pts.to(torch.int16)))
                 written += 1
-            self.known += min(have, n)
-            self.asked += max(0, n - have)
-            all_pts[i] = entry[0][:n]
-            all_prob[i] = entry[1][:n]
+            self.known += n - asked
+            self.asked += asked
+            all_pts[i] = pts[:n]
+            all_prob[i] = prob[:n].masked_fill(prob[:n] == UNKNOWN, torch.nan)
         if written >= PACK:
             self.pack()
         return all_pts, all_prob
 
+    def _ask(self, rgb, pts, prob, missing, names):
+        """Ask about one photo what is missing (n, M): prob (>= n, M) with the answers."""
+        prob = prob.clone()
+        for columns in missing.unique(dim=0):                                   # pairs that lack the same answers
+            if columns.any():
+                rows = (missing == columns).all(1).nonzero()[:, 0]
+                questions = [m for m, lacks in zip(NAMES, columns.tolist(), strict=True) if lacks]
+                fresh = self.judge.ask(rgb, pts[None, rows].to(rgb.device), names, questions)[0].float().cpu()
+                fresh = fresh.masked_fill(fresh.isnan(), UNKNOWN)[:, columns]
+                prob[rows[:, None], columns.nonzero()[:, 0]] = fresh
+        return prob
 
-def _length(entry):
-    """Number of pairs of an entry (pts, prob), or 0 for None."""
-    return 0 if entry is None else len(entry[1])
+
+def merge_entries(one, two):
+    """Entry that knows what either of two of a photo knows; each is (pts (P, 2, 2), prob (P, M)), or None."""
+    if not one or not two:
+        return one or two
+    (pts, prob), (_, other) = (one, two) if len(one[1]) >= len(two[1]) else (two, one)
+    other = torch.cat((other, torch.full_like(prob[len(other):], torch.nan)))
+    return pts, torch.where(prob.isnan(), other, prob)
+
+
+def _missing(entry, n, wanted):
+    """Which of the first n pairs lack a wanted answer: (n, M) bool."""
+    have = min(n, len(entry[1])) if entry else 0
+    missing = wanted.repeat(n, 1)
+    if have:
+        missing[:have] &= entry[1][:have].isnan()
+    return missing
 
 
 def fill_bank(folder, images, judge, pairs, device):
@@ -208,13 +232,9 @@ def fill_bank(folder, images, judge, pairs, device):
     bar = tqdm(range(0, len(paths), chunk), desc=f"bank, process {rank() + 1} of {world()}", unit="8 photos",
                mininterval=1.0)
     for i in bar:
-        photos = []
-        for path in paths[i:i + chunk]:
-            try:
-                photos.append(as_bytes(read_rgb(path), judge.size))
-            except (ValueError, OSError) as error:
-                tqdm.write(f"skipped: {error}", file=sys.stderr)
-        if photos:
-            bank.fill(torch.stack(photos), pairs, device)
+        found = [(path, as_bytes(rgb, judge.size)) for path, rgb in readable_photos(paths[i:i + chunk], [])]
+        if found:
+            names, photos = zip(*found, strict=True)
+            bank.fill(torch.stack(photos), pairs, device, [str(name) for name in names])
     bank.pack()
     return bank

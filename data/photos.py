@@ -4,6 +4,7 @@ rgb       (3, H, W) float32, sRGB-encoded in [0, 1], upright
 errors    ValueError (bad content) or FileNotFoundError (missing), one line: got, want, do. Paths are printed with repr,
           so a newline in a name stays inside the line
 """
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -110,6 +111,19 @@ def read_first_rgb(folder):
     raise ValueError(f"photos.py: no image in {str(folder)!r} can be read (first: {error})")
 
 
+def readable_photos(paths, skipped):
+    """Photos of paths, read one by one: (path, rgb (3, H, W)).
+
+    skipped  list to which (path, reason) of each that cannot be read is added; it is named on stderr as well
+    """
+    for path in paths:
+        try:
+            yield path, read_rgb(path)
+        except (ValueError, OSError) as error:
+            skipped.append((path, str(error)))
+            tqdm.write(f"skipped: {error}", file=sys.stderr)
+
+
 def resize(x, height, width, mode="antialias"):
     """(C, h, w) -> (C, height, width); "antialias" for colours, "nearest" for measured values and masks."""
     if x.shape[1:] == (height, width):
@@ -157,15 +171,8 @@ class Photos:
         self.images = torch.zeros(min(limit or len(paths), len(paths)), 3, size, size, dtype=torch.uint8)
         self.names = []
         self.skipped = []
-        for path in tqdm(paths, desc="photos", leave=False, disable=len(paths) < 50):
-            if len(self.names) == len(self.images):
-                break
-            try:
-                rgb = read_rgb(path)
-            except (ValueError, OSError) as error:
-                self.skipped.append((path, str(error)))
-                tqdm.write(f"skipped: {error}", file=sys.stderr)
-                continue
+        bar = tqdm(paths, desc="photos", leave=False, disable=len(paths) < 50)
+        for path, rgb in itertools.islice(readable_photos(bar, self.skipped), len(self.images)):
             self.images[len(self.names)] = as_bytes(rgb, size)
             self.names.append(str(path.relative_to(root)))
         if not self.names:

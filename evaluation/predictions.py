@@ -52,9 +52,7 @@ class Source:
 
 def weights_key(policy):
     """Digest of a network: its configuration; names, shapes and about 4096 evenly spaced values of every tensor."""
-    config = (getattr(policy, "cfg", None) or
-              (policy.about, policy.schedule.config, policy.unet.config, policy.vae.config))
-    h = hashlib.sha256(repr(config).encode())
+    h = hashlib.sha256(repr(policy.cfg).encode())
     for name, x in {**policy.state_dict(), **dict(policy.named_buffers())}.items():     # not all buffers are state
         flat = x.detach().flatten()
         h.update(f"{name}{tuple(x.shape)}{x.dtype}".encode())
@@ -97,9 +95,8 @@ def network_source(path, args):
     enlarged from there, so a 4032 x 6048 photo and its maps are never in memory together.
     """
     policy = load_predictor(path).to(pick_device("auto", "eval.py"))
-    trained = getattr(getattr(policy, "cfg", None), "size", None)              # px, of our DiT; None: the protocol's
-
-    edge = trained if args.processing_res is None else args.processing_res      # None: the protocol's
+    trained = None if hasattr(policy, "photo_maps") else policy.size            # px; None: the protocol's
+    edge = trained if args.processing_res is None else args.processing_res
 
     def resolution(bench):
         return bench.processing_res if edge is None else edge

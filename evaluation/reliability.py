@@ -1,7 +1,8 @@
 """How reliable a judge is: accuracy over every question, by margin and confidence, calibration, and colour bias.
 
 accuracy     share of right answers over *all* questions; an undecided answer (p = 0.5 exactly, text that is no answer)
-             is wrong. `released` is the judge release's figure, which leaves undecided answers out of the denominator
+             is wrong; one that is not known (NaN) counts as `unknown` and in no other figure. `released` is the judge
+             release's figure, which leaves undecided answers out of the denominator
 confidence   c = max(p, 1 - p); expected calibration error = sum over ten bins of [0.5, 1] of n / N |accuracy - c|
 swap         the same pair with red and green swapped: a judge that says "red" both times answers by colour alone
 """
@@ -10,7 +11,8 @@ import torch
 from tqdm import tqdm
 
 from data import questions
-from relations import MODALITIES
+from evaluation.scores import device_of
+from relations import MODALITIES, NAMES
 
 BINS = 10                         # of the confidence in [0.5, 1]
 MARGINS = (0.0, 0.05, 0.1, 0.2, 0.4)   # lower edges, in units of relations.margin
@@ -25,14 +27,34 @@ def swap_colours(row):
 
 
 def score_rows(judge, rows, folder, batch=32):
-    """Probability of the first answer to every row's own question, one prefill each: (N,) float64 numpy."""
+    """Probability of the first answer to every row's own question: (N,) float64 numpy; NaN: not known.
+
+    A vision-language model is scored on the marked pictures, another judge is asked about the points.
+    raises   ValueError: pictures with drawn markers, for a judge that is asked about points
+    """
     prob = np.empty(len(rows))
     by = {m: [i for i, r in enumerate(rows) if r["modality"] == m] for m in MODALITIES}
     parts = [(m, places[i:i + batch]) for m, places in by.items() for i in range(0, len(places), batch)]
     for m, places in tqdm(parts, desc="judge", unit="batch", leave=False, disable=len(parts) < 8):
-        images = questions.marked_photos([rows[i] for i in places], folder, judge.size).to(judge.mean.device)
-        prob[places] = judge.score(images, m).double().cpu().numpy()
+        chosen = [rows[i] for i in places]
+        if hasattr(judge, "score"):
+            images = questions.marked_photos(chosen, folder, judge.size).to(device_of(judge))
+            prob[places] = judge.score(images, m).double().cpu().numpy()
+        else:
+            prob[places] = ask_rows(judge, chosen, folder, m)
     return prob
+
+
+def ask_rows(judge, rows, folder, modality):
+    """As score_rows, of rows of one modality, for a judge that has `ask` alone: (N,) tensor."""
+    drawn = [r["id"] for r in rows if "image" in r]
+    if drawn:
+        raise ValueError(f"reliability.py: got {drawn[0]!r} with drawn markers, want points for a judge that is asked "
+                         "about them; evaluate it on a scene folder")
+    rgb = torch.stack([questions.read_photo(r, folder, judge.size) for r in rows]).to(device_of(judge))
+    pts = torch.tensor([r["pts"] for r in rows], device=rgb.device)[:, None]    # (N, 1, 2, 2)
+    prob = judge.ask(rgb, pts, [r["scene"] for r in rows], (modality,))
+    return prob[:, 0, NAMES.index(modality)].cpu()
 
 
 def average_orders(prob, swapped, albedo):
@@ -80,14 +102,16 @@ def judge_figures(judge, rows, folder, rules, swap_average=False):
     swapped = score_rows(judge, [swap_colours(r) for r in rows], folder) if can_swap or swap_average else None
     albedo = np.array([r["modality"] == "albedo" for r in rows])
     prob = average_orders(single, swapped, albedo) if swap_average else single
+    known = np.isfinite(prob if swapped is None else prob + swapped)
     first = np.array([r["first"] for r in rows])
     size = np.abs([r["margin"] for r in rows])
     out = {}
     for m in MODALITIES:
-        on = np.array([r["modality"] == m for r in rows])
+        own = np.array([r["modality"] == m for r in rows])
+        on = own & known
         if not on.any():
             continue
-        out[m] = accuracy_figures(prob[on], first[on], size[on])
+        out[m] = accuracy_figures(prob[on], first[on], size[on]) | dict(unknown=int(own.sum() - on.sum()))
         if can_swap:
             right = right_guesses(rules[m][1], [r for r, k in zip(rows, on, strict=True) if k], folder, judge.size)
             out[m]["heuristic"] = float(right.mean())

@@ -119,14 +119,13 @@ def report_judge(args):
     result = reliability.judge_figures(judge, rows, args.scenes, HEURISTICS, args.swap_average)
     n = len(rows)
     rooms = len({r["scene"].split(".")[0] for r in rows})
-    lines = [(m, HEURISTICS[m][0], str(r["n"]), f"{r['accuracy']:.3f}", f"{r.get('heuristic', np.nan):.3f}",
-              f"{r['ece']:.3f}", f"{r.get('inconsistent', np.nan):.3f}", f"{r.get('always_first', np.nan):.3f}",
-              f"{r.get('always_second', np.nan):.3f}", str(r["undecided"]), f"{r['released']:.3f}")
-             for m, r in result.items()]
+    figures = ("accuracy", "heuristic", "ece", "inconsistent", "always_first", "always_second")
+    lines = [(m, HEURISTICS[m][0], str(r["n"]), str(r["unknown"]), *(f"{r.get(k, np.nan):.3f}" for k in figures),
+              str(r["undecided"]), f"{r['released']:.3f}") for m, r in result.items()]
     orders = ", both orders averaged" if args.swap_average else ""
     print_table(f"judge: {n} questions of {n} about {rooms} rooms of {args.scenes} ({args.split}), {judge.size} px, "
-                f"balanced answers{orders}; every question counts", lines,
-                ("modality", "heuristic", "n", "judge", "heuristic", "ECE", "inconsistent", "first twice",
+                f"balanced answers{orders}; every question that it knows counts", lines,
+                ("modality", "heuristic", "n", "unknown", "judge", "heuristic", "ECE", "inconsistent", "first twice",
                  "second twice", "undecided", "decided only"))
     lines = [(m, "  ".join(f"{b['low']:.2f}: {b['accuracy']:.3f} of {b['n']}" for b in r["margins"]))
              for m, r in result.items()]
@@ -138,16 +137,16 @@ def report_judge(args):
     return dict(dataset="judge", n=n, rooms=rooms, swap_average=args.swap_average, judge=result)
 
 
-def report_wild(cfg, device, start, folder):
+def report_wild(cfg, device, start, result):
     """Before/after table on held-out scenes, the judge beside it, a picture; writes OUT/report.json, OUT/panel.png.
 
     cfg            of the run: out, judge, size, eval_images, eval_steps, micro, seed
-    start, folder  of the predictor that GRPO started from, and of its result
+    start, result  SPEC of the predictor that GRPO started from, and of what it has become
     """
     out = Path(cfg.out)
-    before, after = (load_predictor(path).to(device) for path in (start, folder))
+    before, after = (load_predictor(spec).to(device) for spec in (start, result))
     oracle = cfg.judge == ORACLE
-    judge_model = None if oracle else load_judge(cfg.judge or out / "judge").to(device)
+    judge_model = None if oracle else load_judge(cfg.judge or out / "judge", device)
     results = []
     for name in ("wild", "synthetic", "broad"):
         maps = ScenePool(name, "test", cfg.eval_images, cfg.size).all()
@@ -155,49 +154,54 @@ def report_wild(cfg, device, start, folder):
         pred = [predict_maps(p, maps["rgb"], cfg.eval_steps, 0, cfg.micro or 64) for p in (before, after)]
         values = [score_maps(p, maps, pairs) for p in pred]
         ask = judge_model is not None and name != "synthetic"
-        answers = judge_scores(judge_model, maps, pred[0], 0) if ask else None
+        answers = judge_scores(judge_model, maps, pred[0], 0, name) if ask else None
         results.append(report_scenes(name, values[1], values[0], answers))
         if name == "wild":
             save_panel(out / "panel.png", maps["rgb"], *pred, truth=maps)
     write_json(out / "report.json", dict(about=about(), seed=cfg.seed, tables=results))
     print(f"\nwritten: {out}/report.json, {out}/panel.png; "
-          f"maps of your own photos: python predictor.py PHOTO --checkpoint {out}/grpo")
+          f"maps of your own photos: python predictor.py PHOTO --checkpoint {result}")
 
 
-def report_photos(cfg, device, judgements, start, folder):
+def report_photos(cfg, device, judgements, start, result):
     """Before/after figures without ground truth on the photos of --images; writes OUT/photos/report.json, panel.png.
 
     cfg            of the run: images, eval_images, eval_steps, micro, seed, and the settings of the reward
     judgements     data.bank.Judgements, of which the first cfg.eval_images are shown
-    start, folder  of the predictor that GRPO started from, and of its result
+    start, result  SPEC of the predictor that GRPO started from, and of what it has become
     """
     n = cfg.eval_images
     rgb = judgements.rgb[:n].float() / 255
     pred = []
     rows = {}
-    for path in (start, folder):                                                # one in memory at a time
-        policy = load_predictor(path).to(device)
+    for spec in (start, result):                                                # one in memory at a time
+        policy = load_predictor(spec).to(device)
         pred.append(predict_maps(policy, rgb, cfg.eval_steps, 0, cfg.micro or 64))
         del policy
+    confidences = {}
     for m in pred[0]:
         prob = judgements.prob[:n, :, NAMES.index(m)]
-        rows[f"reward/{m}"] = [agreement(p[m][:, None], judgements.pts[:n], prob, m, cfg)[2][:, 0].numpy()
-                               for p in pred]
+        known = prob.isfinite()
+        if known.any():
+            confidences[m] = float((2 * prob[known] - 1).abs().mean())
+            photos = known.any(1)                                               # of which the judge knows something
+            rows[f"reward/{m}"] = [agreement(p[m][:, None], judgements.pts[:n], prob, m, cfg)[2][photos, 0].numpy()
+                                   for p in pred]
     if {"depth", "normal"} <= pred[0].keys():
         rows["depth-normal RMSE"] = [photo_scores(p) for p in pred]
-    confidences = {m: float((2 * judgements.prob[:n, :, k] - 1).abs().mean()) for k, m in enumerate(NAMES)}
-    result = {"n": len(rgb), "judge/confidence": confidences}
+    figures = {"n": len(rgb), "judge/confidence": confidences}
     lines = []
     for name, (a, b) in rows.items():
         change, low, high = bootstrap_interval(a, b)
-        result[name] = dict(base=float(a.mean()), x=float(b.mean()), change=change, low=low, high=high)
+        figures[name] = dict(base=float(a.mean()), x=float(b.mean()), change=change, low=low, high=high, n=len(a))
         _, _, m = name.partition("reward/")
         confidence = f"confidence {confidences[m]:.3f}" if m else "ours"
-        lines.append((name, confidence, f"{a.mean():.4f}", f"{b.mean():.4f}", f"{change:+.4f}",
+        lines.append((name, confidence, str(len(a)), f"{a.mean():.4f}", f"{b.mean():.4f}", f"{change:+.4f}",
                       f"[{low:+.4f}, {high:+.4f}]"))
     print_table(f"{cfg.images}: {len(rgb)} of the photos trained on; no ground truth exists; paired bootstrap 95 %",
-                lines, ("figure", "judge", "base", "X", "change", "95 %"))
-    write_json(folder / "report.json", dict(about=about(), seed=cfg.seed, **result))
+                lines, ("figure", "judge", "photos", "base", "X", "change", "95 %"))
+    folder = cfg.grpo_folder
+    write_json(folder / "report.json", dict(about=about(), seed=cfg.seed, **figures))
     save_panel(folder / "panel.png", rgb, *pred, labels=judgements.names)
 
 

@@ -123,19 +123,29 @@ def score_maps(pred, maps, pairs, warn=True):
     return {name: out[name] for name in METRICS if name in out}
 
 
-def judge_scores(judge, maps, pred, seed):
-    """Accuracy of the judge, of a predictor's maps and of the four heuristics on pairs at points the judge can read.
+def device_of(judge):
+    """Where a judge wants its photos: the device of its weights, the CPU where it has none."""
+    weights = judge.parameters() if isinstance(judge, torch.nn.Module) else ()
+    return next((p.device for p in weights), torch.device("cpu"))
 
-    pred     dict modality -> (B, C, H, W);  returns  dict "judge/m", "predictor/m", "heuristic/m" -> (B,) numpy
+
+def judge_scores(judge, maps, pred, seed, domain=""):
+    """Accuracy of a judge, of a predictor's maps and of the heuristics on pairs at points that the judge can read.
+
+    A pair that the judge does not know counts for none of them.
+    pred     dict modality -> (B, C, H, W);  domain  of the scenes, whose names are "DOMAIN NUMBER"
+    returns  dict "judge/m", "predictor/m", "heuristic/m" -> (B,) numpy
     """
     out = {}
     pairs = eval_pairs(maps, PAIRS, judge.grid, seed)
-    device = next(judge.parameters()).device
+    names = [f"{domain} {i}" for i in range(len(maps["rgb"]))]
+    device = device_of(judge)
     for k, m in enumerate(NAMES):
         pts, truth = pairs[m]
-        prob = torch.cat([judge.ask(maps["rgb"][i:i + 32].to(device), pts[i:i + 32].to(device)).cpu()
-                          for i in range(0, len(pts), 32)])
-        out[f"judge/{m}"] = accuracy(prob[..., k] - 0.5, truth)
+        prob = torch.cat([judge.ask(maps["rgb"][i:i + 32].to(device), pts[i:i + 32].to(device), names[i:i + 32]).cpu()
+                          for i in range(0, len(pts), 32)])[..., k]
+        truth = truth.where(prob.isfinite(), 0)
+        out[f"judge/{m}"] = accuracy(prob - 0.5, truth)
         if m in pred:
             out[f"predictor/{m}"] = accuracy(margin(pred[m], pts, m), truth)
         out[f"heuristic/{m}"] = accuracy(HEURISTICS[m][1](maps["rgb"], pts), truth)

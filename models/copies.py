@@ -11,6 +11,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from models import lora
 from runtime.ranks import STREAMS, gather_tensor, generator, in_bf16, local_part, rank, spread_weights
 
+CALLS = ("encode", "velocity", "predict")        # methods of a network that use its weights, beside forward
 COMPILED_VARIANTS = 64            # most compiled versions of one function in a process (networks, sizes)
 
 
@@ -40,7 +41,7 @@ class Networks:
         for net in (self.policy, self.reference, self._actor) if cfg.compile else ():
             compile_velocity(net)
         for net in (self.policy, self.reference, self.average) if cfg.fsdp else ():
-            spread_weights(net.network, device, ("encode", "velocity") if net.network is net else ())
+            spread_weights(net.network, device, [f for f in CALLS if hasattr(net.network, f)])
             net.to(device)
         # a checkpoint holds the parameters that train, no others
         self.modules = dict(policy=trained_part(self.policy), average=trained_part(self.average, like=self.policy))
@@ -86,6 +87,8 @@ def prepare_policy(policy, cfg):
     if cfg.lora:
         rng = generator(cfg.seed, STREAMS["lora"])
         lora.inject(policy.network, policy.lora_targets, cfg.lora, cfg.lora, rng=rng)
+    if hasattr(policy, "start_network"):                                        # of a MapWrapper: its scale
+        policy.start_network = frozen_copy(policy.network)
     policy.checkpointing(bool(cfg.checkpointing))
     return policy
 

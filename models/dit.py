@@ -179,7 +179,7 @@ class DiT(nn.Module):
         out = self._image(self.head(self.norm(h)), x.shape[-2:])
         return (tt - (1 - tt) * s2) / var * x + DATA_STD * var.rsqrt() * out
 
-    def decode(self, x, modality):
+    def decode(self, x, modality, cond=None):
         """Map of the modality table from a clean state: (B, 3, H, W) -> (B, C, H, W)."""
         if modality == "depth":
             return ((x.mean(1, keepdim=True) + 1) / 2).clamp(0, 1)

@@ -81,6 +81,11 @@ class Marigold(nn.Module):
         """The module that is fine-tuned."""
         return self.unet
 
+    @property
+    def cfg(self):
+        """What the files say of the networks and the sampler."""
+        return self.about, self.schedule.config, self.unet.config, self.vae.config
+
     def checkpointing(self, on):
         """Recompute activations in the backward pass: less memory, about a third more time."""
         self.unet.checkpointing = on
@@ -121,7 +126,7 @@ class Marigold(nn.Module):
         return _as_map((2 * t - 1) / norm) * x + _as_map(1 / norm) * v          # (sigma - alpha) x + (alpha + sigma) v
 
     @torch.no_grad()
-    def decode(self, x, modality):
+    def decode(self, x, modality, cond=None):
         """Map of the modality table from a state at the final time: (B, 4n, h, w) -> (B, C, 8h, 8w)."""
         if modality not in self.modalities:
             raise ValueError(f"marigold: this model predicts {', '.join(self.targets)}; got modality {modality!r}")

@@ -1,4 +1,4 @@
-"""The noise levels of a DDIM scheduler's file, and the steps that a sampler takes through them.
+"""The noise levels of a DDIM scheduler's file, the steps that a sampler takes through them, and DDIM's noise (eta).
 
 abar     alpha^2 of x_vp = alpha x0 + sigma eps, alpha^2 + sigma^2 = 1; one value per training timestep
 time     t = sigma / (alpha + sigma), as in x_t = (1 - t) x0 + t eps: 0 is data, 1 is noise
@@ -84,3 +84,30 @@ def flow_time(abar):
     alpha = math.sqrt(abar)
     sigma = math.sqrt(1 - abar)
     return sigma / (alpha + sigma)
+
+
+def eta_coefficients(t, s, eta):
+    """A, B, std of the DDIM step with noise eta on a rectified flow (signal 1 - t, noise level t): floats.
+
+    raises   ValueError when not 0 <= s < t <= 1
+    """
+    check_times("eta_coefficients", t, s)
+    signal, keep, std = eta_factors(1 - t, t, 1 - s, s, eta)
+    return signal + keep, keep * (1 - t) - signal * t, std                      # x0 = x - t v, noise = x + (1 - t) v
+
+
+def check_times(name, t, s):
+    """Refuse a step that does not go from t down to s inside [0, 1]: ValueError."""
+    if not 0 <= s < t <= 1:
+        raise ValueError(f"predictor.{name}: got t = {t}, s = {s}; want 0 <= s < t <= 1 "
+                         "(sampling walks t from 1 to 0)")
+
+
+def eta_factors(signal, level, signal_s, level_s, eta):
+    """Factors of x0 and of the noise in the mean, and std, for x = signal x0 + level noise and the same at s.
+
+    Python floats (fp64) and clamped radicands: in fp32 eta = 1 with signal = 0 would round below zero.
+    """
+    gap = max(0.0, level**2 - (signal / signal_s * level_s) ** 2) if signal_s > 0 else 0.0
+    var = min(eta**2 * level_s**2 / level**2 * gap, level_s**2)
+    return signal_s, math.sqrt(max(0.0, level_s**2 - var)), math.sqrt(var)

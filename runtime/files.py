@@ -154,7 +154,7 @@ def write_tensors(path, tensors, **header):
     tensors  dict of CPU tensors.  raises  OSError
     """
     tensors = {k: v.detach().contiguous() for k, v in tensors.items()}
-    header = dict(header, sha256=_checksum(tensors, header))
+    header = dict(header, sha256=checksum(tensors, header))
     replace_file(path, lambda part: save_file(tensors, part, metadata=header))
 
 
@@ -165,7 +165,8 @@ def write_weights(path, tensors):
     replace_file(path, lambda part: save_file(tensors, part, metadata={"format": "pt"}))
 
 
-def _checksum(tensors, header):
+def checksum(tensors, header):
+    """Hex digest of CPU tensors by name, and of a header."""
     h = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for name in sorted(tensors):
         x = tensors[name]
@@ -299,7 +300,7 @@ def read_checked(path):
             tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
     except Refusal as error:
         raise ValueError(f"{path} is damaged: {one_line(error.__cause__ or error)}") from None
-    if header.pop("sha256", None) != _checksum(tensors, header):
+    if header.pop("sha256", None) != checksum(tensors, header):
         raise ValueError(f"{path} is damaged: its checksum does not match")
     return tensors, header
 

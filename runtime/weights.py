@@ -1,12 +1,22 @@
-"""Networks' configs and weights from anywhere: bounded, strict, found in a folder or on the hub, digested."""
+"""Networks from anywhere: how a command names one (SPEC), a bounded config, strict loading, a digest of weights."""
 import hashlib
+import importlib
+import os
 import re
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from huggingface_hub import snapshot_download
 
-from runtime.files import one_line, refuse
+from runtime.files import checksum, one_line, read_tensors, refuse
 
+OWN = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*)(?:=(.+))?")
+HUB = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+OWN_WEIGHTS = "predictor.safetensors"
+RULES = ("a folder that exists; a hub id ORG/NAME; MODULE:CLASS, a class of yours; "
+         "or MODULE:CLASS=FOLDER, weights that were saved from it")
 SIZE = 1 << 24                        # largest number in a network's config
 LAYERS = 256                          # largest number of layers
 # keys of a config with which transformers would load code, kernels or other files
@@ -64,31 +74,104 @@ def load_strict(model, state, origin, assign=False):
     model.load_state_dict(state, assign=assign)
 
 
+@dataclass(frozen=True)
+class Spec:
+    """How a command names a predictor or a judge: --policy, --checkpoint, --compare, --judge, --model.
+
+    A name that is a folder is that folder. Else MODULE:CLASS and MODULE:CLASS=FOLDER are a class of the user's, which
+    is imported from the working directory or the Python path. Else ORG/NAME is a hub id. No file can name a module.
+    """
+
+    text: str
+    folder: Path | None = None       # that exists
+    module: str = ""
+    name: str = ""                   # of the class
+    hub: str = ""
+
+    def at(self, folder):
+        """SPEC of what was trained from this one and saved in a folder."""
+        return f"{self.module}:{self.name}={folder}" if self.module else str(folder)
+
+
+def read_spec(text):
+    """Read a SPEC by the rules of `Spec`. raises FileNotFoundError: it fits none; the line holds the rules."""
+    text = str(text)
+    if Path(text).is_dir():
+        return Spec(text, folder=Path(text))
+    own = OWN.fullmatch(text)
+    if own:
+        module, name, folder = own.groups()
+        if folder and not Path(folder).is_dir():
+            raise FileNotFoundError(f"got no folder {folder!r} for {module}:{name}; want one that was saved from it")
+        return Spec(text, Path(folder) if folder else None, module, name)
+    if HUB.fullmatch(text) and not text.startswith((".", "~")):
+        return Spec(text, hub=text)
+    raise FileNotFoundError(f"got {text!r}; want {RULES}")
+
+
+def own_class(spec):
+    """The class that a SPEC names. raises ValueError: no such module, no such class in it."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        module = importlib.import_module(spec.module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{spec.module}.".startswith(f"{error.name}."):
+            raise                                                               # the module is there and lacks another
+        raise ValueError(f"{spec.text}: got no module {spec.module!r} in {os.getcwd()!r} or on the Python path; "
+                         f"want one that has a class {spec.name}") from None
+    if not isinstance(getattr(module, spec.name, None), type):
+        raise ValueError(f"{spec.text}: got no class {spec.name!r} in {module.__file__}; want one")
+    return getattr(module, spec.name)
+
+
+def open_own(spec):
+    """Make an object of the user's class: CLASS(); of a FOLDER: CLASS.load(FOLDER), or CLASS() with its OWN_WEIGHTS.
+
+    raises   ValueError: no such class, weights that do not fit; FileNotFoundError
+    """
+    kind = own_class(spec)
+    if spec.folder is None:
+        return kind()
+    if hasattr(kind, "load"):
+        return kind.load(spec.folder)
+    made = kind()
+    if not isinstance(made, torch.nn.Module):
+        raise ValueError(f"{spec.text}: {spec.name} has no `load`; want one, or no folder")
+    load_strict(made, read_tensors(spec.folder / OWN_WEIGHTS), spec.folder)
+    return made
+
+
 def hub_folder(name, patterns):
     """A local folder as it is, or the files of a hub id (ORG/NAME) that match `patterns`, downloaded to HF_HOME.
 
     raises  FileNotFoundError when it is neither
     """
-    if Path(name).is_dir():
-        return Path(name)
-    reason = "not of the form ORG/NAME"
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name)):
-        try:
-            return Path(snapshot_download(str(name), allow_patterns=patterns))
-        except (OSError, ValueError) as error:                                  # no network, no such model, no access
-            reason = one_line(error)
-    raise FileNotFoundError(f"got no folder {str(name)!r} here and no such model on the hub ({reason}); "
-                            "want a folder, or a hub id and a network")
+    spec = read_spec(name)
+    if spec.folder:
+        return spec.folder
+    if not spec.hub:
+        raise FileNotFoundError(f"got {spec.text!r}; want a folder or a hub id here")
+    try:
+        return Path(snapshot_download(spec.hub, allow_patterns=patterns))
+    except (OSError, ValueError) as error:                                      # no network, no such model, no access
+        raise FileNotFoundError(f"got no folder {spec.text!r} here and no such model on the hub ({one_line(error)}); "
+                                f"want {RULES}") from None
 
 
 def weights_digest(name):
-    """Short digest of the safetensors files under a folder or of a hub id's snapshot.
+    """Short digest of what a SPEC opens: of the safetensors files of its folder or hub id, else of weights in memory.
 
     A run may not resume on other weights than it began with.
     """
-    folder = hub_folder(name, ["*.safetensors"])
+    spec = read_spec(name)
+    folder = spec.folder if spec.module else hub_folder(name, ["*.safetensors"])
+    paths = sorted(folder.rglob("*.safetensors")) if folder else ()
+    if spec.module and not paths:
+        state = open_own(spec).state_dict()
+        return checksum({k: v.detach().cpu().contiguous() for k, v in state.items()}, {})[:16]
     h = hashlib.sha256()
-    for path in sorted(folder.rglob("*.safetensors")):
+    for path in paths:
         if not path.name.startswith("checkpoint"):
             h.update(str(path.relative_to(folder)).encode())
             with open(path, "rb") as f:

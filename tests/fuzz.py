@@ -395,7 +395,7 @@ class Mute:
     def digest(self):
         return "mute"
 
-    def ask(self, rgb, pts):
+    def ask(self, rgb, pts, names=None, modalities=None):
         return torch.full((*pts.shape[:2], len(MODALITIES)), 0.5)
 
 

@@ -3,8 +3,10 @@ import pytest
 import torch
 
 import relations
+from data import bank as bank_module
 from data.bank import Bank
 from relations import MODALITIES
+from runtime.files import write_tensors
 
 
 class Counting:
@@ -14,16 +16,19 @@ class Counting:
 
     def __init__(self, name="a"):
         self.name, self.pairs, self.calls = name, 0, 0
+        self.questions = []                                                     # names, modalities, pairs of a call
 
     def digest(self):
         return self.name
 
-    def ask(self, rgb, pts):
+    def ask(self, rgb, pts, names=None, modalities=None):
         B, P = pts.shape[:2]
+        self.questions.append((names, tuple(modalities or MODALITIES), P))
         self.pairs, self.calls = self.pairs + B * P, self.calls + 1
         assert rgb.shape == (B, 3, self.size, self.size) and 0 <= rgb.min() and rgb.max() <= 1
         key = pts.flatten(2).float() @ torch.tensor([1.0, 0.37, 0.11, 0.05]) + rgb.mean((1, 2, 3))[:, None]
-        return (key[..., None] * torch.arange(1, len(MODALITIES) + 1)).sin() / 2 + 0.5
+        prob = (key[..., None] * torch.arange(1, len(MODALITIES) + 1)).sin() / 2 + 0.5
+        return prob.masked_fill(torch.tensor([m not in (modalities or MODALITIES) for m in MODALITIES]), torch.nan)
 
 
 @pytest.fixture
@@ -52,6 +57,53 @@ def test_shapes_types_and_the_judge_s_own_answers(tmp_path, photos):
     assert prob.shape == (5, 20, len(MODALITIES)) and prob.dtype == torch.float32
     want = torch.cat([judge.ask(photos[i:i + 1].float() / 255, pts[i:i + 1]) for i in range(5)])
     assert torch.equal(prob, want)
+
+
+def test_only_the_wanted_questions_are_asked_and_the_others_later(tmp_path, photos):
+    judge = Counting()
+    names = [f"p{i}.jpg" for i in range(5)]
+    some = Bank(tmp_path, judge).fill(photos, 8, names=names, modalities=("depth",))[1]
+    assert judge.questions == [([name], ("depth",), 8) for name in names]
+    assert some[..., 0].isfinite().all() and some[..., 1:].isnan().all()
+    judge.questions.clear()
+    every = Bank(tmp_path, judge).fill(photos, 12, names=names)[1]
+    old, new = judge.questions[0], judge.questions[1]
+    assert sorted((old[1:], new[1:])) == sorted(((tuple(MODALITIES)[1:], 8), (tuple(MODALITIES), 4)))
+    assert torch.equal(every, Bank(tmp_path / "alone", Counting()).fill(photos, 12)[1])
+    judge.questions.clear()
+    assert torch.equal(Bank(tmp_path, judge).fill(photos, 12)[1], every) and not judge.questions
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_a_judge_does_not_know_is_kept_and_not_asked_again(tmp_path, photos, packed, capsys):
+    class Unsure(Counting):
+        def ask(self, *args):
+            prob = Counting.ask(self, *args)
+            return prob.masked_fill(prob < 0.5, torch.nan)
+    judge = Unsure()
+    bank = Bank(tmp_path, judge)
+    want = bank.fill(photos, 16)[1]
+    assert 0 < want.isnan().sum() < want.numel()
+    if packed:
+        bank.pack()
+        assert len(files(tmp_path)) == 1
+    judge.questions.clear()
+    again = Bank(tmp_path, judge).fill(photos, 16)[1]
+    torch.testing.assert_close(again, want, rtol=0, atol=0, equal_nan=True)
+    assert not judge.questions and capsys.readouterr().out == ""
+
+
+def test_a_pack_and_a_single_file_of_a_photo_are_merged(tmp_path, photos):
+    bank = Bank(tmp_path, Counting())
+    bank.fill(photos, 16, modalities=("depth",))
+    bank.pack()
+    Bank(tmp_path, Counting()).fill(photos, 8, modalities=("normal",))
+    silent = Counting()
+    got = Bank(tmp_path, silent).fill(photos, 8, modalities=("depth", "normal"))[1]
+    assert got[..., :2].isfinite().all() and got[..., 2:].isnan().all() and not silent.questions
+    Bank(tmp_path, silent).pack()
+    assert torch.equal(Bank(tmp_path, silent).fill(photos, 8, modalities=("depth", "normal"))[1][..., :2], got[..., :2])
+    assert not silent.questions
 
 
 def test_a_larger_request_asks_only_the_rest(tmp_path, photos):
@@ -210,14 +262,14 @@ def test_a_kill_between_pack_and_removal_loses_and_repeats_nothing(tmp_path, pho
 def test_a_packer_keeps_the_entry_that_another_writer_has_just_extended(tmp_path, photos, monkeypatch):
     bank, other = Bank(tmp_path, Counting()), Bank(tmp_path, Counting())
     bank.fill(photos[:2], 16)
-    real = Bank._write
+    real = bank_module.write_tensors
 
-    def write_then_extend(self, path, **tensors):
-        real(self, path, **tensors)
+    def write_then_extend(path, tensors):
+        real(path, tensors)
         if path.name.startswith("pack-"):
-            monkeypatch.setattr(Bank, "_write", real)
+            monkeypatch.setattr(bank_module, "write_tensors", real)
             other.fill(photos[:1], 40)
-    monkeypatch.setattr(Bank, "_write", write_then_extend)
+    monkeypatch.setattr(bank_module, "write_tensors", write_then_extend)
     bank.pack()
     assert sorted(p.name.startswith("pack-") for p in files(tmp_path)) == [False, True]
     silent = Counting()
@@ -275,8 +327,8 @@ def test_400_000_answers_are_under_20_mb_and_are_read(tmp_path):
     """2500 photos x 40 pairs x 4 questions; keys made up, since reading photos is not the bank's share."""
     bank, n = Bank(tmp_path, Counting()), 2500
     rng = torch.Generator().manual_seed(0)
-    bank._write(bank.folder / "pack-x.safetensors", counts=torch.full((n,), 40),
-                keys=torch.randint(0, 256, (n, 12), generator=rng, dtype=torch.uint8),
-                pts=torch.zeros(40 * n, 2, 2, dtype=torch.int16), prob=torch.rand(40 * n, 4, generator=rng))
+    write_tensors(bank.folder / "pack-x.safetensors", dict(
+        counts=torch.full((n,), 40), keys=torch.randint(0, 256, (n, 12), generator=rng, dtype=torch.uint8),
+        pts=torch.zeros(40 * n, 2, 2, dtype=torch.int16), prob=torch.rand(40 * n, 4, generator=rng)))
     size = sum(p.stat().st_size for p in files(tmp_path))
     assert len(bank._read_packs()) == n and size < 20e6 / 4

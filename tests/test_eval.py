@@ -142,7 +142,7 @@ def test_evaluation_draws_the_same_noise_for_every_predictor(maps):
         def velocity(self, x, t, cond, m):
             return torch.zeros_like(x)
 
-        def decode(self, x, m):
+        def decode(self, x, m, cond=None):
             return x
     first, second = (predict_maps(Echo(1, 1), maps["rgb"], 2, 0, batch=b) for b in (64, 4))
     assert all(torch.equal(first[m], second[m]) for m in NAMES) and first["depth"].std() > 0.9
@@ -228,7 +228,7 @@ class Oracle(torch.nn.Linear):
         super().__init__(1, 1)
         self.maps, self.yes = maps, yes
 
-    def ask(self, rgb, pts):
+    def ask(self, rgb, pts, names=None, modalities=None):
         if self.yes:
             return torch.ones(*pts.shape[:2], 4)
         return 0.5 + 0.5 * true_relations(self.maps, pts).float()
@@ -250,7 +250,7 @@ def test_a_judge_that_always_says_yes_is_at_chance_on_balanced_albedo(maps):
 def test_judge_and_predictor_are_compared_on_pairs_the_judge_can_be_asked(maps, monkeypatch):
     judge, asked = Oracle(maps), []
     judge.grid = 4
-    monkeypatch.setattr(judge, "ask", lambda rgb, pts: asked.append(pts) or Oracle.ask(judge, rgb, pts))
+    monkeypatch.setattr(judge, "ask", lambda rgb, pts, names: asked.append(pts) or Oracle.ask(judge, rgb, pts))
     judge_scores(judge, maps, perfect(maps), 0)
     assert len(asked) == len(NAMES) and all((pts % 4 == 2).all() for pts in asked)
 
@@ -406,7 +406,7 @@ def test_diagnostics_are_finite_and_see_added_noise(run):
     clean = diagnose(policy, 16, 2, n=4)
     real = policy.decode
 
-    def grainy(x, m):
+    def grainy(x, m, cond=None):
         return real(x + 0.5 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0)), m)
     policy.decode = grainy
     noise = diagnose(policy, 16, 2, n=4)

@@ -445,7 +445,7 @@ def test_xy_are_columns_and_rows_scaled_to_the_judge(folder, photo, monkeypatch,
     """A 30 x 20 photo on a 16 px judge with cells of 4: x 25 is column 14, y 15 is row 14 (cell centres)."""
     seen = []
     real = judging.Judge.ask
-    monkeypatch.setattr(judging.Judge, "ask", lambda self, rgb, pts: (seen.append(pts), real(self, rgb, pts))[1])
+    monkeypatch.setattr(judging.Judge, "ask", lambda self, rgb, pts, *rest: (seen.append(pts), real(self, rgb, pts))[1])
     judging.main([photo, "--red", "29", "0", "--green", "0", "19", "--model", str(folder)])
     assert seen[0].flatten(0, 1).tolist() == [[[2, 14], [14, 2]]]
 

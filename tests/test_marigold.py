@@ -1321,7 +1321,7 @@ def test_a_hub_id_without_a_network_is_one_line(monkeypatch, capsys):
     def offline(*args, **kwargs):
         raise OSError("cannot reach the hub:\nname resolution failed")
     monkeypatch.setattr("runtime.weights.snapshot_download", offline)
-    refused(FileNotFoundError, lambda: load_predictor("prs-eth/marigold-none"), "prs-eth/marigold-none", "network")
+    refused(FileNotFoundError, lambda: load_predictor("prs-eth/marigold-none"), "prs-eth/marigold-none", "the hub")
 
 
 def test_a_hub_id_is_downloaded_without_pickles(folders, monkeypatch):

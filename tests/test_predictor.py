@@ -232,7 +232,7 @@ class Straight:
     def velocity(self, x, t, cond, m):
         return (x - self.x0) / t.view(-1, 1, 1, 1)
 
-    def decode(self, x, m):
+    def decode(self, x, m, cond=None):
         return x
 
 

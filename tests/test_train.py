@@ -22,8 +22,8 @@ import predictor
 import train
 from bench import baselines
 from data import questions
+from data.oracle import PAPER_ACCURACY, Oracle
 from data.pools import ScenePool
-from judge import PAPER_ACCURACY, Oracle
 from models.copies import frozen_copy, keep_in_bf16
 from models.dit import DiT, DiTConfig
 from relations import MODALITIES, sample_pairs
