@@ -36,6 +36,13 @@ def test_the_readme_is_read_to_the_end():
     assert len(text.splitlines()) <= 200 and len(text.encode()) <= 14_000
 
 
+def test_ci_finds_the_set_up_and_the_tests():
+    code = re.search(r"<<'PY'\n(.*?)\nPY", (ROOT / ".ci" / "run").read_text(), re.S)[1]
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert found.splitlines() == ["python3 -m venv .venv && source .venv/bin/activate",
+                                  "pip install -r requirements.txt", "python -m pytest -q"]
+
+
 def without_code(text):
     """A page without its fenced blocks."""
     return re.sub(r"^```.*?^```$", "", text, flags=re.S | re.M)
