@@ -93,10 +93,10 @@ def arguments(argv):
         if getattr(args, name) and not public:
             p.error(f"--{name.replace('_', '-')} belongs to a benchmark, not to --dataset {args.dataset}")
     if args.dataset == "judge" and not args.scenes:
-        p.error("--dataset judge needs --scenes DIR, a folder with ground truth (README, Data)")
+        p.error("--dataset judge needs --scenes DIR, a folder with ground truth (docs/files.md)")
     if args.dataset == "scenes" and not args.data:
         p.error("--dataset scenes needs --data FOLDER with ID_rgb.png, ID_depth.png, ID_normal.png, ID_albedo.png, "
-                "ID_irradiance.png (README, Data)")
+                "ID_irradiance.png (docs/files.md)")
     return args
 
 

@@ -34,7 +34,7 @@ def _read_map(folder, scene, name):
     path = Path(folder, f"{scene}_{name}.png")
     if not path.is_file():
         raise FileNotFoundError(f"pools.py: no {path.name} beside the maps of {scene} in {str(folder)!r}; "
-                                "want one file per modality (README, Data)")
+                                "want one file per modality (docs/files.md)")
     image = open_image(path)
     modes = ("L", "I;16", "I") if name == "depth" else ("RGB",)
     if image.mode not in modes or (name != "depth" and image.info["wide"]):

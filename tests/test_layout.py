@@ -1,9 +1,7 @@
-"""The layout is the method: import layers, forbidden names and calls, docstrings, files, the README's commands."""
+"""The layout is the method: import layers, forbidden names and calls, docstrings, files."""
 import ast
 import functools
-import importlib
 import re
-import shlex
 from pathlib import Path
 
 import pytest
@@ -19,8 +17,6 @@ BUDGETS = {"relations": 300, "judge": 330, "predictor": 330, "grpo": 370, "train
 FILE = 400                        # lines of any other file
 FUNCTION, ROOT_FUNCTION = 60, 45  # lines of a function in a folder, at the root
 every_source = pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
-README = ROOT / "README.md"
-PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 
 
 @functools.cache
@@ -252,62 +248,3 @@ def test_every_imported_package_is_required():
     optional = {"h5py", "diffusers"}    # data.prepare hypersim, which says how to get it; bench.policy compares with it
     missing = {needs.get(n, n) for n in found - LEVEL.keys() - set(stdlib_module_names)} - listed - brought - optional
     assert missing == set()
-
-
-def readme_commands():
-    """Every command line of the fenced bash blocks of README and docs, continuation lines joined, comments dropped."""
-    text = "\n".join(page.read_text() for page in PAGES)
-    lines = []
-    for block in re.findall(r"^```bash\n(.*?)^```", text, re.S | re.M):
-        for line in block.replace("\\\n", " ").splitlines():
-            words = shlex.split(line, comments=True)
-            if words:
-                lines.append(words)
-    return lines
-
-
-def script_of(words):
-    """(module with a main(argv), its arguments) of `python X.py`, `python -m X` or `torchrun ... X.py`; else None."""
-    for i, word in enumerate(words):
-        if word.endswith(".py") and (ROOT / word).is_file():
-            return word[:-3].replace("/", "."), words[i + 1:]
-        if word == "-m" and i + 1 < len(words) and top(words[i + 1]) in LEVEL:
-            return words[i + 1], words[i + 2:]
-    return None
-
-
-def test_the_readme_shows_how_to_train_evaluate_and_predict():
-    shown = {found[0] for found in map(script_of, readme_commands()) if found}
-    assert {"train", "eval", "predictor", "judge"} <= shown
-
-
-def test_every_file_a_readme_command_runs_exists():
-    named = [word for words in readme_commands() for word in words[:4] if word.endswith(".py")]
-    assert named and all((ROOT / name).is_file() for name in named)
-
-
-def test_every_local_link_of_the_readme_leads_somewhere():
-    for page in PAGES:
-        links = re.findall(r"\]\(([^)#\s]+)", page.read_text())
-        assert [x for x in links if "://" not in x and not (page.parent / x).exists()] == []
-
-
-def test_every_flag_of_the_readme_is_in_the_help(capsys):
-    helps, unknown, seen = {}, [], 0
-    for name, args in filter(None, map(script_of, readme_commands())):
-        if name not in helps:
-            with pytest.raises(SystemExit) as stop:
-                importlib.import_module(name).main(["--help"])
-            assert stop.value.code == 0
-            helps[name] = set(re.findall(r"(--[a-z][\w-]*)", capsys.readouterr().out))
-        seen += 1
-        unknown += [(name, a) for a in args if a.startswith("--") and a.split("=")[0] not in helps[name]]
-    assert seen and unknown == []
-
-
-def test_every_training_command_of_the_readme_is_accepted():
-    from runtime.config import parse
-    commands = [args for name, args in filter(None, map(script_of, readme_commands())) if name == "train"]
-    assert commands
-    for args in commands:
-        parse(args)                                                             # exits 2 on anything it would refuse
