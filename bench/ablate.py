@@ -24,6 +24,7 @@ from data.pools import scene_pool
 from evaluation import report, scores, watch
 from evaluation.plots import Line, figure
 from predictor import load_predictor
+from relations import NAMES
 from runtime import files, ranks
 from runtime.command import run_command
 from runtime.config import ESTIMATORS, PRESETS, Config, Parser, UserError
@@ -96,7 +97,7 @@ def prepare(args, seed):
     device = ranks.setup(shared)
     for stage in train.needed_stages(shared)[:-1]:
         train.STAGES[stage](replace(shared, stage=stage), device)
-    train.judgements(cfg, device)
+    train.judgements(cfg, device, NAMES)
     path = out / "flops.json"
     known = read_json(path) if path.is_file() else {}
     for row in {"all", *args.rows}:

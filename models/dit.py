@@ -213,8 +213,10 @@ class DiT(nn.Module):
         about = read_json(folder / "predictor.json")
         state = read_tensors(folder / "predictor.safetensors")
         if about.get("architecture") != ARCHITECTURE:
-            raise ValueError(f"predictor.load_predictor: got architecture {about.get('architecture')!r} in {folder}; "
-                             f"want {ARCHITECTURE!r}")
+            made_by = str(about.get("made_by", ""))[:80]
+            own = f", or its class on the command line: {made_by}={folder}" if made_by else ""
+            raise ValueError(f"predictor.load_predictor: got architecture {str(about.get('architecture'))[:80]!r} in "
+                             f"{folder}; want {ARCHITECTURE!r}{own}")
         with torch.device("meta"):                                              # before any memory is asked for
             model = cls(_sizes(about.get("config"), folder))
         load_strict(model, {k: v.float() for k, v in state.items()}, folder, assign=True)

@@ -90,7 +90,8 @@ class FlowWrapper(nn.Module):
             self.network.save(folder)
         else:
             write_tensors(folder / OWN_WEIGHTS, {k: v.cpu() for k, v in lora.merged_state(self.network).items()})
-        write_json(folder / "predictor.json", dict(architecture=ARCHITECTURE, made_by=self.cfg, **about))
+        write_json(folder / "predictor.json", dict(
+            architecture=ARCHITECTURE, made_by=self.cfg.partition("=")[0], **about))
 
 
 class MapWrapper(FlowWrapper):

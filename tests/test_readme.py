@@ -100,7 +100,8 @@ def program(words):
 
 
 SHOWN = [(page.name, words) for page in PAGES for words in commands(page)]
-OURS = [(name, words) for name, words in SHOWN if program(words)]
+ADDED = {"rooms"}                 # a data set that docs/extend.md adds; test_extend.py runs its command
+OURS = [(name, words) for name, words in SHOWN if program(words) and not ADDED & set(words)]
 RUN = [program(words) for name, words in OURS if name == "README.md"]
 
 

@@ -211,3 +211,31 @@ def test_each_of_two_modalities_is_scored_with_the_other(scenes):
         "depth": [("depth_normal", 0.3)], "normal": [("depth_normal", 0.3)], "albedo": [("shading", 0.2)],
         "irradiance": [("shading", 0.2)]}
     assert torch.equal(found["depth"][0][2], found["normal"][0][2])
+
+
+# pairs that the judge does not know ---------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("m", NAMES)
+@pytest.mark.parametrize("reward", ["hard", "soft", "confidence", "brier"])
+@pytest.mark.parametrize("balance", [0, 1])
+def test_a_pair_without_an_answer_is_as_if_it_had_not_been_drawn(m, reward, balance):
+    pred, pts, prob = case(m)
+    cfg = replace(CFG, reward=reward, balance=balance)
+    want = agreement(pred, pts[:, :8], prob[:, :8], m, cfg)
+    unknown = prob.clone()
+    unknown[:, 8:] = torch.nan
+    agree, weight, found = agreement(pred, pts, unknown, m, cfg)
+    torch.testing.assert_close(found, want[2], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(weight[:, :8], want[1], rtol=1e-5, atol=1e-7)
+    assert (weight[:, 8:] == 0).all() and agree.isfinite().all()
+
+
+def test_photos_of_which_the_judge_knows_nothing_teach_nothing():
+    pred, pts, prob = case("depth")
+    prob[0] = torch.nan
+    for credit in ("global", "pair"):
+        cfg = replace(CFG, credit=credit, norm="global")
+        scored = {"depth": Score(*agreement(pred, pts, prob, "depth", cfg), [])}
+        batch = SimpleNamespace(cfg=cfg, pts=pts, rgb=torch.zeros(3, 3, 16, 16))
+        given = advantage(scored, batch, [SimpleNamespace(x=torch.zeros(3, 3, 16, 16))])
+        assert (given[0] == 0).all() and given[1:].abs().amax() > 0 and given.isfinite().all()
