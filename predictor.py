@@ -37,6 +37,7 @@ from kernels.sde_step import sde_step
 from kernels.squares import fill_squares
 from models.dit import DiT
 from models.marigold import Marigold
+from relations import MODALITIES
 from runtime.command import run_command
 from runtime.config import Parser
 from runtime.ranks import pick_device
@@ -258,7 +259,7 @@ def photo_maps(policy, rgb, processing_res=0, steps=0, seed=0, ensemble=1):
         maps = sample_ode(policy, small.expand(ensemble, -1, -1, -1), m, steps or 10, rng)
         maps = maps.float().mean(0, keepdim=True).cpu()
         maps = F.interpolate(maps, rgb.shape[-2:], mode="bilinear", align_corners=False)
-        out[m] = (F.normalize(maps, dim=1, eps=1e-6) if m == "normal" else maps)[0]
+        out[m] = (F.normalize(maps, dim=1, eps=1e-6) if MODALITIES[m].kind == "vector" else maps)[0]
     return out
 
 

@@ -25,7 +25,7 @@ from evaluation.scores import (
 from grpo import agreement
 from judge import ORACLE, load_judge
 from predictor import load_predictor
-from relations import NAMES
+from relations import MODALITIES, NAMES
 from runtime.files import write_json
 from runtime.ranks import pick_device
 from runtime.run import about
@@ -210,7 +210,7 @@ def save_panel(path, rgb, before, after, truth=None, labels=None, rows=4):
             for word, maps in (("base", before), ("X", after), ("truth", truth)):
                 if maps is not None:
                     value = maps[m][i]
-                    if word == "truth" and m == "depth":                        # show sky at the largest depth
+                    if word == "truth" and MODALITIES[m].kind == "distance":    # show sky at the largest depth
                         value = value.masked_fill(~truth["mask"][i], value[truth["mask"][i]].max())
                     tiles.append((f"{m} {word}", picture_of(m, value.numpy())))
     save_png(path, panel(tiles, columns=len(tiles) // min(rows, len(rgb))))
