@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from data import questions
+from data.maps import COUPLES
 from data.pictures import panel, picture_of, save_png
 from data.pools import ScenePool
 from evaluation import reliability
@@ -183,7 +184,7 @@ def report_photos(cfg, device, judgements, start, folder):
         prob = judgements.prob[:n, :, NAMES.index(m)]
         rows[f"reward/{m}"] = [agreement(p[m][:, None], judgements.pts[:n], prob, m, cfg)[2][:, 0].numpy()
                                for p in pred]
-    if {"depth", "normal"} <= pred[0].keys():
+    if set(COUPLES["depth_normal"]) <= pred[0].keys():
         rows["depth-normal RMSE"] = [photo_scores(p) for p in pred]
     confidences = {m: float((2 * judgements.prob[:n, :, k] - 1).abs().mean()) for k, m in enumerate(NAMES)}
     result = {"n": len(rgb), "judge/confidence": confidences}

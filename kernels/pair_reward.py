@@ -13,6 +13,8 @@ source     reward and relations of ReasonX (arXiv 2512.04222)
 One launch for P <= BLOCK; a larger P needs a second, which adds the partial rewards, and rule nearer needs one more for
 the range of each map. Accumulation is fp32, or fp64 when pred is.
 """
+from dataclasses import replace
+
 import torch
 
 from relations import LUMA, MODALITIES, SAME_ALBEDO, check_points, relation, soft_relation
@@ -228,4 +230,6 @@ AOT = [  # (kernel, argument types, constexprs); compiled for each target in tes
     *((_pair_reward_kernel, TYPES, dict(**_constants(MODALITIES[m]), FORM=form, TAU=0.1, WINDOW=window, ACC=tl.float32))
       for m, form, window in (("depth", "hard", 1), ("normal", "soft", 0), ("albedo", "brier", 0),
                               ("irradiance", "soft", 2))),
+    (_pair_reward_kernel, TYPES, dict(**_constants(replace(MODALITIES["depth"], rule="more")), FORM="hard", TAU=0.1,
+                                      WINDOW=0, ACC=tl.float32)),
 ]

@@ -21,7 +21,7 @@ from transformers import (
 
 from data.maps import center_map
 from data.questions import true_relations
-from models.families import END, FAMILIES, TURN
+from models.families import END, FAMILIES, TURN, UNKNOWN
 from models.positions import grid_positions
 from relations import LUMA, MODALITIES, NAMES, draw_markers, sample_pairs
 from runtime.ranks import mean_over_ranks, on_device, own_part, world
@@ -51,10 +51,10 @@ def mini_tokenizer(whole_questions=True):
     split = pre_tokenizers.Split(Regex(rf"{questions}\w+|[^\w\s]"), "removed", invert=True)
     texts = [text for m in MODALITIES.values() for text in (m.question, *m.answers)]
     tokens = sorted({w for text in [*texts, "system user assistant"] for w, _ in split.pre_tokenize_str(text)})
-    vocab = {w: i for i, w in enumerate([*SPECIAL, "<unk>", *tokens])}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    vocab = {w: i for i, w in enumerate([*SPECIAL, UNKNOWN, *tokens])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = split
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>",
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=UNKNOWN,
                                    additional_special_tokens=list(SPECIAL))
 
 

@@ -15,6 +15,7 @@ from data.bank import Bank
 from data.pictures import save_map, save_png
 from data.pools import ScenePool, read_scene
 from judge import LazyJudge, load_judge
+from predictor import load_predictor
 from relations import NAMES, relation, sample_pairs
 from runtime.files import read_json, read_log
 from runtime.ranks import generator
@@ -37,13 +38,23 @@ def scene_questions(m, maps, folder):
     return dict(first=[r["first"] for r in rows], gaps=gaps, read=[r["modality"] for r in read])
 
 
+def refusal(load, folder):
+    """What a function says that opens a folder of an earlier run."""
+    try:
+        load(folder)
+    except ValueError as error:
+        return str(error)
+
+
 def main(m, out, *flags):
     """All steps, in order."""
     out = Path(out)
+    fixtures = Path(__file__).parent / "fixtures"
     maps = ScenePool("wild", "train", 4, 32).all()
     pts = sample_pairs(4, (32, 32), 64, generator(0), mask=maps["mask"])
     found = dict(names=NAMES, relation=relation(maps[m], pts, m).tolist(),
                  gaps=[values_at(one, p) for one, p in zip(maps[m], pts, strict=True)])
+    found["refusals"] = [refusal(load_judge, fixtures / "judge"), refusal(load_predictor, fixtures / "predictor")]
     found["questions"] = scene_questions(m, maps, out / "scenes")
     train.main([*flags, "--out", str(out)])                                     # base, judge, GRPO, tables
     judge = load_judge(out / "judge")

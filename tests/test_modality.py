@@ -230,6 +230,12 @@ def test_a_bank_keeps_a_fifth_answer(fifth):
     assert fifth["bank"] == dict(shape=[4, 16, 5], asked=0)
 
 
+def test_judges_and_predictors_of_four_modalities_are_refused_in_one_line(fifth):
+    judge, predictor = fifth["refusals"]
+    assert "want a judge that was trained on 'roughness'" in judge and "modality.weight" in predictor
+    assert "\n" not in judge + predictor
+
+
 def test_grpo_learns_from_a_fifth_answer(fifth):
     assert len(fifth["log"]) == 4
     for step in fifth["log"]:
