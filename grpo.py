@@ -32,7 +32,7 @@ from kernels.pair_credit import pair_credit
 from kernels.pair_reward import pair_reward
 from kernels.squares import square_means
 from predictor import plan_walk, rollout
-from relations import NAMES, check_points
+from relations import MODALITIES, NAMES, check_points
 from runtime.ranks import autocast, mean_over_ranks
 
 FORM = dict(hard="hard", confidence="hard", soft="soft", brier="brier")         # of kernels/pair_reward.py
@@ -49,7 +49,7 @@ class Batch:
     modalities: tuple        # M names
     index: torch.Tensor      # (M*B,) number of each row's modality in relations.MODALITIES
     pts: torch.Tensor        # (B, P, 2, 2)
-    prob: torch.Tensor       # (B, P, 4) of the first answer
+    prob: torch.Tensor       # (B, P, len(NAMES)) of the first answer
     cfg: object              # runtime.config.Config
     draw: object             # ranks.Draw: the random numbers of the step
 
@@ -114,13 +114,10 @@ class Conditioned:
 
 
 def draw_squares(batch):
-    """Side of the squares that share exploration noise, drawn for each row: (M*B,) int64.
-
-    White for albedo: whether two colours are the same is a matter of fine differences, which coarse noise drowns.
-    """
+    """Side of the squares that share exploration noise, drawn for each row: (M*B,) int64; 1 where it must be white."""
     sizes = torch.tensor([int(k) for k in batch.cfg.noise_blocks.split(",")])
     sides = sizes[batch.draw.integers(len(sizes), (len(batch.modalities), batch.draw.batch), axis=1)]
-    sides[[m == "albedo" for m in batch.modalities]] = 1
+    sides[[MODALITIES[m].white for m in batch.modalities]] = 1
     return sides.flatten()
 
 
@@ -179,7 +176,7 @@ def pair_weights(prob, modality, cfg):
     """
     known = prob.isfinite()
     weight = known / known.sum(1, keepdim=True).clamp_min(1)
-    if cfg.balance and modality == "albedo":                                    # both answers carry half of the reward
+    if cfg.balance and MODALITIES[modality].yes_no:                             # both answers carry half of the reward
         weight = 0.5 * sum(normalize_rows(p.where(known, 0.0)) for p in (prob, 1 - prob))
     if cfg.reward == "confidence":
         weight = normalize_rows(weight * (2 * prob - 1).abs().where(known, 0.0))
@@ -197,7 +194,7 @@ def agreement(pred, pts, prob, modality, cfg):
     weight = pair_weights(prob, modality, cfg)
     prob = prob.where(prob.isfinite(), 0.5)                                     # of no weight
     form = FORM[cfg.reward]
-    rel, agree, reward = pair_reward(pred, pts, prob, weight, modality, form, cfg.softness(modality), cfg.window,
+    rel, agree, reward = pair_reward(pred, pts, prob, weight, modality, form, MODALITIES[modality].tau, cfg.window,
                                      check=False)
     if form == "hard" and cfg.dead_zone == "skip":
         share = weight[:, None] * (rel != 0)                                    # (B, G, P)

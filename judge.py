@@ -272,7 +272,7 @@ def arguments(argv):
     p.add_argument("--red", type=int, nargs=2, metavar=("X", "Y"), help="red point, pixels from the left and the top")
     p.add_argument("--green", type=int, nargs=2, metavar=("X", "Y"), help="green point")
     p.add_argument("--modality", choices=NAMES, default="depth", help="the question to ask [depth]")
-    p.add_argument("--all", action="store_true", help="ask all four questions")
+    p.add_argument("--all", action="store_true", help="ask all questions")
     p.add_argument("--model", default="out/mini/judge", metavar="SPEC", help=f"judge: {RULES} [out/mini/judge]")
     p.add_argument("--text", action="store_true",
                    help="generate the answer as text as well: slow, to check the score, or for a model without scores")
@@ -291,7 +291,7 @@ def arguments(argv):
 
 
 def main(argv=None):
-    """Command line: one answer, or all four, for two points of a photo; or a bank for a folder of photos."""
+    """Command line: one answer, or all, for two points of a photo; or a bank for a folder of photos."""
     p, args = arguments(argv)
     device = pick_device(args.device, "judge.py")
     if args.bank:

@@ -33,6 +33,7 @@ from models.dit import DiT
 from models.marigold import Marigold
 from models.schedule import check_times, eta_coefficients, eta_factors
 from models.wrapper import wrap
+from relations import MODALITIES
 from runtime.command import run_command
 from runtime.config import Parser
 from runtime.ranks import pick_device
@@ -264,7 +265,7 @@ def photo_maps(policy, rgb, processing_res=0, steps=0, seed=0, ensemble=1):
         maps = sample_ode(policy, small.expand(ensemble, -1, -1, -1), m, steps or 10, rng)
         maps = maps.float().mean(0, keepdim=True).cpu()
         maps = F.interpolate(maps, rgb.shape[-2:], mode="bilinear", align_corners=False)
-        out[m] = (F.normalize(maps, dim=1, eps=1e-6) if m == "normal" else maps)[0]
+        out[m] = (F.normalize(maps, dim=1, eps=1e-6) if MODALITIES[m].kind == "vector" else maps)[0]
     return out
 
 

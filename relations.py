@@ -5,10 +5,11 @@ A pair is two pixels of one photo, red and green. The judge answers a question a
 hard rewards. The soft rewards (grpo.py) use the margin itself, through `soft_relation`.
 
     margin  m(p) > 0: red wins / same; m(p) < 0: green wins / different
-    depth       (z_green - z_red) / range of the map        dead zone 0.02
-    normal      (n_z,red - n_z,green) / 2                   dead zone 0.02 (0.04 in n_z)
-    irradiance  luma_red - luma_green (sRGB-encoded)        dead zone 0.02
-    albedo      0.05 - |rgb_red - rgb_green|_2 (encoded)    none: a yes/no question
+    nearer    (z_green - z_red) / range of the map          depth
+    facing    (n_z,red - n_z,green) / 2                     normal
+    brighter  luma_red - luma_green (sRGB-encoded)          irradiance
+    same      0.05 - |rgb_red - rgb_green|_2 (encoded)      albedo: a yes/no question, which has no dead zone
+    more      red - green of a map with one channel
 
 Conventions owned here: pts (..., P, 2, 2) integer pixels, [..., 0, :] red, [..., 1, :] green, last axis (row, col).
 Camera frame: x right, y up, z toward the camera. Depth is planar z, smaller is closer, up to scale and shift.
@@ -35,13 +36,27 @@ RED, GREEN = (1.0, 0.0, 0.0), (0.0, 1.0, 0.0)
 
 @dataclass(frozen=True)
 class Modality:
-    """One row of the modality table; the first answer means relation +1, the second -1."""
+    """One row of the modality table: all that is special about a modality (docs/extend.md)."""
 
-    channels: int        # of the map
+    kind: str            # of map: distance (up to scale and shift), vector (unit), colour (sRGB-encoded), scalar [0, 1]
+    rule: str            # how two points are compared, one of RULES
     dead: float          # |margin| below this is no answer (relation 0)
+    tau: float           # softness: tanh(margin / tau) of the truth fits a judge's 2p - 1 on `broad` validation scenes
     encoding: str        # unit, colour space, axes
     question: str
-    answers: tuple       # full sentences of the judge's training data
+    answers: tuple       # full sentences of the judge's training data; the first means relation +1, the second -1
+    white: bool = False  # exploration noise is white: it asks about fine differences, which coarse noise drowns
+    seen_on: str = ""    # colour map without which it cannot be seen: scenes ask nothing where that is black
+
+    @property
+    def channels(self):
+        """Channels of the map."""
+        return 1 if self.kind in ("distance", "scalar") else 3
+
+    @property
+    def yes_no(self):
+        """Its question is yes/no: swapping the colours keeps the answer, and every pair has one."""
+        return self.rule == "same"
 
     @property
     def prefix(self):
@@ -60,22 +75,22 @@ def _red_green(sentence):
 
 MODALITIES = {
     "depth": Modality(
-        1, 0.02, "planar z up to scale and shift, 0 near, 1 far",
+        "distance", "nearer", 0.02, 0.4, "planar z up to scale and shift, 0 near, 1 far",
         "Looking at this image, which colored point appears to be closer to the camera - red or green?",
         _red_green("Based on visual depth cues in the image, the {} point appears closer to the camera.")),
     "normal": Modality(
-        3, 0.02, "unit vectors in [-1, 1]: x right, y up, z toward the camera",
+        "vector", "facing", 0.02, 0.5, "unit vectors in [-1, 1]: x right, y up, z toward the camera",
         "Which point has a surface more facing towards the camera, red or green?",
         _red_green("The {} point has a surface more facing towards the camera.")),
     "albedo": Modality(
-        3, 0.0, "sRGB-encoded, [0, 1]",
+        "colour", "same", 0.0, 0.05, "sRGB-encoded, [0, 1]",
         "Do the red and green points have the same base color?",
         ("Yes, the red and green points have similar base colors.",
-         "No, the red and green points have different base colors.")),
+         "No, the red and green points have different base colors."), white=True),
     "irradiance": Modality(
-        3, 0.02, "sRGB-encoded, [0, 1], divided by the brightest value of the image",
+        "colour", "brighter", 0.02, 0.25, "sRGB-encoded, [0, 1], divided by the brightest value of the image",
         "Which point is more illuminated?",
-        _red_green("The {} point is more illuminated.")),
+        _red_green("The {} point is more illuminated."), seen_on="albedo"),
 }
 NAMES = tuple(MODALITIES)         # in the order of a judge's probabilities
 
@@ -130,14 +145,32 @@ def finite_range(maps):
     return torch.where(ok.any(-1), high - low, 0.0)
 
 
-def relative_depth(depth, mask):
-    """Depth in the modality table's encoding: 0 at the 2 % and 1 at the 98 % quantile of the valid pixels, clipped.
+def _more(maps, pts, window):
+    red, green = at_points(maps, pts, window).unbind(-2)                        # (..., P, C)
+    return (red - green)[..., 0]
 
-    depth (B, 1, H, W) metres, may be inf where invalid; mask (B, 1, H, W) bool;  returns (B, 1, H, W) in [0, 1]
-    """
-    valid = depth.masked_fill(~mask, torch.nan).flatten(1)
-    low, high = (torch.nanquantile(valid, q, 1).view(-1, 1, 1, 1) for q in (0.02, 0.98))
-    return ((depth - low) / (high - low).clamp_min(1e-6)).clamp(0, 1)
+
+def _nearer(maps, pts, window):
+    gap = -_more(maps, pts, window)
+    ok = gap.isfinite()                                                         # keeps NaN out of the others' gradient
+    return torch.where(ok, torch.where(ok, gap, 0.0) / finite_range(maps)[..., None].clamp_min(1e-12), torch.nan)
+
+
+def _facing(maps, pts, window):
+    return _more(maps[..., 2:, :, :], pts, window) / 2                          # n_z, toward the camera
+
+
+def _brighter(maps, pts, window):
+    red, green = at_points(maps, pts, window).unbind(-2)
+    return (red - green) @ torch.tensor(LUMA, dtype=red.dtype, device=red.device)
+
+
+def _same(maps, pts, window):
+    red, green = at_points(maps, pts, window).unbind(-2)
+    return SAME_ALBEDO - torch.linalg.vector_norm((red - green).contiguous(), dim=-1)
+
+
+RULES = dict(nearer=_nearer, facing=_facing, brighter=_brighter, same=_same, more=_more)
 
 
 def margin(maps, pts, modality, window=0):
@@ -149,37 +182,24 @@ def margin(maps, pts, modality, window=0):
     """
     if modality not in MODALITIES:
         raise ValueError(f"relations.margin: got modality {modality!r}; want one of {', '.join(MODALITIES)}")
-    want = MODALITIES[modality].channels
-    if maps.shape[-3] != want:
-        raise ValueError(f"relations.margin: got {maps.shape[-3]} channels for {modality!r}; want {want}")
-    if modality == "normal":
-        maps = maps[..., 2:, :, :]                                              # n_z, toward the camera
-    value = at_points(maps, pts, window)                                        # (..., P, 2, C)
-    red, green = value[..., 0, :], value[..., 1, :]
-    if modality == "depth":
-        gap = (green - red)[..., 0]
-        ok = gap.isfinite()                                                     # keeps NaN out of the others' gradient
-        return torch.where(ok, torch.where(ok, gap, 0.0) / finite_range(maps)[..., None].clamp_min(1e-12), torch.nan)
-    if modality == "normal":
-        return (red - green)[..., 0] / 2
-    if modality == "irradiance":
-        return (red - green) @ torch.tensor(LUMA, dtype=value.dtype, device=value.device)
-    return SAME_ALBEDO - torch.linalg.vector_norm((red - green).contiguous(), dim=-1)
+    row = MODALITIES[modality]
+    if maps.shape[-3] != row.channels:
+        raise ValueError(f"relations.margin: got {maps.shape[-3]} channels for {modality!r}; want {row.channels}")
+    return RULES[row.rule](maps, pts, window)
 
 
 def relation(maps, pts, modality, window=0):
     """Answer the modality's question from a map (g_m of ReasonX).
 
-    maps     (..., C, H, W)  depth: planar z; normal: [-1, 1] as given; albedo, irradiance: sRGB-encoded [0, 1]
+    maps     (..., C, H, W)  in the modality's encoding: depth planar z, vectors as given, colours sRGB-encoded [0, 1]
     pts      (..., P, 2, 2)  integer (row, col), red first
     window   radius in px of the mean that is read at a point (paper: 0, one pixel)
     returns  int8 (..., P)   +1 red wins / same, -1 green wins / different, 0 dead zone or not finite
     """
     m = margin(maps, pts, modality, window)
-    asked = m.isfinite() & (m.abs() >= MODALITIES[modality].dead)
-    if modality == "albedo":                                                    # distance 0.05 is "different"
-        return torch.where(m.isfinite(), torch.where(m > 0, 1, -1), 0).to(torch.int8)
-    return torch.where(asked, m.sign(), 0).to(torch.int8)
+    row = MODALITIES[modality]
+    answer = torch.where(m > 0, 1.0, -1.0) if row.yes_no else m.sign()          # distance 0.05 is "different"
+    return torch.where(m.isfinite() & (m.abs() >= row.dead), answer, 0).to(torch.int8)
 
 
 def soft_relation(maps, pts, modality, tau=0.1, window=0):
@@ -271,7 +291,6 @@ def draw_markers(rgb, pts):
     rgb      (B, 3, H, W)     sRGB-encoded [0, 1]
     pts      (B, P, 2, 2)     integer (row, col); where the two markers overlap, green is on top
     returns  (B, P, 3, H, W)
-    At 512 px: ring |dist - 5| <= 1 and centre dist <= 1; scales with min(H, W), not below 0.4 of it.
     """
     masks = marker_masks(rgb.shape[-2:], pts)                                   # (B, P, 2, H, W)
     marked = rgb[:, None].expand(-1, pts.shape[1], -1, -1, -1)

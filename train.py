@@ -17,6 +17,7 @@ import grpo
 import kernels
 from data import questions
 from data.bank import Bank, Judgements
+from data.maps import COUPLES
 from data.oracle import Oracle
 from data.photos import read_first_rgb
 from data.pools import ScenePool, list_scenes, scene_pool, training_photos
@@ -253,9 +254,9 @@ def check_inputs(cfg):
             read_first_rgb(cfg.images)
         if cfg.policy:
             policy = load_predictor(cfg.policy)
-            for flag, maps in (("depth_normal", {"depth", "normal"}), ("shading", {"albedo", "irradiance"})):
-                if getattr(cfg, flag) and maps - set(policy.modalities):
-                    raise UserError(f"train.py: --{flag.replace('_', '-')} wants {' and '.join(sorted(maps))}; "
+            for flag, maps in COUPLES.items():
+                if getattr(cfg, flag) and set(maps) - set(policy.modalities):
+                    raise UserError(f"train.py: --{flag.replace('_', '-')} wants {' and '.join(maps)}; "
                                     f"{cfg.policy} predicts {', '.join(policy.modalities)}")
             if cfg.replay and not policy.replays:
                 raise UserError(f"train.py: --replay {cfg.replay} needs ground truth for every map that {cfg.policy} "

@@ -32,13 +32,13 @@ from runtime.files import read_json
 from runtime.run import about
 
 STEPS = [  # (row, flags that it adds to the row above)
-    ("paper", ESTIMATORS["paper"] | dict(tau="0.1", clip=1e-4)),
+    ("paper", ESTIMATORS["paper"] | dict(clip=1e-4)),
     ("+branch", dict(rollout="branch")),
     ("+pair", dict(credit="pair", norm="global", clip=0.1)),
     ("+soft", dict(reward="soft")),
     ("+joint", dict(modalities="joint")),
     ("+blocks", dict(noise_blocks="1,2,4,8", tail=1)),
-    ("+brier", dict(reward="brier", tau="0.4,0.5,0.05,0.25")),
+    ("+brier", dict(reward="brier")),
     ("+jitter", dict(jitter=4, balance=1)),                                     # `all` has a higher learning rate too
 ]
 BESIDE = {  # rows that start from the preset

@@ -77,7 +77,7 @@ def pair_reward_cases(device, cut=1):
         pred = pred.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3) if last else pred
         prob = torch.rand(B, P, generator=make_rng(device), device=device)
         args = pred, random_points(B, P, (side, side), device), prob, torch.full_like(prob, 1 / P), m, form, 0.1, 0
-        sectors = 2 * B * G * P * 32 * (1 if last else C) + (pred.nbytes if m == "depth" else 0)
+        sectors = 2 * B * G * P * 32 * (1 if last else C) + (pred.nbytes if MODALITIES[m].rule == "nearer" else 0)
         fn = partial(pair_reward.pair_reward, check=P < 100_000)
         yield Case(label, pair_reward.pair_reward_ref, fn, args, sectors)
 
@@ -238,23 +238,26 @@ def time_grpo_step(device, preset, repeats):
 
 def loop_over_pairs(m, values, pairs):
     """Relations of one map, (H, W, C) numpy, pair by pair, as the released judge code labels its questions."""
+    rule = MODALITIES[m].rule
     dead = MODALITIES[m].dead
     luma = numpy.array(LUMA, dtype=numpy.float32)
     answers = []
-    if m == "depth":
+    if rule == "nearer":
         extent = values.max() - values.min()
     for (y0, x0), (y1, x1) in pairs:
         red = values[y0, x0]
         green = values[y1, x1]
-        if m == "albedo":
+        if rule == "same":
             answers.append(1 if numpy.linalg.norm(red - green) < SAME_ALBEDO else -1)
             continue
-        if m == "depth":
+        if rule == "nearer":
             margin = (green[0] - red[0]) / extent
-        elif m == "normal":
+        elif rule == "facing":
             margin = (red[2] - green[2]) / 2
-        else:
+        elif rule == "brighter":
             margin = red @ luma - green @ luma
+        else:
+            margin = red[0] - green[0]
         answers.append(0 if abs(margin) < dead else 1 if margin > 0 else -1)
     return answers
 

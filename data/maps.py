@@ -1,8 +1,29 @@
-"""How maps of one photo agree: normals from depth, depth with normals, albedo and irradiance with the photo."""
+"""Maps in the range that networks learn, and how maps of one photo agree: depth and normals, colours and the photo."""
 import torch
 import torch.nn.functional as F
 
 from relations import srgb_decode
+
+COUPLES = {  # setting of runtime.config.Config that weighs their agreement: two modalities
+    "depth_normal": ("depth", "normal"),
+    "shading": ("albedo", "irradiance"),
+}
+
+
+def relative_depth(depth, mask):
+    """Depth in the modality table's encoding: 0 at the 2 % and 1 at the 98 % quantile of the valid pixels, clipped.
+
+    depth (B, 1, H, W) metres, may be inf where invalid; mask (B, 1, H, W) bool;  returns (B, 1, H, W) in [0, 1]
+    """
+    valid = depth.masked_fill(~mask, torch.nan).flatten(1)
+    low, high = (torch.nanquantile(valid, q, 1).view(-1, 1, 1, 1) for q in (0.02, 0.98))
+    return ((depth - low) / (high - low).clamp_min(1e-6)).clamp(0, 1)
+
+
+def center_map(x, kind, mask):
+    """A map as networks learn it, in [-1, 1]: (B, C, H, W), one of Modality.kind, mask (B, 1, H, W) -> (B, C, H, W)."""
+    x = relative_depth(x, mask) if kind == "distance" else x
+    return x if kind == "vector" else 2 * x - 1
 
 
 def assumed_camera(depth):
@@ -56,8 +77,8 @@ def consistency(maps, rgb, modality, cfg):
     rgb   (B, 3, H, W);  cfg  weights depth_normal and shading of runtime.config.Config: [] while they are 0
     """
     found = []
-    if cfg.depth_normal and modality in ("depth", "normal"):
+    if cfg.depth_normal and modality in COUPLES["depth_normal"]:
         found.append(("depth_normal", cfg.depth_normal, depth_normal_agreement(maps["depth"], maps["normal"])))
-    if cfg.shading and modality in ("albedo", "irradiance"):
+    if cfg.shading and modality in COUPLES["shading"]:
         found.append(("shading", cfg.shading, photo_agreement(maps["albedo"], maps["irradiance"], rgb[:, None])))
     return found

@@ -13,6 +13,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from data.photos import resize_long
+from relations import MODALITIES
 from runtime.files import write_bytes
 
 # colour map, near to far: pale yellow, orange, red, plum, violet, indigo, navy, near black; luma falls evenly
@@ -38,22 +39,28 @@ def save_png(path, image):
     return path
 
 
+def row_of(name):
+    """Row of the modality table; of a photo, and of what is no modality (Marigold's residual), a plain colour's."""
+    return MODALITIES.get(name, MODALITIES["albedo"])
+
+
 def save_map(out_dir, name, modality, array, native=None):
     """Write OUT/NAME_MODALITY.npy (float32, native space) and PNGs to look at; returns the list of paths.
 
-    array    depth (1, H, W) or (H, W); normal (3, H, W) in [-1, 1]; others (3, H, W) sRGB in [0, 1]
+    array    in the encoding of relations.MODALITIES; (H, W) will do for one channel. Other names are colours
     native   the map in the model's own space, for the .npy, where that differs (Marigold's linear albedo); None: array
-    PNG      depth: 16 bit, the map's min..max -> 0..65535, and NAME_depth_colour.png; normal (n + 1) / 2;
-             others 8-bit sRGB, clipped. It is the HyperSim-style layout, so pools.read_scene can read the folder
+    PNG      distance: 16 bit, the map's min..max -> 0..65535, and NAME_depth_colour.png; vector (n + 1) / 2; colour and
+             scalar 8 bit, clipped. It is the HyperSim-style layout, so pools.read_scene can read the folder
     name     may contain sub-folders; it must not lead out of out_dir
     """
     array = np.asarray(array, np.float32)
     stem = Path(out_dir, f"{name}_{modality}")
     array = array[None] if array.ndim == 2 else array
     native = array if native is None else np.asarray(native, np.float32)
-    if array.ndim != 3 or array.shape[0] != (1 if modality == "depth" else 3):
-        raise ValueError(f"pictures.py: save_map got {array.shape} for {modality!r}; want (1, H, W) for 'depth', "
-                         f"(3, H, W) for others; check the modality")
+    row = row_of(modality)
+    if array.ndim != 3 or array.shape[0] != row.channels:
+        raise ValueError(f"pictures.py: save_map got {array.shape} for {modality!r}; want ({row.channels}, H, W); "
+                         "check the modality")
     if not (np.isfinite(array).all() and np.isfinite(native).all()):
         raise ValueError(f"pictures.py: save_map got non-finite {modality!r} for {name!r}; want finite; fix it")
     if Path(name).is_absolute() or ".." in Path(name).parts:
@@ -63,12 +70,12 @@ def save_map(out_dir, name, modality, array, native=None):
     files = [Path(f"{stem}.npy"), Path(f"{stem}.png")]
     stem.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(files[0], buffer.getvalue())
-    if modality == "depth":
+    if row.kind == "distance":
         span = np.ptp(array.astype(np.float64)) or 1.0
         levels = np.round((array[0] - float(array.min())) / span * 65535).astype(np.uint16)
         save_png(files[1], Image.fromarray(levels))
         return files + [save_png(f"{stem}_colour.png", picture_of(modality, array))]
-    save_png(files[1], picture_of(modality, array))
+    save_png(files[1], array[0] if row.kind == "scalar" else picture_of(modality, array))
     return files
 
 
@@ -90,10 +97,13 @@ def colour_depth(depth):
 
 
 def picture_of(modality, array):
-    """A map in native space -> (3, H, W) picture in [0, 1]: depth in colours, normals (n + 1) / 2, others as is."""
-    if modality == "depth":
+    """A map in native space -> (3, H, W) picture: depth in colours, vectors (n + 1) / 2, scalars gray, others as is."""
+    kind = row_of(modality).kind
+    if kind == "distance":
         return colour_depth(array)
-    return (array + 1) / 2 if modality == "normal" else array
+    if kind == "scalar":
+        return np.repeat(array, 3, 0)
+    return (array + 1) / 2 if kind == "vector" else array
 
 
 def panel(images, columns=5):

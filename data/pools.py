@@ -1,8 +1,7 @@
 """Pools of scenes with true maps: folders in HyperSim's style, and procedural scenes kept in memory.
 
-sample    rgb (3, H, W) float32, sRGB-encoded in [0, 1]; depth (1, H, W), lower = closer, up to scale and shift; normal
-          (3, H, W) unit, x right, y up, z toward the camera, 0 = invalid; albedo, irradiance (3, H, W) sRGB-encoded in
-          [0, 1]; mask (1, H, W) bool, True = valid
+sample    rgb (3, H, W) float32, sRGB-encoded in [0, 1]; every modality (C, H, W) as in relations.MODALITIES, vectors 0
+          where invalid; mask (1, H, W) bool, True = valid
 """
 import functools
 from pathlib import Path
@@ -13,10 +12,12 @@ from tqdm import tqdm
 
 from data import scenes
 from data.photos import Photos, fit_square, open_image
+from data.pictures import row_of
+from relations import MODALITIES
 from runtime.config import UserError
 from runtime.ranks import combine_numbers
 
-MAPS = ("rgb", "depth", "normal", "albedo", "irradiance")
+MAPS = ("rgb", *MODALITIES)
 
 
 def list_scenes(folder):
@@ -36,11 +37,12 @@ def _read_map(folder, scene, name):
         raise FileNotFoundError(f"pools.py: no {path.name} beside the maps of {scene} in {str(folder)!r}; "
                                 "want one file per modality (docs/files.md)")
     image = open_image(path)
-    modes = ("L", "I;16", "I") if name == "depth" else ("RGB",)
-    if image.mode not in modes or (name != "depth" and image.info["wide"]):
+    is_gray = row_of(name).channels == 1
+    modes = ("L", "I;16", "I") if is_gray else ("RGB",)
+    if image.mode not in modes or (not is_gray and image.info["wide"]):
         got = "16-bit RGB (Pillow would cut it to 8)" if image.mode in modes else f"mode {image.mode}"
         raise ValueError(f"pools.py: {str(path)!r} got {got}, want "
-                         f"{'8- or 16-bit gray' if name == 'depth' else '8-bit RGB'}; convert it")
+                         f"{'8- or 16-bit gray' if is_gray else '8-bit RGB'}; convert it")
     pixels = np.asarray(image).astype(np.float32) / (65535 if image.mode.startswith("I") else 255)
     return torch.from_numpy(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1).copy())
 
@@ -48,11 +50,11 @@ def _read_map(folder, scene, name):
 def read_scene(folder, scene, size=None):
     """Read one HyperSim-style scene (the released judge's layout) as a sample dict.
 
-    size     None = as stored; else centred square crop, colours antialiased; depth, normal and mask nearest, so that
-             no depth is averaged across an edge
-    returns  rgb, depth, normal, albedo, irradiance, mask. depth is stored value / range, in [0, 1], affine
-             per image; normals are renormalised. mask is False where the stored normal is zero (0, 0, 0 or
-             mid-gray): there depth reads as closest, and normal is set to the zero vector
+    size     None = as stored; else centred square crop, antialiased; but depth, vectors and mask nearest, so that no
+             depth is averaged across an edge
+    returns  rgb, all modalities, mask. depth is stored value / range, in [0, 1], affine per image; vectors are
+             renormalised. mask is False where the stored normal is zero (0, 0, 0 or mid-gray): there depth reads as
+             closest, and normal is set to the zero vector
     raises   FileNotFoundError for a missing map; ValueError for another mode or different sizes
     """
     maps = {m: _read_map(folder, scene, m) for m in MAPS}
@@ -61,15 +63,22 @@ def read_scene(folder, scene, size=None):
         if x.shape[1:] != (H, W):
             raise ValueError(f"pools.py: {scene}_{m}.png in {str(folder)!r} got {x.shape[2]} x {x.shape[1]} "
                              f"pixels, want {W} x {H} as {scene}_rgb.png; export all maps at one size")
-    normal = 2 * maps["normal"] - 1
-    length = normal.norm(dim=0, keepdim=True)                                     # (1, H, W)
-    mask = maps["normal"].any(0, keepdim=True) & (length > 0.05)    # mid-gray (127, 128) decodes to < .01
-    maps["normal"] = torch.where(mask, normal / length.clamp_min(0.05), 0.0)
-    maps["mask"] = mask
+    there = {}
+    for m in (m for m, row in MODALITIES.items() if row.kind == "vector"):
+        maps[m], there[m] = _unit_vectors(maps[m])
+    maps["mask"] = there["normal"]
     if size is not None:
-        measured = ("depth", "normal", "mask")
+        measured = ("mask", *(m for m, row in MODALITIES.items() if row.kind in ("distance", "vector")))
         maps = {m: fit_square(x, size, "nearest" if m in measured else "antialias") for m, x in maps.items()}
     return maps
+
+
+def _unit_vectors(stored):
+    """Stored (n + 1) / 2 -> unit vectors (3, H, W), 0 where nothing is stored, and where something is (1, H, W)."""
+    n = 2 * stored - 1
+    length = n.norm(dim=0, keepdim=True)                                          # (1, H, W)
+    there = stored.any(0, keepdim=True) & (length > 0.05)           # mid-gray (127, 128) decodes to < .01
+    return torch.where(there, n / length.clamp_min(0.05), 0.0), there
 
 
 def read_scene_folder(folder, size=None):
@@ -93,7 +102,7 @@ class ScenePool:
     """
 
     ROOM = 0.4
-    KEYS = ("rgb", "depth", "normal", "albedo", "irradiance", "mask")
+    KEYS = (*MAPS, "mask")
 
     def __init__(self, domain, split, n, size, keys=KEYS, device="cpu"):
         device = torch.device(device)

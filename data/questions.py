@@ -3,9 +3,9 @@
 row         dict: id, scene, modality, pts [[row, col], [row, col]] red first in pixels of the tile, first (True: the
             first answer is right), margin (relations.margin). A photo with drawn markers has image (a path), no pts
 randomness  a scene's questions depend on the seed and its id, not on the other scenes of the folder
-balance     red and green are right equally often, by swapping the colours; so are "same" and "different" albedo over
-            all rows, by dropping the surplus
-no answer   in dead zones, at invalid pixels, and for irradiance where the albedo is black (it shows no light)
+balance     red and green are right equally often, by swapping the colours; so are yes and no over all rows of a yes/no
+            question, by dropping the surplus
+no answer   in dead zones, at invalid pixels, and where nothing is seen (Modality.seen_on): black albedo shows no light
 split       by room, never by question: the room is a scene id up to its first "."
 files       JSON lines as InternVL's trainer and the judge release read them: id, image, width, height, conversations
 """
@@ -24,7 +24,7 @@ from runtime.config import UserError
 from runtime.files import DamageGuard, decode_json, path_inside, read_json, refuse, write_json, write_rows
 from runtime.ranks import barrier, generator, rank
 
-BLACK = 0.1                       # encoded luma (1 % linear); a darker albedo shows no light
+BLACK = 0.1                       # encoded luma (1 % linear); what is darker shows nothing that is seen on it
 CANDIDATES = 24                   # pairs that are drawn for each question that is wanted
 SHARE = 0.1                       # of the rooms, for validation
 JSONL = {"train": "intrinsic_judgement_train.jsonl", "val": "intrinsic_judgement_val.jsonl"}
@@ -51,14 +51,14 @@ def draw_questions(folder, scene, n, size, seed, grid=1):
     _check_maps(maps, f"questions.py: {scene}_%s.png in {str(folder)!r}")
     rng = generator(seed, int(hashlib.sha256(scene.encode()).hexdigest()[:15], 16))
     pts = sample_pairs(1, (size, size), CANDIDATES * n, rng, mask=maps["mask"][None], grid=grid)[0]   # (K, 2, 2)
-    luma = torch.einsum("chw,c->hw", maps["albedo"], torch.tensor(LUMA))
-    valid = dict.fromkeys(MODALITIES, maps["mask"])
-    valid["irradiance"] = maps["mask"] & (luma > BLACK)
     rows = []
-    for name in MODALITIES:
-        value = maps[name].masked_fill(~valid[name], torch.nan)
+    for name, row in MODALITIES.items():
+        valid = maps["mask"]
+        if row.seen_on:
+            valid = valid & (torch.einsum("chw,c->hw", maps[row.seen_on], torch.tensor(LUMA)) > BLACK)
+        value = maps[name].masked_fill(~valid, torch.nan)
         begin = int(torch.randint(2, (1,), generator=rng))                      # which answer comes first
-        chosen = _choose(relation(value, pts, name), margin(value, pts, name), pts, n, begin, swaps=name != "albedo")
+        chosen = _choose(relation(value, pts, name), margin(value, pts, name), pts, n, begin, swaps=not row.yes_no)
         rows += [dict(id=f"{scene}_{name}_{i}", scene=scene, modality=name, pts=pair.tolist(), first=first, margin=by)
                  for i, (pair, first, by) in enumerate(chosen)]
     return rows
@@ -95,12 +95,14 @@ def _choose(rel, gap, pts, n, begin, swaps):
 
 
 def balance(rows, seed):
-    """Drop albedo questions of the more frequent answer, chosen by the seed, until both are equally frequent."""
-    sides = {w: [r["id"] for r in rows if r["modality"] == "albedo" and r["first"] == w] for w in (True, False)}
-    more = max(sides, key=lambda w: len(sides[w]))
-    surplus = len(sides[more]) - len(sides[not more])
-    order = torch.randperm(len(sides[more]), generator=generator(seed, 29))[:surplus].tolist()
-    dropped = {sides[more][k] for k in order}
+    """Drop yes/no questions of the more frequent answer, chosen by the seed, until both are equally frequent."""
+    dropped = set()
+    for m in (m for m, row in MODALITIES.items() if row.yes_no):
+        sides = {w: [r["id"] for r in rows if r["modality"] == m and r["first"] == w] for w in (True, False)}
+        more = max(sides, key=lambda w: len(sides[w]))
+        surplus = len(sides[more]) - len(sides[not more])
+        order = torch.randperm(len(sides[more]), generator=generator(seed, 29))[:surplus].tolist()
+        dropped |= {sides[more][k] for k in order}
     return [r for r in rows if r["id"] not in dropped]
 
 

@@ -57,12 +57,12 @@ def ask_rows(judge, rows, folder, modality):
     return prob[:, 0, NAMES.index(modality)].cpu()
 
 
-def average_orders(prob, swapped, albedo):
+def average_orders(prob, swapped, symmetric):
     """Mean answer of both orders of the colours, as a probability for the first order. Arrays (N,).
 
-    albedo  True where the question is about albedo, whose answer is the same in both orders
+    symmetric  True where the right answer is the same in both orders (a yes/no question)
     """
-    return (prob + np.where(albedo, swapped, 1 - swapped)) / 2
+    return (prob + np.where(symmetric, swapped, 1 - swapped)) / 2
 
 
 def calibration(prob, first):
@@ -100,13 +100,13 @@ def judge_figures(judge, rows, folder, rules, swap_average=False):
     can_swap = not any("image" in r for r in rows)
     single = score_rows(judge, rows, folder)
     swapped = score_rows(judge, [swap_colours(r) for r in rows], folder) if can_swap or swap_average else None
-    albedo = np.array([r["modality"] == "albedo" for r in rows])
-    prob = average_orders(single, swapped, albedo) if swap_average else single
+    symmetric = np.array([MODALITIES[r["modality"]].yes_no for r in rows])
+    prob = average_orders(single, swapped, symmetric) if swap_average else single
     known = np.isfinite(prob if swapped is None else prob + swapped)
     first = np.array([r["first"] for r in rows])
     size = np.abs([r["margin"] for r in rows])
     out = {}
-    for m in MODALITIES:
+    for m, row in MODALITIES.items():
         own = np.array([r["modality"] == m for r in rows])
         on = own & known
         if not on.any():
@@ -115,7 +115,7 @@ def judge_figures(judge, rows, folder, rules, swap_average=False):
         if can_swap:
             right = right_guesses(rules[m][1], [r for r, k in zip(rows, on, strict=True) if k], folder, judge.size)
             out[m]["heuristic"] = float(right.mean())
-            out[m] |= swap_figures(single[on], swapped[on], m == "albedo")
+            out[m] |= swap_figures(single[on], swapped[on], row.yes_no)
     return out
 
 
@@ -136,7 +136,7 @@ def swap_figures(prob, swapped, symmetric):
     """How often the answers to both orders of the colours contradict each other, or are the same word.
 
     prob, swapped  (N,) probability of the first answer
-    symmetric      True: the right answer is the same in both orders (albedo)
+    symmetric      True: the right answer is the same in both orders
     """
     one = prob > 0.5
     two = swapped > 0.5

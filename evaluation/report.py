@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from data import questions
+from data.maps import COUPLES
 from data.pictures import panel, picture_of, save_png
 from data.pools import ScenePool
 from evaluation import reliability
@@ -25,7 +26,7 @@ from evaluation.scores import (
 from grpo import agreement
 from judge import ORACLE, load_judge
 from predictor import load_predictor
-from relations import NAMES
+from relations import MODALITIES, NAMES
 from runtime.files import write_json
 from runtime.ranks import pick_device
 from runtime.run import about
@@ -187,7 +188,7 @@ def report_photos(cfg, device, judgements, start, result):
             photos = known.any(1)                                               # of which the judge knows something
             rows[f"reward/{m}"] = [agreement(p[m][:, None], judgements.pts[:n], prob, m, cfg)[2][photos, 0].numpy()
                                    for p in pred]
-    if {"depth", "normal"} <= pred[0].keys():
+    if set(COUPLES["depth_normal"]) <= pred[0].keys():
         rows["depth-normal RMSE"] = [photo_scores(p) for p in pred]
     figures = {"n": len(rgb), "judge/confidence": confidences}
     lines = []
@@ -214,7 +215,7 @@ def save_panel(path, rgb, before, after, truth=None, labels=None, rows=4):
             for word, maps in (("base", before), ("X", after), ("truth", truth)):
                 if maps is not None:
                     value = maps[m][i]
-                    if word == "truth" and m == "depth":                        # show sky at the largest depth
+                    if word == "truth" and MODALITIES[m].kind == "distance":    # show sky at the largest depth
                         value = value.masked_fill(~truth["mask"][i], value[truth["mask"][i]].max())
                     tiles.append((f"{m} {word}", picture_of(m, value.numpy())))
     save_png(path, panel(tiles, columns=len(tiles) // min(rows, len(rgb))))

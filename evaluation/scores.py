@@ -9,22 +9,16 @@ from data.maps import assumed_camera
 from data.questions import true_relations
 from evaluation import metrics, surface
 from predictor import sample_ode
-from relations import NAMES, at_points, margin, sample_pairs, srgb_decode
+from relations import MODALITIES, at_points, margin, sample_pairs, srgb_decode
 from runtime.ranks import generator
 
 PAIRS = 24                        # per image and modality
 DEPTH_RANGE = (0.1, 100.0)        # metres, to which aligned predictions are clipped
-METRICS = {  # modality/name: (text, sign of the good direction)
-    "depth/abs_rel": ("AbsRel, least-squares scale and shift", -1),
-    "depth/delta1": ("delta1, same alignment", 1),
-    "depth/pairs": ("pair accuracy", 1),
-    "normal/angle": ("mean angle, degrees", -1),
-    "normal/pairs": ("pair accuracy", 1),
-    "albedo/whdr10": ("WHDR 10 %, linear, labels from ground truth (ours)", -1),
-    "albedo/si_mse": ("scale-invariant MSE, linear", -1),
-    "albedo/pairs": ("pair accuracy, balanced", 1),
-    "irradiance/si_mse": ("scale-invariant MSE, linear", -1),
-    "irradiance/pairs": ("pair accuracy", 1),
+ERRORS = {  # kind of map: metric: (text, sign of the good direction)
+    "distance": {"abs_rel": ("AbsRel, least-squares scale and shift", -1), "delta1": ("delta1, same alignment", 1)},
+    "vector": {"angle": ("mean angle, degrees", -1)},
+    "colour": {"si_mse": ("scale-invariant MSE, linear", -1)},
+    "scalar": {"abs_err": ("mean absolute error", -1)},
 }
 HEURISTICS = {  # modality: (text, score: > 0 means the first answer). A useful judge is more accurate than these rules
     "depth": ("lower pixel is closer", lambda rgb, pts: (pts[..., 0, 0] - pts[..., 1, 0]).float()),
@@ -32,6 +26,17 @@ HEURISTICS = {  # modality: (text, score: > 0 means the first answer). A useful 
     "albedo": ("close chromaticity is the same colour", lambda rgb, pts: 0.03 - chroma_distance(rgb, pts)),
     "irradiance": ("brighter pixel is more lit", lambda rgb, pts: margin(rgb, pts, "irradiance")),
 }
+ALWAYS = ("always the first answer", lambda rgb, pts: torch.ones(pts.shape[:-2]))
+HEURISTICS |= {m: ALWAYS for m in MODALITIES if m not in HEURISTICS}
+
+
+def metrics_of(row):
+    """Metrics of a modality, a relations.Modality: dict name -> (text, sign of the good direction)."""
+    same = {"whdr10": ("WHDR 10 %, linear, labels from ground truth (ours)", -1)} if row.yes_no else {}
+    return same | ERRORS[row.kind] | {"pairs": ("pair accuracy, balanced" if row.yes_no else "pair accuracy", 1)}
+
+
+METRICS = {f"{m}/{name}": how for m, row in MODALITIES.items() for name, how in metrics_of(row).items()}
 
 
 def chroma_distance(rgb, pts):
@@ -42,7 +47,7 @@ def chroma_distance(rgb, pts):
 
 
 def eval_pairs(maps, n, grid, seed):
-    """Pairs whose true relation is known, per modality, balanced for albedo; the same for predictors and judges.
+    """Pairs whose true relation is known, per modality, yes/no balanced; the same for predictors and judges.
 
     returns  dict modality -> pts (B, n, 2, 2), truth (B, n) int8 with 0 where an image has too few such pairs
     """
@@ -50,9 +55,9 @@ def eval_pairs(maps, n, grid, seed):
     pts = sample_pairs(B, (H, W), 8 * n, generator(seed, 17), mask=maps["mask"], grid=grid)
     truth = true_relations(maps, pts)                                           # (B, 8n, M)
     chosen = {}
-    for k, m in enumerate(NAMES):
+    for k, (m, row) in enumerate(MODALITIES.items()):
         rel = truth[..., k]
-        if m == "albedo":                                                       # n/2 of each answer, in draw order
+        if row.yes_no:                                                          # n/2 of each answer, in draw order
             place = torch.where(rel > 0, (rel > 0).cumsum(1), (rel < 0).cumsum(1))
             keep = (rel != 0) & (place <= n // 2)
         else:
@@ -82,6 +87,29 @@ def predict_maps(policy, rgb, steps, seed, batch=64):
     return {m: torch.cat(v) for m, v in out.items()}
 
 
+def map_errors(row, guess, true, ok, pts, truth):
+    """Errors of one map, all of `metrics_of` but pairs: dict; and whether it looks like inverse depth.
+
+    row          relations.Modality;  guess, true  (C, H, W), colours linear;  ok (H, W) bool numpy
+    pts, truth   of `eval_pairs` for this image
+    """
+    if row.kind == "distance":
+        true = true[0].masked_fill(~torch.from_numpy(ok), 1.0).double().numpy()
+        guess = guess[0].double().numpy()
+        scale, shift = metrics.align_depth(guess, true, ok)
+        found = metrics.depth_metrics((scale * guess + shift).clip(*DEPTH_RANGE), true, ok)
+        return {name: found[name] for name in ERRORS[row.kind]}, scale < 0
+    if row.kind == "vector":
+        return {"angle": np.nanmean(metrics.normal_error(guess.numpy(), true.numpy())[ok])}, False
+    if row.kind == "scalar":
+        return {"abs_err": (guess - true)[0].double().abs().numpy()[ok].mean()}, False
+    guess, true = (x.permute(1, 2, 0).double().numpy() for x in (guess, true))
+    errors = {"si_mse": metrics.si_mse(guess, true, ok)}
+    if row.yes_no:
+        errors["whdr10"] = metrics.whdr_from_gt(guess, true, pts[truth != 0].numpy(), 0.1)
+    return errors, False
+
+
 def score_maps(pred, maps, pairs, warn=True):
     """Every metric of METRICS whose modality was predicted, per image.
 
@@ -91,30 +119,18 @@ def score_maps(pred, maps, pairs, warn=True):
     returns  dict name -> (B,) float64 numpy
     """
     out = {name: [] for name in METRICS if name.split("/")[0] in pred and not name.endswith("pairs")}
-    linear = {(w, m): srgb_decode(v[m]).permute(0, 2, 3, 1).double().numpy()
-              for w, v in (("pred", pred), ("true", maps)) for m in ("albedo", "irradiance") if m in pred}
-    mask = maps["mask"][:, 0].numpy()
+    masks = maps["mask"][:, 0].numpy()
     inverted = 0                                                                # fitted depth scales below 0
-    for i, ok in enumerate(mask):
-        if "depth" in pred:
-            true = maps["depth"][i, 0].masked_fill(~maps["mask"][i, 0], 1.0).double().numpy()
-            guess = pred["depth"][i, 0].double().numpy()
-            scale, shift = metrics.align_depth(guess, true, ok)
-            inverted += scale < 0
-            depth = metrics.depth_metrics((scale * guess + shift).clip(*DEPTH_RANGE), true, ok)
-            out["depth/abs_rel"].append(depth["abs_rel"])
-            out["depth/delta1"].append(depth["delta1"])
-        if "normal" in pred:
-            angle = metrics.normal_error(pred["normal"][i].numpy(), maps["normal"][i].numpy())
-            out["normal/angle"].append(np.nanmean(angle[ok]))
-        if "albedo" in pred:
-            pts, truth = (x[i] for x in pairs["albedo"])
-            out["albedo/whdr10"].append(metrics.whdr_from_gt(
-                linear["pred", "albedo"][i], linear["true", "albedo"][i], pts[truth != 0].numpy(), 0.1))
-        for m in {"albedo", "irradiance"} & pred.keys():
-            out[f"{m}/si_mse"].append(metrics.si_mse(linear["pred", m][i], linear["true", m][i], ok))
+    for m in pred:
+        row = MODALITIES[m]
+        guesses, truths = (srgb_decode(v[m]) if row.kind == "colour" else v[m] for v in (pred, maps))
+        for i, ok in enumerate(masks):
+            errors, is_inverted = map_errors(row, guesses[i], truths[i], ok, *(x[i] for x in pairs[m]))
+            inverted += is_inverted
+            for name, value in errors.items():
+                out[f"{m}/{name}"].append(value)
     if inverted and warn:
-        print(f"depth: {inverted} of {len(mask)} fitted scales are negative: "
+        print(f"depth: {inverted} of {len(masks)} fitted scales are negative: "
               "there the prediction looks like inverse depth")
     out = {k: np.array(v, dtype=float) for k, v in out.items()}
     for m in pred:
@@ -140,7 +156,7 @@ def judge_scores(judge, maps, pred, seed, domain=""):
     pairs = eval_pairs(maps, PAIRS, judge.grid, seed)
     names = [f"{domain} {i}" for i in range(len(maps["rgb"]))]
     device = device_of(judge)
-    for k, m in enumerate(NAMES):
+    for k, m in enumerate(MODALITIES):
         pts, truth = pairs[m]
         prob = torch.cat([judge.ask(maps["rgb"][i:i + 32].to(device), pts[i:i + 32].to(device), names[i:i + 32]).cpu()
                           for i in range(0, len(pts), 32)])[..., k]

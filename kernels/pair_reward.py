@@ -1,6 +1,6 @@
 """Agreement with the judge and reward of a group of maps at thousands of point pairs, read straight from the maps.
 
-math       m = margin of the modality (relations.py owns formulas and thresholds), relation in {-1, 0, +1}, p = prob
+math       m = margin by the modality's rule (relations.py owns formulas and thresholds), relation -1, 0 or +1, p = prob
            hard   agree = 1/2 + relation sign(2 p - 1) / 2
            soft   agree = 1/2 + tanh(m / tau) (2 p - 1) / 2
            brier  agree = 1 - (tanh(m / tau) - (2 p - 1))^2 / 4
@@ -10,9 +10,11 @@ why fused  eager gathers (B, G, P, 2, C), then reads it back in a dozen small ke
            the map to a register. Limit: one 32-byte sector per point and channel (NCHW), per point (channels_last)
 source     reward and relations of ReasonX (arXiv 2512.04222)
 
-One launch for P <= BLOCK; a larger P needs a second, which adds the partial rewards, and depth needs one more for the
-range of each map. Accumulation is fp32, or fp64 when pred is.
+One launch for P <= BLOCK; a larger P needs a second, which adds the partial rewards, and rule nearer needs one more for
+the range of each map. Accumulation is fp32, or fp64 when pred is.
 """
+from dataclasses import replace
+
 import torch
 
 from relations import LUMA, MODALITIES, SAME_ALBEDO, check_points, relation, soft_relation
@@ -21,6 +23,7 @@ from . import acc_dtype, exact_div, exact_sqrt, tl, triton, triton_dtype, uses_t
 
 FORMS = ("hard", "soft", "brier")
 BLOCK = 256                                            # pairs of a program; fixed: it decides the summation order
+FUSED = ("nearer", "facing", "brighter", "same", "more")    # rules of relations.RULES that the kernel knows
 PARTS = 16                                             # programs that find the range of one map
 RANGE_BLOCK = 1024                                     # pixels that such a program reads at a time
 
@@ -89,11 +92,10 @@ def _range_kernel(
 @triton.jit
 def _pair_reward_kernel(
     pred_ptr, pts_ptr, prob_ptr, weight_ptr,              # (B, G, C, H, W) by strides, (B, P, 2, 2), (B, P) x2
-    low_ptr, high_ptr,                                    # (B*G, PARTS), read for depth alone
+    low_ptr, high_ptr,                                    # (B*G, PARTS), read by rule nearer alone
     rel_ptr, agree_ptr, part_ptr,                         # (B*G, P), written for hard alone; (B*G, P); (B*G, n_parts)
-    G, P, H, W, n_parts,
-    stride_b, stride_g, stride_c, stride_h, stride_w,
-    MODALITY: tl.constexpr, FORM: tl.constexpr, TAU: tl.constexpr, WINDOW: tl.constexpr,
+    G, P, H, W, n_parts, stride_b, stride_g, stride_c, stride_h, stride_w,
+    RULE: tl.constexpr, FORM: tl.constexpr, TAU: tl.constexpr, WINDOW: tl.constexpr,
     DEAD: tl.constexpr, SAME: tl.constexpr, LUMA_R: tl.constexpr, LUMA_G: tl.constexpr, LUMA_B: tl.constexpr,
     PARTS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):
@@ -108,21 +110,23 @@ def _pair_reward_kernel(
     y1 = tl.load(point + 2, mask=ok, other=0).to(tl.int32)             # (BLOCK,) green
     x1 = tl.load(point + 3, mask=ok, other=0).to(tl.int32)
     map_ptr = pred_ptr + b * stride_b + bg % G * stride_g
-    if MODALITY == "normal":
+    if RULE == "facing":
         map_ptr += 2 * stride_c                                        # toward the camera; x and y are not read
     d0 = _difference(map_ptr, y0, x0, y1, x1, H, W, stride_h, stride_w, ok, WINDOW, ACC)
-    if MODALITY == "depth":
+    if RULE == "nearer":
         part_of_map = bg * PARTS + tl.arange(0, PARTS)
         extent = tl.max(tl.load(high_ptr + part_of_map), 0) - tl.min(tl.load(low_ptr + part_of_map), 0)
         margin = exact_div(-d0, tl.maximum(extent, 1e-12) + tl.zeros_like(d0))
-    elif MODALITY == "normal":
+    elif RULE == "facing":
         margin = d0 * 0.5
+    elif RULE == "more":
+        margin = d0
     else:
         map_ptr += stride_c
         d1 = _difference(map_ptr, y0, x0, y1, x1, H, W, stride_h, stride_w, ok, WINDOW, ACC)
         map_ptr += stride_c
         d2 = _difference(map_ptr, y0, x0, y1, x1, H, W, stride_h, stride_w, ok, WINDOW, ACC)
-        if MODALITY == "irradiance":
+        if RULE == "brighter":
             margin = d0 * LUMA_R + d1 * LUMA_G + d2 * LUMA_B
         else:
             margin = SAME - exact_sqrt(d0 * d0 + d1 * d1 + d2 * d2)
@@ -130,7 +134,7 @@ def _pair_reward_kernel(
     finite = tl.abs(margin) < float("inf")                             # (BLOCK,) False for NaN too
     answer = 2 * tl.load(prob_ptr + b * P + pair, mask=ok, other=0.5).to(ACC) - 1
     if FORM == "hard":
-        rel = tl.where(margin > 0, 1, tl.where((margin < 0) | (MODALITY == "albedo"), -1, 0))
+        rel = tl.where(margin > 0, 1, tl.where((margin < 0) | (RULE == "same"), -1, 0))
         rel = tl.where(finite & (tl.abs(margin) >= DEAD), rel, 0)
         tl.store(rel_ptr + bg * P + pair, rel.to(tl.int8), mask=ok)
         vote = rel.to(ACC)
@@ -148,7 +152,9 @@ def _pair_reward_kernel(
     tl.store(part_ptr + bg * n_parts + part, tl.sum(agree * weight, 0))  # partial sums, added in torch
 
 
-def _launch(pred, pts, prob, weight, modality, form, tau, window):
+def _launch(pred, pts, prob, weight, row, form, tau, window):
+    if row.rule not in FUSED:
+        raise ValueError(f"pair_reward: got rule {row.rule!r}, want one of {', '.join(FUSED)}; use --kernels torch")
     B, G, _, H, W = pred.shape
     P = pts.shape[1]
     acc = acc_dtype(pred)
@@ -158,8 +164,8 @@ def _launch(pred, pts, prob, weight, modality, form, tau, window):
     agree = pred.new_empty(B, G, P, dtype=acc)
     part = pred.new_empty(B, G, n_parts, dtype=acc)
     rel = pred.new_empty(B, G, P, dtype=torch.int8) if form == "hard" else None
-    low = high = part                                                  # a pointer that is not read unless depth
-    if modality == "depth":
+    low = high = part                                                  # a pointer that is not read unless nearer
+    if row.rule == "nearer":
         low, high = pred.new_empty(2, B * G, PARTS, dtype=acc)
         _range_kernel[(B * G, PARTS)](pred, low, high, G, H * W, W, stride_b, stride_g, stride_h, stride_w,
                                       PARTS=PARTS, BLOCK=RANGE_BLOCK, ACC=ACC)
@@ -167,14 +173,14 @@ def _launch(pred, pts, prob, weight, modality, form, tau, window):
         pred, pts.contiguous(), prob.contiguous(), weight.contiguous(), low, high,
         agree if rel is None else rel, agree, part,                    # the first is not written unless hard
         G, P, H, W, n_parts, stride_b, stride_g, stride_c, stride_h, stride_w,
-        **_constants(modality), FORM=form, TAU=float(tau), WINDOW=window, ACC=ACC)
+        **_constants(row), FORM=form, TAU=float(tau), WINDOW=window, ACC=ACC)
     return rel, agree, part[..., 0] if n_parts == 1 else part.sum(-1)
 
 
-def _constants(modality):
-    """The thresholds and weights of relations.py, as the kernel wants them."""
-    return dict(MODALITY=modality, DEAD=MODALITIES[modality].dead, SAME=SAME_ALBEDO, LUMA_R=LUMA[0], LUMA_G=LUMA[1],
-                LUMA_B=LUMA[2], PARTS=PARTS, BLOCK=BLOCK)
+def _constants(row):
+    """Rule, thresholds and weights of a relations.Modality, as the kernel wants them."""
+    return dict(RULE=row.rule, DEAD=row.dead, SAME=SAME_ALBEDO, LUMA_R=LUMA[0], LUMA_G=LUMA[1], LUMA_B=LUMA[2],
+                PARTS=PARTS, BLOCK=BLOCK)
 
 
 def pair_reward(pred, pts, prob, weight, modality, form="soft", tau=0.1, window=0, check=True):
@@ -190,14 +196,16 @@ def pair_reward(pred, pts, prob, weight, modality, form="soft", tau=0.1, window=
     check     False: the caller has checked that the points lie inside (the check waits for the GPU)
     returns   relation int8 (B, G, P) for "hard" and None for the other forms; agreement (B, G, P) in [0, 1] and
               reward (B, G), both fp32, or fp64 for fp64 maps
-    raises    ValueError       shapes that do not fit, unknown modality or form, points outside the map
+    raises    ValueError       shapes that do not fit, unknown modality or form, points outside the map; on a GPU a rule
+                               that the kernel does not know
     """
     if form not in FORMS:
         raise ValueError(f"pair_reward: got form {form!r}, want one of {', '.join(FORMS)}")
     if modality not in MODALITIES:
         raise ValueError(f"pair_reward: got modality {modality!r}, want one of {', '.join(MODALITIES)}")
     B = len(pred)
-    C = MODALITIES[modality].channels
+    row = MODALITIES[modality]
+    C = row.channels
     if pred.ndim != 5 or pred.shape[2] != C:
         raise ValueError(f"pair_reward: got pred {tuple(pred.shape)}, want (B, G, {C}, H, W) for {modality!r}")
     if pts.ndim != 4 or pts.shape[0] != B or pts.shape[2:] != (2, 2):
@@ -210,7 +218,7 @@ def pair_reward(pred, pts, prob, weight, modality, form="soft", tau=0.1, window=
     wants_gradient = torch.is_grad_enabled() and pred.requires_grad
     if not uses_triton(pred) or wants_gradient or not pred.numel() or not pts.numel():
         return pair_reward_ref(pred, pts, prob, weight, modality, form, tau, window)
-    return _launch(pred.detach(), pts, prob.detach(), weight.detach(), modality, form, tau, window)
+    return _launch(pred.detach(), pts, prob.detach(), weight.detach(), row, form, tau, window)
 
 
 SIZES = {k: "i32" for k in ("G", "P", "H", "W", "n_parts", "n", "stride_b", "stride_g", "stride_c", "stride_h",
@@ -219,7 +227,9 @@ TYPES = {"pred_ptr": "*bf16", "pts_ptr": "*i64", "prob_ptr": "*fp32", "weight_pt
          "high_ptr": "*fp32", "rel_ptr": "*i8", "agree_ptr": "*fp32", "part_ptr": "*fp32", **SIZES}
 AOT = [  # (kernel, argument types, constexprs); compiled for each target in tests/test_aot.py
     (_range_kernel, TYPES, dict(PARTS=PARTS, BLOCK=RANGE_BLOCK, ACC=tl.float32)),
-    *((_pair_reward_kernel, TYPES, dict(**_constants(m), FORM=form, TAU=0.1, WINDOW=window, ACC=tl.float32))
+    *((_pair_reward_kernel, TYPES, dict(**_constants(MODALITIES[m]), FORM=form, TAU=0.1, WINDOW=window, ACC=tl.float32))
       for m, form, window in (("depth", "hard", 1), ("normal", "soft", 0), ("albedo", "brier", 0),
                               ("irradiance", "soft", 2))),
+    (_pair_reward_kernel, TYPES, dict(**_constants(replace(MODALITIES["depth"], rule="more")), FORM="hard", TAU=0.1,
+                                      WINDOW=0, ACC=tl.float32)),
 ]

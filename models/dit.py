@@ -5,7 +5,7 @@
     var = (1-t)^2 s^2 + t^2,  c_skip = (t - (1-t) s^2) / var,  c_out = s / sqrt(var),  c_in = 1 / sqrt(var)
 
 A photo encoder runs once per photo and is shared by the samples of a group; a smaller denoiser runs at every step.
-Maps live in pixel space as 3 channels in [-1, 1]: depth repeated, normals as they are, albedo and irradiance 2 m - 1.
+Maps live in pixel space as 3 channels in [-1, 1] (maps.center_map); a map of one channel is repeated.
 Depth is affine-invariant: 0 near .. 1 far after the 2 % and 98 % quantiles of the valid pixels.
 Source: ours. PRISM, the paper's rectified-flow base model, has no public code or weights (differs). The c_* are the
 variance-preserving coefficients of EDM (Karras et al. 2022) for this path.
@@ -18,9 +18,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from data.maps import center_map
 from models import lora
 from models.positions import grid_positions
-from relations import NAMES, relative_depth
+from relations import MODALITIES, NAMES
 from runtime.files import read_json, read_tensors, refuse, write_json, write_tensors
 from runtime.ranks import mean_over_ranks
 from runtime.weights import LAYERS, bounded_integer, load_strict
@@ -181,10 +182,10 @@ class DiT(nn.Module):
 
     def decode(self, x, modality, cond=None):
         """Map of the modality table from a clean state: (B, 3, H, W) -> (B, C, H, W)."""
-        if modality == "depth":
-            return ((x.mean(1, keepdim=True) + 1) / 2).clamp(0, 1)
-        if modality == "normal":
+        row = MODALITIES[modality]
+        if row.kind == "vector":
             return F.normalize(x, dim=1, eps=1e-6)
+        x = x.mean(1, keepdim=True) if row.channels == 1 else x
         return ((x + 1) / 2).clamp(0, 1)
 
     def convert_maps(self, maps):
@@ -245,12 +246,8 @@ def to_state(maps, mask, modality):
     maps     dict of (B, C, H, W) (depth in metres, may be inf where invalid); mask (B, 1, H, W) bool
     returns  (B, 3, H, W); invalid pixels hold 0
     """
-    x = maps[modality]
-    if modality == "depth":
-        x = (2 * relative_depth(x, mask) - 1).expand(-1, 3, -1, -1)
-    elif modality != "normal":
-        x = 2 * x - 1
-    return torch.where(mask, x, 0.0)
+    x = center_map(maps[modality], MODALITIES[modality].kind, mask)
+    return torch.where(mask, x.expand(-1, 3, -1, -1), 0.0)
 
 
 def flow_loss(policy, maps, modalities, draw):

@@ -17,6 +17,7 @@ from relations import MODALITIES
 
 TURN = "<|im_start|>"
 END = "<|im_end|>"
+UNKNOWN = "<unk>"                 # a word that the tokenizer of a judge trained from scratch does not know
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 SYSTEM = ("你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的"
@@ -181,7 +182,7 @@ class Prompt:
 
     text       True: a tokenizer may split a deciding word into tokens; that modality is then missing in `answers` and
                `sentences`, and the judge must be asked for text
-    raises     ValueError when the tokenizer has no image token, or splits a deciding word
+    raises     ValueError when the tokenizer has no image token, does not know a question, or splits a deciding word
     """
 
     def __init__(self, tokenizer, system, family, image_tokens, text=False):
@@ -202,6 +203,9 @@ class Prompt:
         for name, m in MODALITIES.items():
             question = f"{m.question}{END}\n{TURN}assistant\n"
             self.asked[name] = encode(question)
+            if tokenizer.convert_tokens_to_ids(UNKNOWN) in self.asked[name]:
+                raise ValueError(f"judge: the tokenizer does not know all words of {m.question!r}; want a judge that "
+                                 f"was trained on {name!r}")
             self.blocks[name] = block = encode(question + m.prefix)
             full = [encode(f"{question}{sentence}{END}") for sentence in m.answers]
             words = [encode(question + m.prefix + (" " if m.prefix else "") + word) for word in m.words]

@@ -19,17 +19,17 @@ from transformers import (
     Qwen2Config,
 )
 
+from data.maps import center_map
 from data.questions import true_relations
-from models.families import END, FAMILIES, TURN
+from models.families import END, FAMILIES, TURN, UNKNOWN
 from models.positions import grid_positions
-from relations import LUMA, MODALITIES, NAMES, draw_markers, relative_depth, sample_pairs
+from relations import LUMA, MODALITIES, NAMES, draw_markers, sample_pairs
 from runtime.ranks import mean_over_ranks, on_device, own_part, world
 
 INTERNVL = FAMILIES["internvl"]
 IMG = INTERNVL.image
-EMPHASIS = (1.2, 2.0, 0.4, 0.4)      # weight of each modality in the pair loss: shape is learnt slower than colour
-DENSE_EMPHASIS = (3.0, 1.0, 1.0, 3.0, 0.5, 0.5, 0.5, 1.0)     # weight of depth, normal x y z, albedo r g b, irradiance
-ALBEDO = NAMES.index("albedo")
+EMPHASIS = dict(depth=1.2, normal=2.0, albedo=0.4, irradiance=0.4)     # in the pair loss; shape is learnt slower; or 1
+DENSE_EMPHASIS = dict(depth=3.0, normal=(1.0, 1.0, 3.0), albedo=0.5)   # of a map, or of each of its channels; or 1
 SPECIAL = (TURN, END, INTERNVL.opening, INTERNVL.closing.rstrip(), IMG)
 
 
@@ -51,10 +51,10 @@ def mini_tokenizer(whole_questions=True):
     split = pre_tokenizers.Split(Regex(rf"{questions}\w+|[^\w\s]"), "removed", invert=True)
     texts = [text for m in MODALITIES.values() for text in (m.question, *m.answers)]
     tokens = sorted({w for text in [*texts, "system user assistant"] for w, _ in split.pre_tokenize_str(text)})
-    vocab = {w: i for i, w in enumerate([*SPECIAL, "<unk>", *tokens])}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    vocab = {w: i for i, w in enumerate([*SPECIAL, UNKNOWN, *tokens])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = split
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>",
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=UNKNOWN,
                                    additional_special_tokens=list(SPECIAL))
 
 
@@ -98,7 +98,7 @@ class Probe(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(torch.randint(2**31, (1,), generator=rng)))
             self.norm = nn.LayerNorm(sizes.width)
-            self.dense = nn.Linear(sizes.width, len(DENSE_EMPHASIS) * sizes.patch**2)
+            self.dense = nn.Linear(sizes.width, len(dense_emphasis()) * sizes.patch**2)
             self.pairs = nn.Sequential(nn.Linear(2 * sizes.width, sizes.width), nn.GELU(),
                                        nn.Linear(sizes.width, len(MODALITIES)))
             self.marker_head = nn.Linear(sizes.width, 3)
@@ -127,13 +127,25 @@ def class_weights(rel):
     return weight * rel.shape[:-1].numel() / 2
 
 
+def dense_emphasis():
+    """Weights of the K channels that the probe regresses, modality by modality."""
+    weights = []
+    for m, row in MODALITIES.items():
+        one = torch.tensor(DENSE_EMPHASIS.get(m, 1.0))
+        weights += one.expand(1 if row.rule == "brighter" else row.channels).tolist()
+    return weights
+
+
 def dense_targets(maps, patch):
-    """Normalised depth, normal, albedo and irradiance luma under every token: (B, L, 8 p^2) and their mask."""
+    """All modalities in [-1, 1] under every token, luma where that is compared: (B, L, K p^2) and their mask."""
     mask = maps["mask"]
-    depth = relative_depth(maps["depth"], mask)
-    luma = torch.einsum("bchw,c->bhw", maps["irradiance"], maps["irradiance"].new_tensor(LUMA))[:, None]
-    maps = torch.cat((2 * depth - 1, maps["normal"], 2 * maps["albedo"] - 1, 2 * luma - 1), 1)      # (B, 8, H, W)
-    maps = torch.where(mask, maps, 0.0)
+    targets = []
+    for m, row in MODALITIES.items():
+        x = maps[m]
+        if row.rule == "brighter":
+            x = torch.einsum("bchw,c->bhw", x, x.new_tensor(LUMA))[:, None]
+        targets.append(center_map(x, row.kind, mask))
+    maps = torch.where(mask, torch.cat(targets, 1), 0.0)                        # (B, K, H, W)
     return _tokens(maps, patch), _tokens(mask.float().expand_as(maps), patch)
 
 
@@ -158,17 +170,19 @@ def marker_loss(logits, index, shown):
 def choose_pairs(rel, rng):
     """Number of the pair that is marked in each photo: relations (B, P, M) -> (B, 1).
 
-    "Same" albedo is rare, so every other photo marks such a pair if it has one.
+    "Yes" is a rare answer, so every other photo marks a pair with it if it has one.
     """
     n = len(rel) * world()                                                      # photos of all ranks
     order = own_part(torch.rand(n, rel.shape[1], generator=rng, device=rel.device))
     even = own_part(torch.arange(n, device=rel.device))[:, None] % 2 == 0
-    order += even * (rel[..., ALBEDO] > 0)
+    for k, row in enumerate(MODALITIES.values()):
+        if row.yes_no:
+            order += even * (rel[..., k] > 0)
     return order.argmax(1)[:, None]
 
 
 def answer_loss(judge, images, features, rel, pair_logits):
-    """Cross-entropy of the deciding words of four questions about marked photos.
+    """Cross-entropy of the deciding words of all questions about marked photos.
 
     features  of judge.vision;  rel (B, M) of the marked pairs;  pair_logits (B, M) of the probe for them
     The target of a pair without an answer (dead zone, sky) is 50/50. Any other target is the mean of the truth and the
@@ -185,9 +199,9 @@ def answer_loss(judge, images, features, rel, pair_logits):
 def judge_loss(judge, probe, maps, answers, draw, pairs=128):
     """Loss of one step of training a judge from scratch.
 
-    maps     dict of scenes with rgb, depth, normal, albedo, irradiance, mask
+    maps     dict of scenes with rgb, all modalities, mask
     answers  False: the vision tower alone (dense, pairs, markers)
-             True: the answers to four questions about one marked pair as well
+             True: the answers to all questions about one marked pair as well
     returns  scalar, dict of its 0-dim parts
     """
     rgb = maps["rgb"]
@@ -204,8 +218,8 @@ def judge_loss(judge, probe, maps, answers, draw, pairs=128):
     features = judge.vision(images)
     dense, pair_logits, marker_logits = probe(features[0], pts)
     target, ok = dense_targets(maps, probe.patch)
-    ok = ok * ok.new_tensor(DENSE_EMPHASIS).repeat_interleave(probe.patch**2)
-    emphasis = dense.new_tensor(EMPHASIS).float()
+    ok = ok * ok.new_tensor(dense_emphasis()).repeat_interleave(probe.patch**2)
+    emphasis = dense.new_tensor([EMPHASIS.get(m, 1.0) for m in NAMES]).float()
     loss_dense = ((dense - target).square() * ok).sum() / mean_over_ranks(ok.sum()).clamp_min(1)
     loss_pairs = (F.binary_cross_entropy_with_logits(pair_logits.float(), (rel > 0).float(), reduction="none")
                   * class_weights(rel) * emphasis).mean()

@@ -140,9 +140,10 @@ class MapWrapper(FlowWrapper):
         one = MODALITIES[modality].channels
         x = x if one == self.channels else x.mean(1, keepdim=True)
         maps = x if cond is None else x * self._scale(x, cond, modality)
-        if modality == "normal":
+        kind = MODALITIES[modality].kind
+        if kind == "vector":
             return F.normalize(maps, dim=1, eps=1e-6)
-        return maps if modality == "depth" else maps.clamp(0, 1)
+        return maps if kind == "distance" else maps.clamp(0, 1)
 
 
 def wrap(network, name):

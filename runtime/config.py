@@ -12,7 +12,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from relations import NAMES
 from runtime import files
 
 
@@ -96,7 +95,6 @@ class Config:
     credit: str = "global"           # global: one advantage per sample (paper); pair: around a pair's points
     credit_width: float = 1.0        # px of the state, width of the splat around a point
     reward: str = "hard"             # hard (paper), confidence: relation; soft, brier: tanh(margin/tau) against 2p-1
-    tau: str = "0.1"                 # softness of soft and brier, in units of the margin: one, or one per modality
     jitter: int = 1                  # px, side of the square around a judged point in which the map is read (paper: 1)
     dead_zone: str = "half"          # hard, confidence: a map's answer in the dead zone counts one half, or skip: not
     window: int = 0                  # px, radius of the mean read at a point (paper: 0, one pixel)
@@ -136,20 +134,14 @@ class Config:
         """K, number of noisy steps of a rollout."""
         return dict(full=self.sample_steps - 1, branch=1, window=self.stochastic)[self.rollout]
 
-    def softness(self, modality):
-        """tau of a modality: one number for all, or one each in the order of relations.MODALITIES."""
-        values = [float(t) for t in self.tau.split(",")]
-        return values[NAMES.index(modality) % len(values)]
-
 
 # --estimator: how rewards become a gradient. credit_width, KL, clip, replay, EMA, lr, T, N and G stay the preset's, and
 # so does the jitter under `pair`, which is the side of a judge's token
 ESTIMATORS = {
     "paper": dict(credit="global", rollout="full", tail=0, noise_blocks="1", reward="hard", norm="group",
                   modalities="one", balance=0, jitter=1, window=0, depth_normal=0.0, shading=0.0, exploration="flow"),
-    "pair": dict(credit="pair", rollout="branch", tail=1, noise_blocks="1,2,4,8", reward="brier",
-                 tau="0.4,0.5,0.05,0.25", norm="global", modalities="joint", balance=1, window=0, depth_normal=0.0,
-                 shading=0.0, exploration="auto"),
+    "pair": dict(credit="pair", rollout="branch", tail=1, noise_blocks="1,2,4,8", reward="brier", norm="global",
+                 modalities="joint", balance=1, window=0, depth_normal=0.0, shading=0.0, exploration="auto"),
 }
 PRESETS = {
     # 2 CPU cores, procedural scenes, everything trained from scratch
@@ -312,9 +304,6 @@ def problem(cfg, preset="mini"):
         return f"--group {cfg.group}: a group of one has no advantage; want at least 2"
     if cfg.sample_steps < 2:
         return f"--sample-steps {cfg.sample_steps}: the last step is deterministic; want at least 2"
-    if not re.fullmatch(r"(\d*\.?\d+,){3}\d*\.?\d+|\d*\.?\d+", cfg.tau) or any(
-            float(t) == 0 for t in cfg.tau.split(",")):
-        return f"--tau {cfg.tau!r}: want one number above 0, or four between commas: depth, normal, albedo, irradiance"
     if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", cfg.noise_blocks):
         return f"--noise-blocks {cfg.noise_blocks!r}: want sizes in px between commas, such as 1,2,4"
     if cfg.rollout == "window" and cfg.stochastic >= cfg.sample_steps:

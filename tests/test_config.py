@@ -89,7 +89,7 @@ def test_settings_that_do_not_add_up_are_named_with_their_value(capsys, argv, wo
 
 
 @pytest.mark.parametrize("name", ["patch", "judge_patch", "heads", "judge_heads", "save_every", "base_scenes",
-                                  "judge_scenes", "eval_images", "eval_steps", "tau", "credit_width", "window",
+                                  "judge_scenes", "eval_images", "eval_steps", "credit_width", "window",
                                   "lr", "layers", "noise_blocks", "stochastic", "group"])
 def test_a_number_that_would_fail_or_mislead_later_is_refused_now(capsys, name):
     flag = "--" + name.replace("_", "-")
