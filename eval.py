@@ -20,8 +20,8 @@ from judge import load_judge
 from predictor import load_predictor
 from relations import NAMES
 from runtime.command import run_command
-from runtime.config import Parser
 from runtime.files import write_json
+from runtime.flags import Parser
 from runtime.ranks import pick_device
 
 PROCEDURAL = ("synthetic", "broad", "wild")

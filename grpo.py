@@ -36,6 +36,7 @@ from relations import MODALITIES, NAMES, check_points
 from runtime.ranks import autocast, mean_over_ranks
 
 FORM = dict(hard="hard", confidence="hard", soft="soft", brier="brier")         # of kernels/pair_reward.py
+CREDIT_WIDTH = 1 / 32             # of the splat around a point, as a share of the state's width
 GAP = 0.1                         # most that two computations of a velocity in bf16 differ, relative (eager, CPU: 0)
 
 
@@ -115,7 +116,7 @@ class Conditioned:
 
 def draw_squares(batch):
     """Side of the squares that share exploration noise, drawn for each row: (M*B,) int64; 1 where it must be white."""
-    sizes = torch.tensor([int(k) for k in batch.cfg.noise_blocks.split(",")])
+    sizes = torch.tensor(batch.cfg.noise_blocks)
     sides = sizes[batch.draw.integers(len(sizes), (len(batch.modalities), batch.draw.batch), axis=1)]
     sides[[MODALITIES[m].white for m in batch.modalities]] = 1
     return sides.flatten()
@@ -138,9 +139,7 @@ def sample_groups(actor, batch):
         whole = K, M, batch.draw.batch, N // (M * B), *rest
         return batch.draw.normal(whole, batch.rgb.device, axis=2).reshape(shape)
 
-    starts = 1 if cfg.init_noise == "shared" else cfg.group
-    noise = normal((starts, M * B, *actor.shape(batch.rgb)))
-    noise = noise[0] if starts == 1 else noise.transpose(0, 1)                  # (M*B, c, h, w) or (M*B, G, c, h, w)
+    noise = normal((1, M * B, *actor.shape(batch.rgb)))[0]                      # a group shares it: (M*B, c, h, w)
     squares = draw_squares(batch)
     plan = plan_walk(actor.times(cfg.sample_steps), cfg.noisy_steps, exploration, cfg.noise, batch.draw,
                      cfg.tail)
@@ -194,8 +193,7 @@ def agreement(pred, pts, prob, modality, cfg):
     weight = pair_weights(prob, modality, cfg)
     prob = prob.where(prob.isfinite(), 0.5)                                     # of no weight
     form = FORM[cfg.reward]
-    rel, agree, reward = pair_reward(pred, pts, prob, weight, modality, form, MODALITIES[modality].tau, cfg.window,
-                                     check=False)
+    rel, agree, reward = pair_reward(pred, pts, prob, weight, modality, form, MODALITIES[modality].tau, check=False)
     if form == "hard" and cfg.dead_zone == "skip":
         share = weight[:, None] * (rel != 0)                                    # (B, G, P)
         others = (agree * share).sum(-1, keepdim=True) / share.sum(-1, keepdim=True)        # NaN: the map answers none
@@ -260,7 +258,7 @@ def advantage(scored, batch, transitions):
         else:
             size = transitions[0].x.shape[-2:]
             pts = batch.pts * size[1] // batch.rgb.shape[-1]                    # photo pixels -> pixels of the state
-            local = pair_credit(one.agree, one.weight, pts, size, cfg.credit_width, check=False)
+            local = pair_credit(one.agree, one.weight, pts, size, CREDIT_WIDTH * size[1], check=False)
             credit = scale_credit(local, cfg.norm)
             extra = [weight * scale_credit(F.adaptive_avg_pool2d(agree - agree.mean(1, keepdim=True), size), cfg.norm)
                      for _, weight, agree in one.consistency]

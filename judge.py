@@ -29,8 +29,8 @@ from models.families import END, FAMILIES, SYSTEM, Prompt, read_answer
 from models.mini_judge import mini_network, mini_tokenizer
 from relations import MODALITIES, NAMES, draw_markers
 from runtime.command import run_command
-from runtime.config import Parser
 from runtime.files import replace_files, write_json
+from runtime.flags import Parser
 from runtime.ranks import pick_device
 from runtime.weights import RULES, open_own, read_spec
 

@@ -35,7 +35,7 @@ from models.schedule import check_times, eta_coefficients, eta_factors
 from models.wrapper import wrap
 from relations import MODALITIES
 from runtime.command import run_command
-from runtime.config import Parser
+from runtime.flags import Parser
 from runtime.ranks import pick_device
 from runtime.weights import RULES, open_own, read_spec
 
@@ -164,7 +164,7 @@ def rollout(velocity, x, plan, group, normal, squares=None):
     """Walk a plan: sample a group of maps per row and record the noisy steps.
 
     velocity  (x (N, c, h, w), t float) -> v; the N / R samples of a row lie side by side
-    x         (R, c, h, w) initial state shared by a group, or (R, G, c, h, w) one of each sample
+    x         (R, c, h, w) initial state, shared by a group
     plan      list of Leg, at least one of them noisy: of `plan_walk`, or one step from a photo to its map
     normal    shape (K, N, c, h, w) of the noise of N states -> standard normal numbers
     squares   (R,) px of the state, side of the squares in which a row's noise is one number; None: 1, white (paper)
@@ -172,10 +172,8 @@ def rollout(velocity, x, plan, group, normal, squares=None):
     raises    ValueError  a plan without a noisy step
     """
     R = len(x)
-    is_shared = x.ndim == 4
     if not any(leg.std > 0 for leg in plan):
         raise ValueError(f"predictor.rollout: got a plan of {len(plan)} deterministic steps; want at least one noisy")
-    x = x if is_shared else x.flatten(0, 1)
     squares = torch.ones(R, dtype=torch.int64) if squares is None else squares
     transitions = []
     for leg in plan:
@@ -183,7 +181,7 @@ def rollout(velocity, x, plan, group, normal, squares=None):
         if leg.std == 0:
             x = x + leg.B * v
             continue
-        K = group if is_shared and not transitions else 1                       # a shared state branches here
+        K = 1 if transitions else group                                         # the shared state branches here
         side = squares.repeat_interleave(len(x) // R)                           # per state
         eps = fill_squares(normal((K, *x.shape)).to(x.device).transpose(0, 1), side)
         x_next, mean = sde_step(x, v, eps, leg.A, leg.B, leg.std)               # (R, K, c, h, w)

@@ -27,13 +27,14 @@ from judge import ORACLE, build_mini_judge, load_judge, open_judge
 from models import lora
 from models.copies import Networks, average_decay, compile_velocity, frozen_copy, trained_part, update_average
 from models.dit import DiT, DiTConfig, flow_loss
-from models.finetune import add_lora, tuning_gradient
+from models.finetune import WARMUP, add_lora, tuning_gradient
 from models.mini_judge import MiniSizes, Probe, judge_loss
 from predictor import load_predictor
 from relations import NAMES, sample_pairs
 from runtime import ranks
 from runtime.command import run_command, run_stage
-from runtime.config import UserError, grpo_settings, parse, plan, stage_settings
+from runtime.config import MICRO, UserError, fixed_settings, plan
+from runtime.flags import parse
 from runtime.ranks import STREAMS, generator
 from runtime.run import Run, cosine, optimizers
 from runtime.weights import read_spec, weights_digest
@@ -45,11 +46,10 @@ def train_base(cfg, device):
     average = frozen_copy(policy)
     if cfg.compile:
         compile_velocity(policy)
-    opts = optimizers([policy], cfg.base_lr, cfg.base_muon, weight_decay=0.01)
+    opts = optimizers([policy], cfg.base_lr, 2 * cfg.base_lr * cfg.muon, weight_decay=0.01)
     ranks.divide_batch(cfg.base_batch, "base-batch")
-    fixed = stage_settings(cfg, "base", "size", "width", "encoder_layers", "layers", "heads", "patch", "compile")
-    run = Run(Path(cfg.out) / "base", fixed, cfg.seed, cfg.base_steps, dict(policy=policy, average=average), opts,
-              cfg.save_every, cfg.keep)
+    run = Run(Path(cfg.out) / "base", fixed_settings(cfg, "base"), cfg.seed, cfg.base_steps,
+              dict(policy=policy, average=average), opts, cfg.save_every)
     if run.has_steps:
         scenes = ScenePool("synthetic", "train", cfg.base_scenes, cfg.size, device=device)
     for step, draw in run.steps("base", cfg.stop_at, STREAMS["base"], cfg.base_batch):
@@ -73,11 +73,11 @@ def train_judge(cfg, device):
     probe = Probe(sizes, generator(cfg.seed, STREAMS["judge"], 1)).to(device)
     vision = [*model.model.model.vision_tower.parameters(), *probe.parameters()]
     text = [p for name, p in model.model.named_parameters() if ".vision_tower." not in name]
-    opts = optimizers([model, probe], cfg.judge_lr, cfg.judge_muon, cfg.judge_decay)
+    opts = optimizers([model, probe], cfg.judge_lr, 4 * cfg.judge_lr * cfg.muon, weight_decay=0.02)
     ranks.divide_batch(cfg.judge_batch, "judge-batch")
     warm = int(cfg.judge_warm * cfg.judge_steps)
-    run = Run(Path(cfg.out) / "judge", stage_settings(cfg, "judge", "size"), cfg.seed, cfg.judge_steps,
-              dict(judge=model, probe=probe), opts, cfg.save_every, cfg.keep)
+    run = Run(Path(cfg.out) / "judge", fixed_settings(cfg, "judge"), cfg.seed, cfg.judge_steps,
+              dict(judge=model, probe=probe), opts, cfg.save_every)
     if run.has_steps:
         scenes = ScenePool("broad", "train", cfg.judge_scenes, cfg.size, device=device)
     for step, draw in run.steps("judge", cfg.stop_at, STREAMS["judge"], cfg.judge_batch):
@@ -98,23 +98,21 @@ def tune_judge(cfg, device):
     """
     folder = Path(cfg.out) / "judge"
     model = load_judge(cfg.judge, device, size=cfg.size)
-    add_lora(model, cfg.judge_rank, cfg.judge_alpha, cfg.judge_dropout, generator(cfg.seed, STREAMS["lora"]),
-             checkpointing=True)
+    add_lora(model, generator(cfg.seed, STREAMS["lora"]), checkpointing=True)
     rows = questions.training_questions(cfg, model.grid)
-    ranks.divide_batch(cfg.judge_batch // cfg.judge_micro, "judge-batch / --judge-micro")
+    ranks.divide_batch(cfg.judge_batch // (cfg.micro or MICRO), "judge-batch / --micro")
     steps = math.ceil(cfg.judge_passes * len(rows) / cfg.judge_batch)
     learnt = trained_part(model.model)
-    opts = optimizers([learnt], cfg.judge_lr, 0, cfg.judge_decay, betas=(0.9, 0.999))
-    fixed = stage_settings(cfg, "judge", "size", "scenes", "judge") | dict(
-        questions=len(rows), judge_weights=weights_digest(cfg.judge))
-    run = Run(folder, fixed, cfg.seed, steps, dict(adapters=learnt), opts, cfg.save_every, cfg.keep)
+    opts = optimizers([learnt], cfg.judge_lr, 0, weight_decay=0.01, betas=(0.9, 0.999))
+    fixed = fixed_settings(cfg, "tuned judge") | dict(questions=len(rows), judge_weights=weights_digest(cfg.judge))
+    run = Run(folder, fixed, cfg.seed, steps, dict(adapters=learnt), opts, cfg.save_every)
     ranks.say(f"judge: {len(rows)} questions, {steps} steps of {cfg.judge_batch}; "
               f"{sum(p.numel() for p in learnt.parameters())} weights train")
     model.train()
     for step, _ in run.steps("judge", cfg.stop_at):
         loss = tuning_gradient(model, rows, step, cfg, device, run)
         norm = run.update(None, [list(learnt.parameters())],
-                          cosine(step, steps, warmup=max(1, int(cfg.judge_warmup * steps))))
+                          cosine(step, steps, warmup=max(1, int(WARMUP * steps))))
         run.log(step, {"loss": loss, "grad/norm": norm}, show=("loss",))
     if run.begin_result("judge.json"):
         lora.save_adapter(model.model, folder / "adapter", base=cfg.judge, task="CAUSAL_LM")
@@ -163,7 +161,7 @@ def train_grpo(cfg, device, sample=grpo.sample_groups, gradient=grpo.policy_grad
     """
     nets = Networks(functools.partial(load_predictor, cfg.start), cfg, device)
     opts = optimizers([nets.policy], cfg.lr, 0, weight_decay=0.0, betas=(0.9, 0.95))
-    run = Run(cfg.grpo_folder, resume_key(cfg), cfg.seed, cfg.steps, nets.modules, opts, cfg.save_every, cfg.keep)
+    run = Run(cfg.grpo_folder, resume_key(cfg), cfg.seed, cfg.steps, nets.modules, opts, cfg.save_every)
     watch = Watch(nets, run, cfg, base=str(cfg.start), trained_on=cfg.images or "procedural wild photos")
     photos = judgements(cfg, device, nets.policy.modalities) if run.has_steps else None
     replay = scene_pool("synthetic", "train", cfg.base_scenes, cfg.size, device=device) if (
@@ -201,7 +199,7 @@ def resume_key(cfg):
     """What a GRPO run may not change when it resumes: settings, and digests of both weights."""
     ranks.divide_batch(cfg.batch, "batch")
     judge = cfg.judge if cfg.judge == ORACLE else open_judge(cfg.judge or Path(cfg.out) / "judge").digest()
-    return grpo_settings(cfg) | dict(policy_weights=weights_digest(cfg.start), judge=judge)
+    return fixed_settings(cfg, "grpo") | dict(policy_weights=weights_digest(cfg.start), judge=judge)
 
 
 STAGES = dict(base=train_base, judge=train_judge, grpo=train_grpo)

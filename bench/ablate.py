@@ -16,6 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+import torch
 
 import train
 from bench import baselines
@@ -27,8 +28,9 @@ from predictor import load_predictor
 from relations import NAMES
 from runtime import files, ranks
 from runtime.command import run_command
-from runtime.config import ESTIMATORS, PRESETS, Config, Parser, UserError
+from runtime.config import ESTIMATORS, PRESETS, Config, UserError, plain_settings
 from runtime.files import read_json
+from runtime.flags import Parser, read_setting
 from runtime.run import about
 
 STEPS = [  # (row, flags that it adds to the row above)
@@ -37,9 +39,9 @@ STEPS = [  # (row, flags that it adds to the row above)
     ("+pair", dict(credit="pair", norm="global", clip=0.1)),
     ("+soft", dict(reward="soft")),
     ("+joint", dict(modalities="joint")),
-    ("+blocks", dict(noise_blocks="1,2,4,8", tail=1)),
+    ("+blocks", dict(noise_blocks=(1, 2, 4, 8), tail=1)),
     ("+brier", dict(reward="brier")),
-    ("+jitter", dict(jitter=4, balance=1)),                                     # `all` has a higher learning rate too
+    ("+jitter", dict(jitter=4, balance=True)),                                  # `all` has a higher learning rate too
 ]
 BESIDE = {  # rows that start from the preset
     "all": {},
@@ -64,8 +66,8 @@ def rows_of():
 def row_config(args, row, seed):
     """runtime.config.Config of one run."""
     shared = Path(args.out) / f"seed{seed}"
-    run = dict(stage="grpo", seed=seed, threads=args.threads, device=args.device, policy=str(shared / "base"),
-               judge=str(shared / "judge"), bank=str(shared / "bank"), val_images=args.val_images, band=0, forget=0,
+    run = dict(stage="grpo", seed=seed, device=args.device, policy=str(shared / "base"),
+               judge=str(shared / "judge"), bank=str(shared / "bank"), band=0, forget=0,
                out=str(shared / row.replace(" ", "-").replace(",", "")))
     lr = dict(lr=args.paper_lr) if row in dict(STEPS) else {}
     return replace(Config(), **{**PRESETS[args.preset], **args.flags, **run, **rows_of()[row], **lr})
@@ -95,6 +97,7 @@ def prepare(args, seed):
     out = Path(cfg.policy).parent
     shared = replace(cfg, out=str(out), policy="", judge="", bank="")
     device = ranks.setup(shared)
+    torch.set_num_threads(args.threads)
     for stage in train.needed_stages(shared)[:-1]:
         train.STAGES[stage](replace(shared, stage=stage), device)
     train.judgements(cfg, device, NAMES)
@@ -102,7 +105,7 @@ def prepare(args, seed):
     known = read_json(path) if path.is_file() else {}
     for row in {"all", *args.rows}:
         own = row_config(args, row, seed)
-        key = json.dumps({k: v for k, v in asdict(own).items() if k not in ("out", "steps", "threads", "val_images")})
+        key = json.dumps({k: v for k, v in asdict(own).items() if k not in ("out", "steps")})
         if known.get(row, {}).get("settings") != key:
             known[row] = dict(settings=key, flops=flops_per_step(own, device, row))
             files.write_json(path, known)
@@ -115,18 +118,19 @@ def run_row(job):
     cfg = row_config(args, row, seed)
     cfg = replace(cfg, steps=steps, eval_every=max(1, steps // args.points))
     path = Path(cfg.out) / "figures.json"
-    key = dict(settings=asdict(cfg), split=args.split)
+    key = dict(settings=plain_settings(cfg), split=args.split)
     if path.is_file():
         figures = read_json(path)
         if figures["key"] != key:
             raise UserError(f"{path} holds figures of other settings; use another --out, or delete its folder")
         return figures
     device = ranks.setup(cfg)
+    torch.set_num_threads(args.threads)
     learn(cfg, device, row)
     before = load_predictor(cfg.policy).to(device)
     after = load_predictor(Path(cfg.out) / "grpo").to(device)
     figures = dict(row=row, seed=seed, steps=steps, photos=steps * cfg.batch, key=key,
-                   about=about(), start=watch.diagnose(before, cfg.size, cfg.eval_steps, cfg.val_images))
+                   about=about(), start=watch.diagnose(before, cfg.size, cfg.eval_steps, watch.validation_images(cfg)))
     for domain in ("wild", "synthetic"):
         maps = scene_pool(domain, args.split, cfg.eval_images, cfg.size).all()
         pairs = scores.eval_pairs(maps, scores.PAIRS, 1, 0)
@@ -226,7 +230,6 @@ def arguments(argv):
                    help="scenes that are scored; choose settings on val [test]")
     p.add_argument("--steps", type=int, default=0, help="steps of `all`; they set the budget; 0: the preset's [0]")
     p.add_argument("--points", type=int, default=5, help="evaluations along each curve [5]")
-    p.add_argument("--val-images", type=int, default=48, help="validation scenes of the curves [48]")
     p.add_argument("--paper-lr", type=float, default=1e-4, help="learning rate of paper to +jitter [1e-4]")
     p.add_argument("--out", default="out/ablate", help="folder of everything [out/ablate]")
     p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="[auto]")
@@ -234,13 +237,11 @@ def arguments(argv):
     p.add_argument("--jobs", type=int, default=1, help="runs at a time [1]")
     p.add_argument("--set", nargs="*", default=[], metavar="FLAG=VALUE", help="train.py flags of every row")
     args = p.parse_args(argv)
-    p.at_least(args, 1, "points", "val_images", "threads", "jobs")
-    types = {k: type(v) for k, v in asdict(Config()).items()}
-    unknown = [s for s in args.set if s.partition("=")[0].replace("-", "_") not in types]
-    if unknown:
-        p.error(f"--set {unknown[0]}: want FLAG=VALUE with a flag of train.py")
-    pairs = [s.partition("=")[::2] for s in args.set]
-    args.flags = {k.replace("-", "_"): types[k.replace("-", "_")](v) for k, v in pairs}
+    p.at_least(args, 1, "points", "threads", "jobs")
+    try:
+        args.flags = dict(read_setting(text) for text in args.set)
+    except ValueError as error:
+        p.error(f"--set {error}; want FLAG=VALUE with a flag of train.py and its value")
     args.rows = [r for r in names if r in args.rows]
     return args
 

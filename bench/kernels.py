@@ -24,8 +24,8 @@ from kernels import draw_markers, log_ratio, pair_credit, pair_reward, sde_step
 from models.dit import DiT, DiTConfig
 from relations import LUMA, MODALITIES, SAME_ALBEDO, relation, sample_pairs
 from runtime.command import run_command
-from runtime.config import Parser, parse
 from runtime.files import write_json
+from runtime.flags import Parser, parse
 from runtime.ranks import Draw
 from runtime.run import about
 

@@ -19,7 +19,8 @@ from models.copies import Networks
 from models.marigold import Marigold
 from models.schedule import Schedule
 from models.sd2 import VAE, UNet
-from runtime import config, ranks
+from runtime import ranks
+from runtime.flags import parse
 from runtime.run import optimizers
 
 
@@ -41,7 +42,7 @@ class Step:
     def __init__(self, bench, px, *flags):
         sizes = bench.sizes
         device = bench.device
-        self.cfg = config.parse([
+        self.cfg = parse([
             "--preset", "paper", "--stage", "grpo", "--policy", "P", "--judge", "J", "--images", "I", "--batch", "1",
             "--size", str(px), "--group", str(sizes.group), "--sample-steps", str(sizes.steps), "--pairs",
             str(sizes.pairs), "--bank-pairs", str(sizes.pairs), "--exploration", "ddim",

@@ -34,6 +34,7 @@ from models import vlm
 from models.mini_judge import IMG, mini_tokenizer
 from runtime import config, files, ranks
 from runtime.command import run_command
+from runtime.flags import Parser
 from runtime.run import about
 
 PARTS = ("kernels", "judge", "policy", "step", "memory")
@@ -140,7 +141,7 @@ def memory_part(bench):
         px = bench.sizes.sides[GPU.sides.index(row["px"])]
         if time.monotonic() > bench.deadline or bench.dry and row["px"] != GPU.sides[0]:    # tiny: the same paths
             continue
-        flags = ["--micro", "1", "--sample-steps", "3", "--checkpointing", str(int(row["checkpointing"]))]
+        flags = ["--micro", "1", "--sample-steps", "3", *["--checkpointing"] * row["checkpointing"]]
         held = 0 if bench.dry else torch.cuda.memory_allocated()                # a judge of another part
         step = Step(bench, px, *flags, *(["--lora", str(RANK)] if row["training"] != "full" else []))
         step.update()
@@ -213,7 +214,7 @@ def run_part(bench, name):
 
 def main(argv=None):
     """Command line."""
-    p = config.Parser(prog="bench.system", allow_abbrev=False, description=__doc__.splitlines()[0])
+    p = Parser(prog="bench.system", allow_abbrev=False, description=__doc__.splitlines()[0])
     what = p.add_mutually_exclusive_group(required=True)
     what.add_argument("--all", action="store_true", help="every part")
     what.add_argument("--part", choices=PARTS, help="one part")

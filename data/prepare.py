@@ -28,8 +28,9 @@ from data.pictures import save_png
 from data.pools import MAPS
 from relations import LUMA, srgb_encode
 from runtime.command import run_command
-from runtime.config import Parser, UserError
+from runtime.config import UserError
 from runtime.files import DamageGuard, limit, refuse, replace_files
+from runtime.flags import Parser
 
 FRAME = {"color": "final", "diffuse_reflectance": "final", "diffuse_illumination": "final", "depth_meters": "geometry",
          "normal_cam": "geometry"}

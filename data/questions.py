@@ -25,6 +25,7 @@ from runtime.files import DamageGuard, decode_json, path_inside, read_json, refu
 from runtime.ranks import barrier, generator, rank
 
 BLACK = 0.1                       # encoded luma (1 % linear); what is darker shows nothing that is seen on it
+PER_SCENE = 2                     # training questions per scene and modality, one of each answer (judge release: 1)
 CANDIDATES = 24                   # pairs that are drawn for each question that is wanted
 SHARE = 0.1                       # of the rooms, for validation
 JSONL = {"train": "intrinsic_judgement_train.jsonl", "val": "intrinsic_judgement_val.jsonl"}
@@ -228,7 +229,7 @@ def training_questions(cfg, grid):
     rows = []
     for is_turn in (rank() == 0, True):                                         # the others read what rank 0 has drawn
         if is_turn:
-            rows = load_questions(path, cfg.scenes, cfg.judge_pairs, cfg.size, cfg.seed, "train", rank() == 0, grid)
+            rows = load_questions(path, cfg.scenes, PER_SCENE, cfg.size, cfg.seed, "train", rank() == 0, grid)
         barrier()
     if not rows:
         raise UserError(f"train.py: {cfg.scenes} gives no training question; want more scenes (a tenth is held out)")

@@ -35,12 +35,17 @@ def reward_statistics(scored):
     return stats
 
 
+def validation_images(cfg):
+    """Number of validation scenes per domain of the figures in a run's log."""
+    return min(24, cfg.eval_images)
+
+
 class Watch:
     """Evaluates the average of a GRPO run, saves the best, and ends the run when a figure has left its band.
 
     nets   models.copies.Networks;  run  runtime.run.Run, whose `ended` it sets
     origin facts that saved copies record, such as the base
-    cfg    eval_every, eval_steps, val_images, band, forget, size, micro, fsdp of runtime.config.Config
+    cfg    eval_every, eval_steps, eval_images, band, forget, size, micro, fsdp of runtime.config.Config
     """
 
     def __init__(self, nets, run, cfg, **origin):
@@ -76,7 +81,7 @@ class Watch:
     def _figures(self, step):
         """Figures of the average. Sets `drifted`, the figure that has left its band, and saves the best so far."""
         cfg = self.cfg
-        figures = diagnose(self.nets.average, cfg.size, cfg.eval_steps, cfg.val_images, batch=cfg.micro or 64)
+        figures = diagnose(self.nets.average, cfg.size, cfg.eval_steps, validation_images(cfg), batch=cfg.micro or 64)
         figures = combine_numbers(figures) if cfg.fsdp else figures             # so that all ranks decide alike
         start = (validation_rows(self.run.folder) or [figures])[0]
         self.drifted = drift(figures, start, cfg.band, cfg.forget)

@@ -66,7 +66,7 @@ class Networks:
     @property
     def takes_part(self):
         """Whether this rank evaluates and writes the average: rank 0, or all when weights are spread over them."""
-        return rank() == 0 or bool(self.cfg.fsdp)
+        return rank() == 0 or self.cfg.fsdp
 
     def save_average(self, folder, **about):
         """Write the averaged policy, on rank 0; every rank that takes part must call this. raises OSError."""
@@ -89,7 +89,7 @@ def prepare_policy(policy, cfg):
         lora.inject(policy.network, policy.lora_targets, cfg.lora, cfg.lora, rng=rng)
     if hasattr(policy, "start_network"):                                        # of a MapWrapper: its scale
         policy.start_network = frozen_copy(policy.network)
-    policy.checkpointing(bool(cfg.checkpointing))
+    policy.checkpointing(cfg.checkpointing)
     return policy
 
 

@@ -8,12 +8,15 @@ import torch.nn.functional as F
 from data import questions
 from models import lora
 from runtime import ranks
+from runtime.config import MICRO
 from runtime.ranks import generator
 
+RANK, ALPHA, DROPOUT = 16, 32.0, 0.05                             # of the adapters
+WARMUP = 0.03                     # share of the steps with a rising learning rate
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # of the language model
 
 
-def add_lora(judge, r, alpha, dropout, rng, checkpointing=False):
+def add_lora(judge, rng, r=RANK, alpha=ALPHA, dropout=DROPOUT, checkpointing=False):
     """Freeze a judge.Judge and add adapters to the linear layers of its language model; returns their paths in it.
 
     checkpointing  True: recompute activations in the backward pass (while training)
@@ -51,13 +54,14 @@ def tuning_gradient(judge, rows, step, cfg, device, run):
     """Accumulate the gradient of one LoRA step on a judge over micro-batches; returns the loss.
 
     rows  all training questions, of data.questions;  run  runtime.run.Run
-    cfg   judge_batch, judge_micro, scenes, seed, precision of runtime.config.Config
+    cfg   judge_batch, micro, scenes, seed, precision of runtime.config.Config
     Dropout of a micro-batch is seeded by its step and number, so any number of processes takes the same steps.
     """
     batch = questions.batch_of(rows, step, cfg.judge_batch, cfg.seed)
     tokens = sum(len(judge.prompt.sentences[r["modality"]][not r["first"]]) for r in batch)
-    own = range(ranks.rank(), cfg.judge_batch // cfg.judge_micro, ranks.world())
-    parts = {k: batch[k * cfg.judge_micro:(k + 1) * cfg.judge_micro] for k in own}
+    micro = cfg.micro or MICRO
+    own = range(ranks.rank(), cfg.judge_batch // micro, ranks.world())
+    parts = {k: batch[k * micro:(k + 1) * micro] for k in own}
     run.where = [r["id"] for part in parts.values() for r in part]
     losses = []
     for k, part in parts.items():

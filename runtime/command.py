@@ -23,7 +23,7 @@ def _line(error):
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
         asked = re.search(r"(?:tried to allocate|Tried to allocate) ([\d.]+ \w+)", text)
         return (f"out of memory{f' ({asked[1]} more were wanted)' if asked else ''}; what is on the disk is whole; "
-                "take less at once: --micro, --checkpointing 1, --lora, a smaller batch or --size")
+                "take less at once: --micro, --checkpointing, --lora, a smaller batch or --size")
     if isinstance(error, OSError) and error.errno in FULL:
         return (f"{error.filename or 'a file'}: {error.strerror}; what is on the disk is whole; "
                 "make room and run the same command again")

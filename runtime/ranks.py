@@ -39,16 +39,12 @@ def pick_device(name, command):
 
 
 def setup(cfg):
-    """Join the process group when started by torchrun, choose threads and device; returns the torch.device."""
+    """Join the process group when started by torchrun, choose the device; returns the torch.device."""
     local = int(os.environ.get("LOCAL_RANK", 0))
     if cfg.fsdp and world() == 1:
-        raise UserError("train.py: --fsdp 1 with one process: it spreads the policy over those of torchrun "
+        raise UserError("train.py: --fsdp with one process: it spreads the policy over those of torchrun "
                         "--nproc_per_node=N")
     use_cuda = pick_device(cfg.device, "train.py").type == "cuda"
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
-    elif world() > 1 and not use_cuda:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     if use_cuda:
         if local >= torch.cuda.device_count():
             raise UserError(f"train.py: process {local} of this machine has no GPU of its own (there are "
@@ -59,7 +55,7 @@ def setup(cfg):
     if world() > 1 and not dist.is_initialized():
         _join("nccl" if use_cuda else "gloo")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")                 # without it cuBLAS refuses to be exact
-    torch.use_deterministic_algorithms(bool(cfg.deterministic))
+    torch.use_deterministic_algorithms(cfg.deterministic)
     return torch.device("cuda", local) if use_cuda else torch.device("cpu")
 
 

@@ -25,10 +25,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
 
-TINY = """--threads 1 --device cpu --size 16 --width 32 --heads 2 --encoder-layers 1 --layers 1 --patch 4
+TINY = """--device cpu --size 16 --width 32 --heads 2 --encoder-layers 1 --layers 1 --patch 4
     --judge-patch 4 --judge-width 32 --judge-heads 2 --judge-vision-layers 1 --judge-text-layers 1 --base-scenes 32
     --base-steps 16 --base-batch 4 --judge-scenes 32 --judge-steps 12 --judge-batch 4 --photos 12 --pairs 8
-    --bank-pairs 16 --group 4 --sample-steps 4 --steps 12 --batch 2 --eval-images 4 --val-images 4 --eval-steps 2
+    --bank-pairs 16 --group 4 --sample-steps 4 --steps 12 --batch 2 --eval-images 4 --eval-steps 2
     --eval-every 3 --save-every 2""".split()
 STAGES = ("base", "judge", "bank", "grpo", "eval")
 FORK = multiprocessing.get_context("forkserver")

@@ -16,7 +16,7 @@ from evaluation import plots
 from predictor import load_predictor
 from runtime.config import Config, UserError
 
-QUICK = ["--seeds", "0", "--points", "2", "--val-images", "4", "--device", "cpu", "--set"]
+QUICK = ["--seeds", "0", "--points", "2", "--device", "cpu", "--set"]
 SMALL = [f"{k.replace('-', '_')}={v}" for k, v in zip(
     *[iter(x.removeprefix("--") for x in test_train.TINY)] * 2, strict=True) if k not in ("threads", "device", "steps")]
 
@@ -63,7 +63,7 @@ def test_rows_share_base_judge_and_bank_and_have_their_own_folder():
 def test_an_unknown_flag_of_a_row_is_refused(capsys):
     with pytest.raises(SystemExit) as stop:
         ablate.arguments(["--set", "nonsense=1"])
-    assert stop.value.code == 2 and "--set nonsense=1: want FLAG=VALUE" in capsys.readouterr().err
+    assert stop.value.code == 2 and "--set nonsense=1; want FLAG=VALUE" in capsys.readouterr().err
 
 
 # a toy ablation ---------------------------------------------------------------------------------------------------

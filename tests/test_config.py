@@ -1,14 +1,21 @@
-"""config.py: help text, precedence, refusals in one line, presets, the paper's numbers, --dry-run."""
+"""config.py and flags.py: groups, help text, precedence, refusals, presets, the paper's numbers, resume, --dry-run."""
 import dataclasses
 import json
+import re
 
 import pytest
 
 import train
-from runtime.config import CHOICES, FREE, NETWORK, PRESETS, Config, grpo_settings, parse, problem, stage_settings
+from runtime.config import ESTIMATORS, GROUPS, KEPT, PRESETS, Config, fixed_settings, flag_of, problem, setting_type
+from runtime.flags import parse, read_setting
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 WEIGHTS = ["--policy", "P", "--judge", "J", "--images", "I"]
+PAPER_RUN = ["--preset", "paper", "--stage", "grpo", *WEIGHTS]
+CHOICES = [name for name, f in FIELDS.items() if setting_type(f)[1]]
+# what may change when a run resumes: what is run, memory and speed, saving and watching
+FREE = {"stage", "out", "device", "micro", "checkpointing", "fsdp", "kernels", "deterministic", "bank", "save_every",
+        "eval_every", "eval_images", "band", "forget", "detect_anomaly", "stop_at"}
 
 
 def refusal(capsys, *argv):
@@ -20,26 +27,59 @@ def refusal(capsys, *argv):
     return err
 
 
-def test_every_setting_has_a_flag_with_help_text(capsys):
+def shown(capsys, flag):
+    """What a help flag prints."""
     with pytest.raises(SystemExit) as stop:
-        parse(["--help"])
-    text = " ".join(capsys.readouterr().out.split())
+        parse([flag])
     assert stop.value.code == 0
+    return capsys.readouterr().out
+
+
+# help -------------------------------------------------------------------------------------------------------------
+
+def test_there_are_few_settings_and_each_is_in_one_group():
+    names = [f.name for group in GROUPS for f in dataclasses.fields(group)]
+    assert len(names) == len(set(names)) == len(FIELDS) <= 75
+
+
+def test_the_short_help_is_a_page_and_the_long_one_has_every_setting(capsys):
+    short, long = shown(capsys, "--help"), shown(capsys, "--help-all")
+    assert len(short.splitlines()) <= 60 and "--help-all" in short
     for name in FIELDS:
-        flag = "--" + name.replace("_", "-")
-        after = text.split(f" {flag} ", 2)[-1]
-        assert f"{flag} " in text and len(after.split(" --")[0].split()) >= 3, name
+        line, = [x for x in long.splitlines() if re.match(rf"  {flag_of(name)}\b(?!-)", x)]
+        assert line.endswith("]"), line
+    assert all(group.__doc__ in long for group in GROUPS)
+    assert {flag_of(f.name) for g in GROUPS[:3] for f in dataclasses.fields(g)} <= set(re.findall(r"--[\w-]+", short))
 
 
-def test_every_default_has_the_type_of_its_field():
-    assert {name for name, f in FIELDS.items() if type(f.default) is not f.type} == set()
+def test_a_line_of_the_help_ends_with_the_values_of_the_presets(capsys):
+    lines = {line.split()[0]: line for line in shown(capsys, "--help-all").splitlines() if line.startswith("  --")}
+    assert lines["--pairs"].endswith("[paper 40, mini 48, small 64]")
+    assert lines["--group"].endswith("[8]") and lines["--bank"].endswith("[-]")
+    assert lines["--noise-blocks"].endswith("[paper 1, mini 1,2,4,8, small 1,2,4,8]")
+    assert lines["--balance,"].endswith("[paper no, mini yes, small yes]")
 
+
+def test_every_field_is_typed_and_bounded():
+    """A number has a bound, a text stands for a place or is checked, a switch is a bool."""
+    for name, f in FIELDS.items():
+        kind, choices, bound = setting_type(f)
+        assert kind in (int, float, bool, str), name
+        assert (bound is not None) == (kind in (int, float)), name
+        items = f.default if isinstance(f.default, tuple) else (f.default,)
+        assert all(type(x) is kind for x in items), name
+        assert choices is None or f.default in choices, name
+    free_text = {name for name, f in FIELDS.items() if setting_type(f)[0] is str and not setting_type(f)[1]}
+    assert free_text == {"out", "images", "policy", "judge", "scenes", "bank", "rollout"}
+
+
+# precedence -------------------------------------------------------------------------------------------------------
 
 def test_default_then_preset_then_flag():
     default, preset = FIELDS["steps"].default, PRESETS["mini"]["steps"]
     flag = preset + 1
     assert default != preset
-    assert parse(["--preset", "paper", "--stage", "grpo", *WEIGHTS])[1].steps == default
+    assert parse(PAPER_RUN)[1].steps == default
     assert parse(["--preset", "mini"])[1].steps == preset
     assert parse(["--preset", "mini", "--steps", str(flag)])[1].steps == flag
 
@@ -53,21 +93,59 @@ def test_a_flag_equal_to_the_default_still_beats_the_preset():
     default = FIELDS["width"].default
     assert PRESETS["mini"]["width"] != default
     assert parse(["--width", str(default), "--heads", "4"])[1].width == default
+    assert PRESETS["mini"]["muon"] and not parse(["--no-muon"])[1].muon
 
+
+def test_values_are_read_by_the_type_of_their_field():
+    cfg = parse(["--noise-blocks", "1,2,4", "--compile", "--no-balance", "--lr", "1e-3", "--rollout", "3"])[1]
+    assert (cfg.noise_blocks, cfg.compile, cfg.balance, cfg.lr, cfg.rollout) == ((1, 2, 4), True, False, 1e-3, "3")
+    assert cfg.noisy_steps == 3
+    assert read_setting("noise-blocks=1,2") == ("noise_blocks", (1, 2))
+    assert read_setting("balance=no") == ("balance", False)
+    for bad in ("nothing=1", "balance=1", "steps=many", "reward=kind"):
+        with pytest.raises(ValueError):
+            read_setting(bad)
+
+
+# refusals ---------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("argv, word", [
     (["--no-such-flag"], "--no-such-flag"), (["--preset", "huge"], "huge"), (["--stage", "dance"], "dance"),
     (["--seeds", "1"], "--seeds"), (["--base-st", "1"], "--base-st"), (["--steps", "many"], "many"),
-    (["stray"], "stray"), *[([f"--{k.replace('_', '-')}", "nonsense"], "nonsense") for k in CHOICES]])
+    (["--noise-blocks", "1,x"], "1,x"), (["--fsdp", "1"], "1"), (["--max-pixels", "0"], "--max-pixels 0"),
+    (["stray"], "stray"), *[([flag_of(k), "nonsense"], "nonsense") for k in CHOICES]])
 def test_bad_flags_are_refused_in_one_line_that_names_them(capsys, argv, word):
     assert word in refusal(capsys, *argv)
 
 
+@pytest.mark.parametrize("argv, words", [
+    (["--group", "1"], "--group 1: want at least 2"), (["--sample-steps", "1"], "--sample-steps 1"),
+    (["--noise", "0"], "--noise 0.0: want more than 0"), (["--noise", "nan"], "--noise nan"),
+    (["--steps", "0"], "--steps 0: want at least 1"), (["--noise-blocks", "1,0"], "--noise-blocks 0"),
+    (["--pairs", "9", "--bank-pairs", "8"], "--bank-pairs 8"), (["--rollout", "8"], "--rollout 8"),
+    (["--rollout", "some"], "--rollout some"), (["--rollout", "0"], "--rollout 0"), (["--band", "1"], "--band 1"),
+    (["--size", "30"], "--size 30"), (["--width", "100"], "--width 100"), (["--photos", "-1"], "--photos -1")])
+def test_settings_that_do_not_add_up_are_named_with_their_value(capsys, argv, words):
+    assert words in refusal(capsys, *argv)
+
+
+@pytest.mark.parametrize("name", [name for name, f in FIELDS.items() if setting_type(f)[2]])
+def test_a_number_below_its_bound_is_refused_now(capsys, name):
+    bound = setting_type(FIELDS[name])[2]
+    bad = bound.least if bound.open else bound.least - 1
+    text = str(int(bad)) if setting_type(FIELDS[name])[0] is int else str(float(bad))
+    assert f"{flag_of(name)} {text}: want" in refusal(capsys, f"{flag_of(name)}={text}")
+
+
+# presets and estimators -------------------------------------------------------------------------------------------
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_hold_only_real_settings_of_the_right_type(preset):
     for name, value in PRESETS[preset].items():
-        assert name in FIELDS and type(value) is FIELDS[name].type, name
-        assert value in CHOICES.get(name, (value,))
+        kind, choices, _ = setting_type(FIELDS[name])
+        assert all(type(x) is kind for x in (value if isinstance(value, tuple) else (value,))), name
+        assert isinstance(value, tuple) == isinstance(FIELDS[name].default, tuple)
+        assert choices is None or value in choices
 
 
 def test_presets_that_need_no_weights_have_no_problem():
@@ -75,43 +153,21 @@ def test_presets_that_need_no_weights_have_no_problem():
         assert problem(parse(["--preset", preset])[1], preset) is None
 
 
-def test_choices_name_real_settings_and_hold_their_default():
-    assert all(FIELDS[name].default in values for name, values in CHOICES.items())
-
-
-@pytest.mark.parametrize("argv, words", [
-    (["--group", "1"], "--group 1"), (["--sample-steps", "1"], "--sample-steps 1"), (["--noise", "0"], "--noise 0"),
-    (["--noise", "nan"], "--noise nan"), (["--steps", "0"], "--steps 0"),
-    (["--pairs", "9", "--bank-pairs", "8"], "--bank-pairs 8"),
-    (["--size", "30"], "--size 30"), (["--width", "100"], "--width 100"), (["--photos", "-1"], "--photos -1")])
-def test_settings_that_do_not_add_up_are_named_with_their_value(capsys, argv, words):
-    assert words in refusal(capsys, *argv)
-
-
-@pytest.mark.parametrize("name", ["patch", "judge_patch", "heads", "judge_heads", "save_every", "base_scenes",
-                                  "judge_scenes", "eval_images", "eval_steps", "credit_width", "window",
-                                  "lr", "layers", "noise_blocks", "stochastic", "group"])
-def test_a_number_that_would_fail_or_mislead_later_is_refused_now(capsys, name):
-    flag = "--" + name.replace("_", "-")
-    bad = "-1" if name in ("window", "lr", "layers") else "0"
-    assert flag in refusal(capsys, f"{flag}={bad}")
+PAPER = dict(credit="global", rollout="full", tail=0, noise_blocks=(1,), reward="hard", norm="group", modalities="one",
+             balance=False, jitter=1, depth_normal=0.0, shading=0.0, exploration="flow")
 
 
 def test_the_paper_preset_is_the_paper():
-    cfg = parse(["--preset", "paper", "--stage", "grpo", *WEIGHTS])[1]
-    want = dict(pairs=40, group=8, sample_steps=15, eval_steps=50, noise=0.7, lr=1e-5, photos=10000, reward="hard",
-                credit="global", rollout="full", modalities="one", norm="group", window=0,
-                replay=0.0, lora=0)
+    cfg = parse(PAPER_RUN)[1]
+    want = PAPER | dict(pairs=40, group=8, sample_steps=15, eval_steps=50, noise=0.7, lr=1e-5, photos=10000, replay=0.0,
+                        lora=0, muon=False)
     assert {k: getattr(cfg, k) for k in want} == want
-    assert cfg.exploration == "flow"                                            # Euler-Maruyama
     assert cfg.steps * cfg.batch == 3 * cfg.photos                              # three epochs
+    assert cfg.noisy_steps == 14                                                # every step but the last
+    assert PRESETS["paper"] == PAPER == ESTIMATORS["paper"]
 
 
-PAPER = dict(credit="global", rollout="full", tail=0, noise_blocks="1", reward="hard", norm="group", modalities="one",
-             balance=0, jitter=1, window=0, depth_normal=0.0, shading=0.0, exploration="flow")
-
-
-@pytest.mark.parametrize("argv", [[], ["--preset", "small"], ["--preset", "paper", "--stage", "grpo", *WEIGHTS]])
+@pytest.mark.parametrize("argv", [[], ["--preset", "small"], PAPER_RUN])
 def test_the_papers_estimator_is_one_constant_that_leaves_the_rest_of_the_preset_alone(argv):
     """Between preset and flags; KL, clip, replay, EMA, lr, T, N and G stay the preset's."""
     preset, cfg = (dataclasses.asdict(parse([*argv, *more])[1]) for more in ([], ["--estimator", "paper"]))
@@ -123,18 +179,33 @@ def test_the_papers_estimator_is_one_constant_that_leaves_the_rest_of_the_preset
 def test_our_estimator_is_that_of_the_presets_that_train_from_scratch():
     for preset in ("mini", "small"):
         assert parse(["--preset", preset, "--estimator", "pair"])[1] == parse(["--preset", preset])[1]
-    cfg = parse(["--preset", "paper", "--stage", "grpo", *WEIGHTS, "--estimator", "pair"])[1]
+    cfg = parse([*PAPER_RUN, "--estimator", "pair"])[1]
     assert (cfg.credit, cfg.rollout, cfg.reward, cfg.modalities) == ("pair", "branch", "brier", "joint")
 
 
-def test_a_run_may_not_resume_with_other_settings_that_change_its_numbers():
-    """All settings are either fixed, free, or of another stage."""
-    fixed = grpo_settings(Config())
-    assert {"base_scenes", "precision", "compile", "lr", "ema", "replay", "images", "seed"} <= fixed.keys()
-    other = {k for k in FIELDS if k.startswith(("base_", "judge_")) and k != "base_scenes"} | {*NETWORK, "scenes"}
-    assert fixed.keys() | set(FREE) | other == set(FIELDS) and not fixed.keys() & (set(FREE) | other)
-    assert {"precision", "size", "base_lr"} <= stage_settings(Config(), "base", "size").keys()
+# resume -----------------------------------------------------------------------------------------------------------
 
+def test_a_grpo_run_may_not_resume_with_other_settings_that_change_its_numbers():
+    """All settings are either fixed, free, or of another stage's network."""
+    fixed = fixed_settings(Config(), "grpo").keys()
+    others = {f.name for g in GROUPS if g.__name__ in ("BasePredictor", "JudgeFromScratch", "JudgeByTuning")
+              for f in dataclasses.fields(g)}
+    assert {"base_scenes", "precision", "compile", "lr", "ema", "replay", "images", "seed", "eval_steps"} <= fixed
+    assert fixed | FREE | others == FIELDS.keys() and not (fixed & FREE or fixed & others or FREE & others)
+    assert FREE == {f.name for g in GROUPS if not g.fixed for f in dataclasses.fields(g)}
+
+
+@pytest.mark.parametrize("stage", KEPT)
+def test_the_settings_of_a_stage_are_those_that_json_gives_back(stage):
+    kept = fixed_settings(parse([])[1], stage)
+    assert kept == json.loads(json.dumps(kept)) and not FREE & kept.keys()
+    assert {"precision", "size"} <= kept.keys()
+    assert ("width" in kept, "judge_width" in kept, "base_scenes" in kept) == {
+        "base": (True, False, True), "judge": (False, True, False), "tuned judge": (False, False, False),
+        "grpo": (False, False, True)}[stage]
+
+
+# the command ------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("argv", [[], ["--stage", "grpo"], ["--stage", "grpo", *WEIGHTS[:4]],
                                   ["--stage", "base", *WEIGHTS]])
@@ -148,8 +219,8 @@ def test_dry_run_prints_the_settings_and_builds_nothing(tmp_path, capsys, monkey
         monkeypatch.setitem(train.STAGES, stage, lambda *_: pytest.fail("built something"))
     train.main(["--dry-run", "--out", str(tmp_path / "run"), "--group", "5"])
     out = capsys.readouterr().out
-    shown = json.loads(out[:out.index("\n}") + 2])
-    assert shown["group"] == 5 and shown["out"] == str(tmp_path / "run") and set(FIELDS) <= set(shown)
+    printed = json.loads(out[:out.index("\n}") + 2])
+    assert printed["group"] == 5 and printed["out"] == str(tmp_path / "run") and set(FIELDS) <= set(printed)
     assert not (tmp_path / "run").exists()
 
 

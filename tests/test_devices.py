@@ -35,7 +35,7 @@ from models.finetune import add_lora, sentence_loss
 from predictor import load_predictor, photo_maps
 from relations import NAMES
 from runtime import files, ranks
-from runtime.config import parse
+from runtime.flags import parse
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py runs on the GPU that is there")
 
@@ -88,7 +88,7 @@ def test_all_stages_and_the_tables_run_on_a_gpu_and_resume(watch, monkeypatch, t
     args = [*TINY, "--out", str(tmp_path), "--precision", "fp32", "--kernels", "torch", "--save-every", "100",
             "--base-steps", "3", "--base-scenes", "16", "--judge-scenes", "16",
             "--judge-steps", "3", "--steps", "3", "--group", "2", "--sample-steps", "3",
-            "--eval-every", "3", "--noise-blocks", "1,2", "--eval-images", "2", "--val-images", "2"]
+            "--eval-every", "3", "--noise-blocks", "1,2", "--eval-images", "2", ]
     train.main([*args, "--stop-at", "2"])                                       # of base
     train.main(args)
     assert {p.name for p in tmp_path.iterdir()} >= {"base", "judge", "grpo", "bank", "report.json", "panel.png"}
@@ -103,7 +103,7 @@ def tiny(flags=""):
                  "--bank-pairs", "8", *flags.split()])[1]
     policy = DiT(DiTConfig(16, 4, 32, 1, 1, 2)).to(CUDA)
     torch.nn.init.normal_(policy.head.weight, std=0.1, generator=Generator())
-    policy.checkpointing(bool(cfg.checkpointing))
+    policy.checkpointing(cfg.checkpointing)
     photos = torch.randint(256, (5, 3, 16, 16), generator=seeded()).byte()
     pts = relations.sample_pairs(5, (16, 16), cfg.bank_pairs, seeded(1), grid=4)
     prob = torch.rand(5, cfg.bank_pairs, 4, generator=seeded(2))
@@ -112,8 +112,8 @@ def tiny(flags=""):
 
 @pytest.mark.parametrize("flags", [
     "", "--reward confidence --rollout full --tail 0 --norm group",
-    "--window 1 --rollout window --tail 0 --stochastic 2 --init-noise independent --reward soft",
-    "--depth-normal 0.1 --shading 0.1 --micro 3 --checkpointing 1", "--estimator paper"])
+    "--rollout 2 --tail 0 --reward soft",
+    "--depth-normal 0.1 --shading 0.1 --micro 3 --checkpointing", "--estimator paper"])
 def test_a_step_of_grpo_stays_on_its_device(watch, flags):
     cfg, policy, ref, bank = tiny(flags)
     rng, run = seeded(3), Gather()
@@ -187,7 +187,7 @@ def test_judges_answer_on_their_device_and_learn(watch, monkeypatch, tmp_path, k
     prob = judge.ask(rgb, pts, batch=4)
     assert marked(prob) and prob.shape == (2, 3, 4)
     torch.testing.assert_close(judge.score(relations.draw_markers(rgb, pts)[:, 0], "depth"), prob[:, 0, 0])
-    add_lora(judge, 2, 4, 0.0, seeded())
+    add_lora(judge, seeded(), 2, 4, 0.0)
     loss, n = sentence_loss(judge, rgb, ["depth", "albedo"], [True, False])
     loss.backward()
     assert marked(loss) and n > 4

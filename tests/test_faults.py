@@ -15,7 +15,7 @@ import torch
 from faults import TINY, differences, outcome, ranks, start
 
 ROOT = Path(__file__).resolve().parents[1]
-SHORT = [*TINY, "--precision", "fp32", "--base-muon", "0", "--judge-muon", "0"]
+SHORT = [*TINY, "--precision", "fp32", "--no-muon"]
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from models.dit import DiT, DiTConfig, flow_loss
 from models.mini_judge import MiniSizes, Probe, judge_loss
 from predictor import Transition
 from relations import NAMES
-from runtime.config import parse
+from runtime.flags import parse
 from runtime.ranks import Draw, on_device
 from runtime.run import load_state_tensors, optimizers, state_tensors
 
@@ -181,11 +181,11 @@ def test_the_surrogate_of_recorded_steps_and_its_gradients(flags):
 # the GPU by itself ------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("flags", [
-    "", "--rollout full --tail 0", "--checkpointing 1 --credit global", "--micro 3", "--modalities one",
-    "--rollout window --stochastic 2 --tail 0 --micro 5 --checkpointing 1"])
+    "", "--rollout full --tail 0", "--checkpointing --credit global", "--micro 3", "--modalities one",
+    "--rollout 2 --tail 0 --micro 5 --checkpointing"])
 def test_the_ratio_is_exactly_one_in_bf16(flags):
     cfg, policy = settings(f"{flags} --precision bf16"), predictor_of_ours().to(DEVICE)
-    policy.checkpointing(bool(cfg.checkpointing))
+    policy.checkpointing(cfg.checkpointing)
     batch = rows_of(cfg, policy, DEVICE)
     taken, advantage, _ = explore(policy, batch, seeded(8))
     stats = learn(policy, frozen_copy(policy), batch, taken, advantage)
@@ -232,7 +232,7 @@ def test_adamw_goes_on_from_a_checkpoint_of_weights_that_lie_channels_last():
 
 def test_the_ratio_of_marigold_is_exactly_one_in_bf16():
     policy = small_marigold().to(DEVICE)
-    cfg = settings("--precision bf16 --checkpointing 1 --replay 0")
+    cfg = settings("--precision bf16 --checkpointing --replay 0")
     policy.checkpointing(True)
     batch = rows_of(cfg, policy, DEVICE)
     taken, advantage, _ = explore(policy, batch, seeded(8))

@@ -30,8 +30,8 @@ from models.mini_judge import MiniSizes
 from models.schedule import flow_time
 from predictor import COEFFICIENTS, ddim_sde_step, load_predictor, plan_walk, rollout, sample_ode
 from relations import NAMES, srgb_encode
-from runtime import config
 from runtime.command import run_command
+from runtime.flags import parse
 from runtime.ranks import Draw
 
 PARITY = 1e-5                      # fp32 against diffusers, maps in [0, 1] or [-1, 1]
@@ -751,17 +751,17 @@ def test_the_real_vae_has_the_published_parameters():
 
 # GRPO -------------------------------------------------------------------------------------------------------------
 
-PAPER = ["--preset", "paper", "--stage", "grpo", "--device", "cpu", "--threads", "1", "--precision", "fp32",
+PAPER = ["--preset", "paper", "--stage", "grpo", "--device", "cpu", "--precision", "fp32",
          "--size", "32", "--sample-steps", "3", "--group", "2", "--pairs", "8", "--bank-pairs", "8", "--batch", "2"]
 
 
 def training(folder, *flags):
     """What train_grpo sets up before its loop: settings, policy, frozen reference; and the batch of a step."""
-    cfg = config.parse([*PAPER, "--policy", "P", "--judge", "J", "--images", "I", *map(str, flags)])[1]
+    cfg = parse([*PAPER, "--policy", "P", "--judge", "J", "--images", "I", *map(str, flags)])[1]
     policy = load_predictor(folder)
     if cfg.lora:
         lora.inject(policy.network, policy.lora_targets, cfg.lora, cfg.lora, rng=seeded(7))
-    policy.checkpointing(bool(cfg.checkpointing))
+    policy.checkpointing(cfg.checkpointing)
     ref = frozen_copy(policy)
     lora.disable(ref)
     pts = torch.randint(32, (3, cfg.bank_pairs, 2, 2), generator=seeded(1))
@@ -788,10 +788,10 @@ def test_exploration_is_flow_grpos_with_the_papers_estimator_and_ddims_own_noise
 
 @pytest.mark.parametrize("flags", [
     "--batch 1 --rollout full --exploration ddim", "--batch 1 --rollout branch --exploration flow --lora 2",
-    "--batch 4 --rollout full --exploration flow --micro 3", "--batch 4 --rollout branch --micro 3 --checkpointing 1",
-    "--batch 8 --rollout full --lora 2 --checkpointing 1", "--batch 8 --rollout branch --exploration flow",
+    "--batch 4 --rollout full --exploration flow --micro 3", "--batch 4 --rollout branch --micro 3 --checkpointing",
+    "--batch 8 --rollout full --lora 2 --checkpointing", "--batch 8 --rollout branch --exploration flow",
     "--batch 8 --rollout full --micro 3 --lora 2", "--batch 4 --rollout branch --lora 2 --micro 3 --modalities joint",
-    "--batch 4 --rollout full --modalities joint --checkpointing 1 --credit pair"])
+    "--batch 4 --rollout full --modalities joint --checkpointing --credit pair"])
 def test_the_ratio_is_exactly_one_at_the_first_update(folders, flags):
     one = training(folders["small"], *flags.split())
     taken, advantage, _ = one_step.explore(one.policy, one.batch, seeded(5))
@@ -920,7 +920,7 @@ def test_adapters_off_is_the_base_bit_for_bit(folders):
     assert (moved - before).abs().max() > 0.01 and len(paths) == BLOCKS * 8
 
 
-@pytest.mark.parametrize("extra", [(), ("--lora", 2), ("--checkpointing", 1)])
+@pytest.mark.parametrize("extra", [(), ("--lora", 2), ("--checkpointing",)])
 def test_a_velocity_has_the_same_bits_with_and_without_gradient(folders, extra):
     """The ratio is 1 because rollout (without) and update (with) compute the same, not because a mean rounds to it."""
     one, x = training(folders["small"], *extra).policy, waves(3, 12, 5, 4)
@@ -999,7 +999,7 @@ def go(folders, inputs, out, *extra):
 def runs(folders, inputs, tmp_path_factory):
     """Two finished runs: all weights, and adapters."""
     out = tmp_path_factory.mktemp("runs")
-    go(folders, inputs, out / "all", "--micro", 3, "--checkpointing", 1)
+    go(folders, inputs, out / "all", "--micro", 3, "--checkpointing")
     go(folders, inputs, out / "lora", "--lora", 2)
     return {name: out / name / "photos" for name in ("all", "lora")}
 
@@ -1063,7 +1063,7 @@ def test_a_lora_run_writes_the_adapters_alone_too(runs, folders):
     assert not (runs["all"] / "lora").exists()
 
 
-@pytest.mark.parametrize("name, extra", [("all", ["--micro", 3, "--checkpointing", 1]), ("lora", ["--lora", 2])])
+@pytest.mark.parametrize("name, extra", [("all", ["--micro", 3, "--checkpointing"]), ("lora", ["--lora", 2])])
 def test_stopping_and_resuming_is_bitwise_the_whole_run(runs, folders, inputs, tmp_path, name, extra):
     go(folders, inputs, tmp_path, *extra, "--stop-at", 1)
     assert len(log(tmp_path / "photos")) == 1

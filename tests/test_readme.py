@@ -21,7 +21,7 @@ from data.pools import ScenePool
 from evaluation import benchmarks
 from models import marigold
 from models.marigold import VAE, Marigold, Schedule, UNet
-from runtime import config
+from runtime import flags
 
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), ROOT / "bench" / "RESULTS.md"]
@@ -113,15 +113,15 @@ def accept(name, argv, monkeypatch):
     """Read a command line as its program does, and stop there."""
     module = importlib.import_module(name)
     if name == "train":
-        return config.parse(argv)
+        return flags.parse(argv)
     if hasattr(module, "arguments"):
         return module.arguments(argv)
-    read = config.Parser.parse_args
+    read = flags.Parser.parse_args
 
     def stop(parser, *args):
         read(parser, *args)
         raise Accepted
-    monkeypatch.setattr(config.Parser, "parse_args", stop)
+    monkeypatch.setattr(flags.Parser, "parse_args", stop)
     with pytest.raises(Accepted):
         module.main(argv)
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import grpo
 from data import maps
 from data.maps import assumed_camera, consistency, normals_from_depth
 from data.pools import ScenePool
@@ -106,11 +107,12 @@ def test_a_unanimous_group_gets_no_credit(credit, norm):
     assert (credit_of(agree, weight, pts, (16, 16), replace(CFG, credit=credit, norm=norm)) == 0).all()
 
 
-@pytest.mark.parametrize("width", [1.0, 4.0])
-def test_the_mean_of_pair_credit_over_the_map_is_the_global_credit(width):
+@pytest.mark.parametrize("share", [1 / 32, 1 / 4])
+def test_the_mean_of_pair_credit_over_the_map_is_the_global_credit(share, monkeypatch):
+    monkeypatch.setattr(grpo, "CREDIT_WIDTH", share)
     pred, pts, prob = case("depth")
     agree, weight, _ = agreement(pred, pts, prob, "depth", CFG)
-    cfg = replace(CFG, norm="none", credit_width=width)
+    cfg = replace(CFG, norm="none")
     one = credit_of(agree, weight, pts, (16, 16), replace(cfg, credit="global"))
     local = credit_of(agree, weight, pts, (16, 16), replace(cfg, credit="pair"))
     torch.testing.assert_close(local.mean((2, 3)), one, rtol=1e-4, atol=1e-6)
@@ -128,7 +130,7 @@ def test_credit_is_scaled_to_unit_variance(norm):
 def test_points_of_the_photo_are_pixels_of_a_smaller_state():
     agree, weight = torch.tensor([[[1.0], [0.0]]]), torch.ones(1, 1)
     one = Score(agree, weight, agree[..., 0], [])
-    cfg = replace(CFG, credit="pair", norm="none", credit_width=0.5)
+    cfg = replace(CFG, credit="pair", norm="none")
     batch = SimpleNamespace(cfg=cfg, rgb=torch.zeros(1, 3, 32, 32),
                             pts=torch.tensor([[[[8, 20], [8, 20]]]]))
     credit = advantage({"depth": one}, batch, [SimpleNamespace(x=torch.zeros(1, 3, 8, 8))])[0, 0]

@@ -28,8 +28,8 @@ def place(tmp_path_factory):
 
 def flags(place, out, *more):
     return ["--stage", "judge", "--preset", "paper", "--scenes", str(place / "scenes"), "--judge", str(place / "base"),
-            "--size", "56", "--out", str(out), "--judge-pairs", "2", "--judge-passes", "2", "--device", "cpu",
-            "--judge-batch", "8", "--judge-micro", "4", "--judge-lr", "3e-2", *more]
+            "--size", "56", "--out", str(out), "--judge-passes", "2", "--device", "cpu",
+            "--judge-batch", "8", "--micro", "4", "--judge-lr", "3e-2", *more]
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_a_stopped_run_resumes_to_the_same_weights(tuned, place):
 
 def test_two_processes_take_the_same_steps(tuned, place):
     """Bit for bit apart from the order in which gradients are added."""
-    done = faults.ranks(2, "train", flags(place, place / "two", "--threads", "1"), place / "log")
+    done = faults.ranks(2, "train", flags(place, place / "two", ), place / "log")
     assert done == [0, 0], (place / "log.0").read_text()[-2000:]
     a, b = adapter(tuned), adapter(place / "two" / "judge")
     assert max((a[k] - b[k]).abs().max() for k in a) < 1e-5
@@ -90,7 +90,7 @@ def test_json_lines_can_be_trained_on(place, tmp_path):
     (["--stage", "judge", "--judge", "X"], "both --judge MODEL"),
     (["--stage", "judge", "--scenes", "X"], "both --judge MODEL"),
     (["--stage", "judge", "--preset", "paper"], "InternVL2_5-4B"), (["--scenes", "X"], "only --stage judge"),
-    (["--stage", "judge", "--scenes", "X", "--judge", "Y", "--judge-micro", "5"], "--judge-micro 5")])
+    (["--stage", "judge", "--scenes", "X", "--judge", "Y", "--micro", "5"], "--micro 5")])
 def test_settings_of_tuning_that_do_not_add_up_are_refused(capsys, argv, words):
     with pytest.raises(SystemExit) as stop:
         train.main(argv)
@@ -99,10 +99,12 @@ def test_settings_of_tuning_that_do_not_add_up_are_refused(capsys, argv, words):
 
 
 def test_the_paper_preset_is_the_judge_release():
-    from runtime.config import parse
+    from models import finetune
+    from runtime.config import MICRO
+    from runtime.flags import parse
     cfg = parse(["--stage", "judge", "--preset", "paper", "--scenes", "DIR", "--judge", "MODEL"])[1]
-    want = dict(judge_rank=16, judge_alpha=32.0, judge_dropout=0.05, judge_lr=4e-5, judge_decay=0.01, judge_warmup=0.03,
-                judge_batch=16, judge_micro=4, judge_passes=5.0, size=512)
+    want = dict(judge_lr=4e-5, judge_batch=16, judge_passes=5.0, size=512)
     assert {k: getattr(cfg, k) for k in want} == want
+    assert (finetune.RANK, finetune.ALPHA, finetune.DROPOUT, finetune.WARMUP, MICRO) == (16, 32.0, 0.05, 0.03, 4)
     assert sorted(LORA_TARGETS) == sorted(
         ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])

@@ -332,7 +332,7 @@ def photo(tmp_path):
 def test_every_command_takes_the_pixel_cap(photo, tiny, tmp_path):
     import eval as evaluation
     from data import prepare
-    from runtime.config import parse
+    from runtime.flags import parse
     point = ["--red", "1", "1", "--green", "9", "9"]
     opened = [str(photo), "--checkpoint", str(tiny / "predictor"), "--out", str(tmp_path / "o")]
     commands = [

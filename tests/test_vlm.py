@@ -238,7 +238,7 @@ def test_an_index_that_leaves_its_folder_is_refused(tmp_path):
 
 
 def test_a_name_that_is_no_folder_and_no_hub_id_is_refused():
-    with pytest.raises(FileNotFoundError, match="no folder './nothing here'"):
+    with pytest.raises(FileNotFoundError, match="got './nothing here'; want a folder that exists"):
         load_judge("./nothing here")
 
 
@@ -392,7 +392,7 @@ def test_the_digest_of_a_saved_judge_is_that_of_its_tensors(original, tmp_path):
 
 def test_a_peft_folder_opens_as_its_base_with_the_adapter_merged(original, tmp_path):
     judge = load_judge(original[0])
-    add_lora(judge, 4, 8, 0.0, torch.Generator().manual_seed(0))
+    add_lora(judge, torch.Generator().manual_seed(0), 4, 8, 0.0)
     with torch.no_grad():
         for layer in lora.adapters(judge.model).values():
             layer.lora_B.normal_(generator=torch.Generator().manual_seed(1))
@@ -407,7 +407,7 @@ def test_a_peft_folder_opens_as_its_base_with_the_adapter_merged(original, tmp_p
 def test_peft_itself_reads_the_adapter(original, tmp_path):
     peft = pytest.importorskip("peft")
     judge = load_judge(original[0])
-    add_lora(judge, 4, 8, 0.05, torch.Generator().manual_seed(0))
+    add_lora(judge, torch.Generator().manual_seed(0), 4, 8, 0.05)
     with torch.no_grad():
         for layer in lora.adapters(judge.model).values():
             layer.lora_B.normal_(generator=torch.Generator().manual_seed(1))
@@ -444,7 +444,7 @@ def test_a_mixed_batch_has_the_loss_of_its_rows(original):
 
 def test_lora_trains_the_seven_linears_of_the_language_model_alone(original):
     judge = load_judge(original[0])
-    paths = add_lora(judge, 4, 8, 0.05, torch.Generator().manual_seed(0))
+    paths = add_lora(judge, torch.Generator().manual_seed(0), 4, 8, 0.05)
     assert {p.rsplit(".", 1)[1] for p in paths} == set(LORA_TARGETS) and len(paths) == 14
     assert all(p.startswith("model.language_model.layers.") for p in lora.adapters(judge.model))
     loss, _ = sentence_loss(judge, images_of(56, 2), ["depth", "albedo"], [True, True])
@@ -458,7 +458,7 @@ def test_checkpointing_gives_the_same_gradient(original):
     grads = []
     for on in (False, True):
         judge = load_judge(original[0])
-        add_lora(judge, 4, 8, 0.0, torch.Generator().manual_seed(0), checkpointing=on)
+        add_lora(judge, torch.Generator().manual_seed(0), 4, 8, 0.0, checkpointing=on)
         judge.train()
         sentence_loss(judge, images_of(56, 2), ["depth", "albedo"], [True, True])[0].backward()
         grads.append([p.grad for p in judge.model.parameters() if p.requires_grad])
