@@ -87,14 +87,15 @@ def score_maps(pred, maps, pairs, warn=True):
 
     pred     dict modality -> (B, C, H, W) in the encodings of relations.MODALITIES
     maps     true maps of a scene pool: the modalities, depth in metres, mask (B, 1, H, W);  pairs  of `eval_pairs`
-    warn     print a line where a fitted depth scale is negative
-    returns  dict name -> (B,) float64 numpy
+    warn     print a line where a fitted depth scale is negative, and where a true map is one value
+    returns  dict name -> (B,) float64 numpy; NaN where the true map is one value, which a fitted scale always meets
     """
     out = {name: [] for name in METRICS if name.split("/")[0] in pred and not name.endswith("pairs")}
     linear = {(w, m): srgb_decode(v[m]).permute(0, 2, 3, 1).double().numpy()
               for w, v in (("pred", pred), ("true", maps)) for m in ("albedo", "irradiance") if m in pred}
     mask = maps["mask"][:, 0].numpy()
     inverted = 0                                                                # fitted depth scales below 0
+    flat = dict.fromkeys(pred, 0)                                               # true maps of one value
     for i, ok in enumerate(mask):
         if "depth" in pred:
             true = maps["depth"][i, 0].masked_fill(~maps["mask"][i, 0], 1.0).double().numpy()
@@ -102,8 +103,10 @@ def score_maps(pred, maps, pairs, warn=True):
             scale, shift = metrics.align_depth(guess, true, ok)
             inverted += scale < 0
             depth = metrics.depth_metrics((scale * guess + shift).clip(*DEPTH_RANGE), true, ok)
-            out["depth/abs_rel"].append(depth["abs_rel"])
-            out["depth/delta1"].append(depth["delta1"])
+            is_flat = metrics.is_constant(true[ok])
+            flat["depth"] += is_flat
+            out["depth/abs_rel"].append(np.nan if is_flat else depth["abs_rel"])
+            out["depth/delta1"].append(np.nan if is_flat else depth["delta1"])
         if "normal" in pred:
             angle = metrics.normal_error(pred["normal"][i].numpy(), maps["normal"][i].numpy())
             out["normal/angle"].append(np.nanmean(angle[ok]))
@@ -112,10 +115,16 @@ def score_maps(pred, maps, pairs, warn=True):
             out["albedo/whdr10"].append(metrics.whdr_from_gt(
                 linear["pred", "albedo"][i], linear["true", "albedo"][i], pts[truth != 0].numpy(), 0.1))
         for m in {"albedo", "irradiance"} & pred.keys():
-            out[f"{m}/si_mse"].append(metrics.si_mse(linear["pred", m][i], linear["true", m][i], ok))
+            is_flat = metrics.is_constant(linear["true", m][i][ok])
+            flat[m] += is_flat
+            out[f"{m}/si_mse"].append(
+                np.nan if is_flat else metrics.si_mse(linear["pred", m][i], linear["true", m][i], ok))
     if inverted and warn:
         print(f"depth: {inverted} of {len(mask)} fitted scales are negative: "
               "there the prediction looks like inverse depth")
+    for m, n in flat.items():
+        if n and warn:
+            print(f"{m}: {n} of {len(mask)} true maps are one value everywhere: they get no error with a fitted scale")
     out = {k: np.array(v, dtype=float) for k, v in out.items()}
     for m in pred:
         pts, truth = pairs[m]
