@@ -301,7 +301,7 @@ def arguments(argv):
 def main(argv=None):
     """Command line: maps of photos."""
     args = arguments(argv)
-    paths = find_images(args.images)
+    paths = find_images(args.images, args.out)
     device = pick_device(args.device, "predictor.py")
     policy = load_predictor(args.checkpoint).to(device)
     policy.vae_tile = args.vae_tile
@@ -310,19 +310,19 @@ def main(argv=None):
     root = Path(args.images)
     skipped = []
     done = set()
-    many = readable_photos(tqdm(paths, desc="photos", disable=len(paths) < 3), skipped)
-    for path, rgb in many if len(paths) > 1 else [(paths[0], read_rgb(paths[0]))]:
-        native = photo_maps(policy, rgb, args.processing_res, args.denoise_steps, args.seed, args.ensemble_size)
+
+    def read(path):
+        rgb = read_rgb(path)
+        return rgb, photo_maps(policy, rgb, args.processing_res, args.denoise_steps, args.seed, args.ensemble_size)
+    many = readable_photos(tqdm(paths, desc="photos", disable=len(paths) < 3), skipped, read)
+    for path, (rgb, native) in many if len(paths) > 1 else [(paths[0], read(paths[0]))]:
         maps = policy.convert_maps(native)
         name = output_name(path.relative_to(root) if root.is_dir() else Path(path.name), done)
         done.add(name)
         save_maps(args.out, name, rgb, maps, native)
     if not done:
-        raise ValueError(f"none of {len(paths)} images in {args.images} could be read; want JPEG or PNG photos")
-    if skipped:
-        print(f"{len(done)} of {len(paths)} photos -> {args.out} ({len(skipped)} unreadable, named above)")
-    else:
-        print(f"{len(done)} photos -> {args.out}")
+        raise ValueError(f"none of {len(paths)} images in {args.images} could be used; want JPEG or PNG photos")
+    print(f"{len(done)} of {len(paths)} photos -> {args.out}", f"({len(skipped)} skipped, named above)" * bool(skipped))
 
 
 if __name__ == "__main__":

@@ -249,7 +249,7 @@ def check_inputs(cfg):
     """Open all that the user named: a wrong path fails now, not after hours. raises UserError, OSError, ValueError."""
     if cfg.stage in ("all", "grpo"):
         if cfg.images:
-            read_first_rgb(cfg.images)
+            read_first_rgb(cfg.images, cfg.out)
         if cfg.policy:
             policy = load_predictor(cfg.policy)
             for flag, maps in COUPLES.items():

@@ -6,7 +6,9 @@ print. Errors are ValueErrors that say got, want, do. An image of more pixels th
 memory for its pixels is allocated.
 OpenEXR: scan lines, no compression, ZIPS or ZIP, half, float and uint (file layout: openexr.com).
 """
+import csv
 import functools
+import importlib.util
 import io
 import math
 import os
@@ -19,10 +21,14 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from runtime.files import DamageGuard, limit, refuse
+from data.headers import count_scans, drop_notes, name_format
+from runtime.files import DamageGuard, is_twin, limit, refuse
 
-PICTURES = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")      # never EPS: Pillow starts another program to decode it
+HAS_AVIF = importlib.util.find_spec("PIL._avif") is not None                    # a Pillow may be built without it
+PICTURES = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF",      # never EPS: Pillow starts another program to decode it
+            *["AVIF"] * HAS_AVIF)
 SCANS = 20                                       # most scans of a large JPEG (10 are usual); each reads all pixels
+SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
 EXR_MAGIC = 20000630
 EXR_FLAGS = {0x200: "tiles", 0x800: "deep data", 0x1000: "several parts"}    # version flags that are not implemented
 EXR_LINES = {0: 1, 2: 1, 3: 16}                  # compression (none, ZIPS, ZIP): scan lines of a block
@@ -47,7 +53,8 @@ class _CappedReads(io.FileIO):
 class Files:
     """Read-only access by relative name to a folder or to an uncompressed tar.
 
-    path     folder or tar file; names are relative to it, or to a folder inside it (`under`)
+    path     folder or tar file; names are relative to it, or to a folder inside it (`under`); none is a twin
+             (files.is_twin)
     raises   FileNotFoundError: no such folder or file; ValueError: not a tar, or a compressed one
     """
 
@@ -74,7 +81,7 @@ class Files:
             if m.size < 0 or m.offset <= last:
                 refuse(self.path, f"a member of {m.size} bytes at {m.offset}", "one after the other")
             last = m.offset
-            if m.isreg() and not m.issparse() and _plain(m.name):
+            if m.isreg() and not m.issparse() and _plain(m.name) and not is_twin(m.name):
                 found[_plain(m.name)] = m.offset_data, m.size
         return found
 
@@ -107,7 +114,9 @@ class Files:
         if self.index is not None:
             return self.index.get(full, (0, -1))[1]
         path = os.path.join(self.path, full)
-        return os.stat(path).st_size if os.path.isfile(path) else -1            # also for a name too long to exist
+        if is_twin(full) or not os.path.isfile(path):                           # also for a name too long to exist
+            return -1
+        return os.stat(path).st_size
 
     def place(self, name):
         """Identity of an existing file: device, inode and member of a tar. Two names of one file have the same."""
@@ -139,7 +148,7 @@ class Files:
 
 
 def open_picture(content, where, smallest=1, max_pixels=None):
-    """Decode with Pillow -> (image, wide); wide: the file holds several channels of 16 bits.
+    """Decode the first picture of a file with Pillow -> (image, wide); wide: it has several channels of 16 bits.
 
     content   bytes. Before they are decoded, three limits are checked: sides of at least `smallest` px, at most
               `max_pixels` pixels (None: --max-pixels), at most SCANS scans of a large JPEG
@@ -147,14 +156,16 @@ def open_picture(content, where, smallest=1, max_pixels=None):
     most = limit["pixels"] if max_pixels is None else max_pixels
     with DamageGuard(where, "a damaged image", "a whole one"):
         try:
-            image = Image.open(io.BytesIO(content), formats=PICTURES)
+            image = Image.open(io.BytesIO(drop_notes(content)), formats=PICTURES)
         except UnidentifiedImageError:
-            refuse(where, "a damaged file or one that is not an image", "jpg, png or webp", "remove it")
+            got, do = name_format(content)
+            refuse(where, got, "jpg, png or webp", do)
         width, height = image.size
         if min(width, height) < smallest or width * height > most:
             refuse(where, f"{width} x {height} pixels", f"sides >= {smallest} and at most {most} pixels in all",
                    "resize or remove it, or raise --max-pixels")
         scans = content.count(b"\xff\xda") if image.format in ("JPEG", "MPO") else 0
+        scans = count_scans(content) if scans > SCANS else scans                # slower: where one starts and ends
         if scans > SCANS and scans * width * height > SCANS * limit["pixels"] // 10:
             refuse(where, f"a JPEG of {scans} scans of {width} x {height} pixels", f"at most {SCANS}", "save it again")
         wide = image.mode not in ("I", "I;16", "I;16B", "F") and any("16" in str(t[3]) for t in image.tile)
@@ -201,7 +212,7 @@ def decode_png_linear(content, where):
         stored = pixels.astype(np.float32)
         stored /= 255 if pixels.dtype == np.uint8 else 65535                    # in place: it may be large
         return stored
-    low = Image.open(io.BytesIO(content), formats=PICTURES)
+    low = Image.open(io.BytesIO(drop_notes(content)), formats=PICTURES)
     low.tile = [(*tile[:3], "RGB;16L") for tile in low.tile]     # reads the low byte of each big-endian sample
     stored = np.asarray(image).astype(np.float32)
     del image
@@ -234,6 +245,20 @@ def decode_floats(content, where, shape):
     if len(content) != want:
         refuse(where, f"{len(content)} bytes", f"{want} ({' x '.join(map(str, shape))} float32 without a header)")
     return np.frombuffer(content, "<f4").reshape(shape).copy()
+
+
+def decode_table(content, where, separator):
+    """A UTF-8 table, with a byte-order mark or without -> its rows, lists of texts; blank lines are left out."""
+    try:
+        text = io.StringIO(content.decode("utf-8-sig"), newline="")
+        rows = [row for row in csv.reader(text, delimiter=separator) if row]
+    except (UnicodeDecodeError, csv.Error) as error:
+        refuse(where, f"no table ({error})", "UTF-8 text")
+    if rows and len(rows[0]) == 1:
+        other = max(SEPARATORS, key=rows[0][0].count)
+        if other in rows[0][0] and other != separator:
+            refuse(where, f"columns separated by {SEPARATORS[other]}", SEPARATORS[separator], "save it again")
+    return rows
 
 
 def _text(content, at):

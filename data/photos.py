@@ -12,20 +12,30 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
-from data import formats
-from runtime.files import DamageGuard, limit, refuse
+from data import formats, headers
+from relations import NAMES
+from runtime.files import DamageGuard, Refusal, is_twin, limit, refuse
+from runtime.ranks import rank
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".jpe", ".jfif", ".mpo", ".gif",
+              *[".avif"] * formats.HAS_AVIF)
+FOREIGN = tuple(".heic .heif .hif .avif .jxl .jp2 .dng .cr2 .cr3 .nef .arw .orf .rw2 .raf .psd .exr .hdr .svg".split())
+SYSTEM = {"@eadir", "__macosx", "#recycle", "@recycle", "$recycle.bin", "lost+found", "system volume information"}
+MAPS = (*NAMES, "depth_colour", "shading", "residual", "material")              # what our files of maps are named for
 SMALLEST = 8                                    # px: a photo with a shorter side is refused
+# of a gray TIFF, by kind of number and bits: the values that may stand for full light
+FULL = {("uint", 12): (4095,), ("uint", 16): (65535,), ("int", 8): (127,), ("int", 16): (255, 32767),
+        ("uint", 32): (255, 65535, 2**32 - 1), ("int", 32): (255, 65535, 2**31 - 1), ("float", 32): (1, 255, 65535)}
 
 
 def open_image(path, max_pixels=None):
     """Decode one image file completely.
 
-    returns  PIL image, EXIF orientation applied; info["wide"]: the file holds several channels of 16 bits
+    returns  PIL image, EXIF orientation applied; info["wide"]: the file holds several channels of 16 bits; of a TIFF
+             info["samples"]: its (kind of number, bits), and info["negative"]: 0 is white and Pillow keeps it so
     raises   FileNotFoundError; ValueError: damaged, no image, below 8 x 8, above max_pixels (None: --max-pixels)
     """
     path = Path(path)
@@ -36,30 +46,57 @@ def open_image(path, max_pixels=None):
     if path.stat().st_size > most:
         refuse(where, f"{path.stat().st_size} bytes", f"at most {most}", "remove it, or raise --max-pixels")
     image, wide = formats.open_picture(path.read_bytes(), where, SMALLEST, max_pixels)
-    with DamageGuard(where, "a damaged image", "a whole one"):
-        ImageOps.exif_transpose(image, in_place=True)
     image.info["wide"] = wide
+    with DamageGuard(where, "a damaged image", "a whole one"):
+        if image.format == "TIFF":
+            kind = {1: "uint", 2: "int", 3: "float"}[image.tag_v2.get(339, (1,))[0]]
+            image.info["samples"] = kind, image.tag_v2.get(258, (1,))[0]
+            image.info["negative"] = image.tag_v2.get(262) == 0 and image.mode in ("I", "F", "I;16", "I;16B")
+        turn = headers.read_turn(image)
+        image = image if turn is None else image.transpose(turn)
     return image
+
+
+def _gray_light(image, where):
+    """A gray image of other than 8 unsigned bits as a share of full light: (H, W) float32 in [0, 1].
+
+    What stands for full light is the first value of FULL that is large enough. raises ValueError where that is not
+    clear: a negative or a NaN, or nothing as bright as a sixteenth of it
+    """
+    kind = image.info.get("samples", ("uint", 16))                              # a PNG
+    pixels = np.asarray(image)
+    if kind == ("int", 8):
+        pixels = pixels.view(np.int8)
+    if kind == ("uint", 32):
+        pixels = pixels.view(np.uint32)
+    low = float(pixels.min())
+    high = float(pixels.max())
+    choices = FULL.get(kind, (65535,))
+    full = next((x for x in choices if high <= x), 0)
+    unclear = len(choices) > 1 and full > 1 and 0 < high < full / 16
+    if not (low >= 0 and full) or unclear:                                      # also refuses NaN
+        refuse(where, f"{image.mode} values {low:g}..{high:g} ({kind[0]}, {kind[1]} bits)",
+               " or ".join(f"0..{x}" for x in choices) + " with something bright in it", "convert it to 8 or 16 bits")
+    light = pixels.astype(np.float32)
+    light /= full
+    return 1 - light if image.info.get("negative") else light
 
 
 def read_rgb(path, max_pixels=None):
     """Read any photo as sRGB.
 
-    path     jpg, png, webp, bmp, tiff: RGB, gray, palette, bilevel, CMYK, 16-bit gray (over 65535), EXIF
-             orientation applied, transparency composited on white, first frame only; no colour management.
-             A 16-bit *RGB* PNG is read by Pillow with 8 bits: fine for photos, not for measured data
+    path     jpg, png, webp, bmp, tiff, gif, avif: RGB, gray, palette, bilevel, CMYK, 16-bit gray (over 65535), gray
+             TIFF of other numbers (FULL), EXIF orientation applied, transparency composited on white, first picture
+             only; no colour management. A 16-bit *RGB* PNG is read with 8 bits: fine for photos, not for measured data
     returns  (3, H, W) float32 in [0, 1]
     raises   FileNotFoundError; ValueError for a file that is damaged, no image, below 8 x 8, above max_pixels
              (None: --max-pixels)
     """
     image = open_image(path, max_pixels)
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        gray = np.asarray(image).astype(np.float32) / 65535
-        if not (gray.min() >= 0 and gray.max() <= 1):                             # also refuses NaN
-            raise ValueError(f"photos.py: cannot read {str(path)!r}: got {image.mode} values outside 0..65535, "
-                             "want 8- or 16-bit; convert it")
-        return torch.from_numpy(gray).expand(3, -1, -1).contiguous()
-    with DamageGuard(f"photos.py: cannot read {str(path)!r}", "a damaged image", "a whole one"):
+    where = f"photos.py: cannot read {str(path)!r}"
+    if image.mode in ("I", "F") or image.mode.startswith("I;16") or image.info.get("samples") == ("int", 8):
+        return torch.from_numpy(_gray_light(image, where)).expand(3, -1, -1).contiguous()
+    with DamageGuard(where, "a damaged image", "a whole one"):
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -70,9 +107,47 @@ def read_rgb(path, max_pixels=None):
     return rgb.div_(255)
 
 
-def find_images(folder):
-    """Sorted paths of all images under a folder (recursive, links followed once), or the one file named.
+def is_own_picture(name, beside):
+    """Whether a picture is a map, panel or chart that this program wrote, by its name and the names beside it.
 
+    beside  the names of its folder. A map has its .npy beside it, or its photo where data.prepare wrote it
+    """
+    stem, _, ending = name.rpartition(".")
+    if ending != "png":
+        return False
+    for m in (*MAPS, "panel"):
+        photo = stem.removesuffix(f"_{m}")
+        if photo != stem:
+            arrays = [f"{photo}_{k}.npy" for k in (NAMES if m == "panel" else [m.removesuffix("_colour")])]
+            return f"{photo}_rgb.png" in beside or not beside.isdisjoint(arrays)
+    return stem == "panel" and "report.json" in beside
+
+
+def _walk(folder, out, left_out):
+    """Yield (path, whether it is below `out`) of every file under a folder; hidden and system ones go to left_out."""
+    written = Path(out or folder).resolve()
+    if Path(folder).resolve() not in written.parents:                           # the photos may be there too
+        written = None
+    seen = set()
+    for root, dirs, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(root)
+        if real in seen:                                                          # a link loop
+            dirs.clear()
+            continue
+        seen.add(real)
+        hidden = [n for n in (*dirs, *files) if n.startswith(".") or n.lower() in SYSTEM]
+        dirs[:] = sorted(set(dirs).difference(hidden))
+        left_out += [Path(root, n) for n in hidden if not is_twin(n)
+                     and (n not in files or Path(n).suffix.lower() in EXTENSIONS)]
+        yield root, sorted(set(files).difference(hidden)), written and Path(real).is_relative_to(written)
+
+
+def find_images(folder, out=None, say=True):
+    """Sorted paths of all photos under a folder (recursive, links followed once), or the one file named.
+
+    out      folder that the command writes to: pictures below it are left out, unless it is the folder itself
+    say      True: what was left out is counted on stderr: pictures of ours (is_own_picture, out), hidden and system
+             files and folders, formats that are not read. Twins (files.is_twin) do not exist
     raises   FileNotFoundError for a missing folder or when there is no file with one of EXTENSIONS
     """
     folder = Path(folder)
@@ -81,29 +156,40 @@ def find_images(folder):
         return [folder]
     if not folder.is_dir():
         got = "not an image file" if folder.exists() else "no such folder"
+        if folder.is_file():
+            with open(folder, "rb") as file:
+                got = f"{headers.name_format(file.read(64))[0]} ({got})"
         raise FileNotFoundError(f"photos.py: {str(folder)!r} is {got}; {want} or a folder; check the path")
     found = []
-    seen = set()
-    for root, dirs, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(root)
-        if real in seen:                                                          # a link loop
-            dirs.clear()
-            continue
-        seen.add(real)
-        dirs.sort()
-        found += [Path(root, f) for f in files if Path(f).suffix.lower() in EXTENSIONS]
+    left = {"pictures that this program wrote": [], "hidden or system files and folders": [],
+            "pictures of formats that are not read": []}
+    own, hidden, foreign = left.values()
+    for root, names, is_output in _walk(folder, out, hidden):
+        beside = set(names)
+        for name in names:
+            suffix = Path(name).suffix.lower()
+            place = found if suffix in EXTENSIONS else foreign if suffix in FOREIGN else None
+            if place is found and (is_output or is_own_picture(name, beside)):
+                place = own
+            if place is not None:
+                place.append(Path(root, name))
+    words = ", ".join(f"{len(paths)} {what} (first: {str(paths[0].relative_to(folder))!r})"
+                      for what, paths in left.items() if paths)
     if not found:
-        raise FileNotFoundError(f"photos.py: no image in {str(folder)!r}; {want}; check the folder")
+        raise FileNotFoundError(f"photos.py: no image in {str(folder)!r}"
+                                f"{' but ' * bool(words)}{words}; {want}; check the folder")
+    if words and say and rank() == 0:
+        print(f"photos.py: left out in {str(folder)!r}: {words}", file=sys.stderr)
     return sorted(found)
 
 
-def read_first_rgb(folder):
-    """The first photo of a folder that can be read, as read_rgb returns it.
+def read_first_rgb(folder, out=None):
+    """The first photo of a folder that can be read, as read_rgb returns it. out: of find_images.
 
     raises   FileNotFoundError (find_images); ValueError when none can be read: it says what is wrong with the first
     """
     error = None
-    for path in find_images(folder):
+    for path in find_images(folder, out, say=False):
         try:
             return read_rgb(path)
         except (ValueError, OSError) as problem:
@@ -111,17 +197,19 @@ def read_first_rgb(folder):
     raise ValueError(f"photos.py: no image in {str(folder)!r} can be read (first: {error})")
 
 
-def readable_photos(paths, skipped):
-    """Photos of paths, read one by one: (path, rgb (3, H, W)).
+def readable_photos(paths, skipped, read=read_rgb):
+    """Photos of paths, read one by one: (path, read(path)).
 
-    skipped  list to which (path, reason) of each that cannot be read is added; it is named on stderr as well
+    read     of a path; raises Refusal or OSError for a photo that it cannot use, which is skipped
+    skipped  list to which (path, reason) of each skipped one is added; it is named on stderr as well
     """
     for path in paths:
         try:
-            yield path, read_rgb(path)
-        except (ValueError, OSError) as error:
-            skipped.append((path, str(error)))
-            tqdm.write(f"skipped: {error}", file=sys.stderr)
+            yield path, read(path)
+        except (Refusal, OSError) as error:
+            reason = str(error) if repr(str(path)) in str(error) else f"{str(path)!r}: {error}"
+            skipped.append((path, reason))
+            tqdm.write(f"skipped: {reason}", file=sys.stderr)
 
 
 def resize(x, height, width, mode="antialias"):
@@ -158,14 +246,14 @@ class Photos:
     """All photos of a folder in memory, uint8, each read once: `size`^2 x 3 bytes per photo.
 
     folder    searched by find_images; size: side of the square that `fit_square` cuts, pixels
-    limit     stop after this many readable ones; 0: all
+    limit     stop after this many readable ones; 0: all;  out: of find_images
     .names    paths relative to the folder, in the order of the rows of .images (n, 3, size, size) uint8
     .skipped  [(path, reason)] of files that could not be read; each is also named on stderr
     raises    FileNotFoundError (find_images); ValueError when none is readable
     """
 
-    def __init__(self, folder, size, limit=0):
-        paths = find_images(folder)
+    def __init__(self, folder, size, limit=0, out=None):
+        paths = find_images(folder, out)
         root = Path(folder)
         root = root.parent if root.is_file() else root
         self.images = torch.zeros(min(limit or len(paths), len(paths)), 3, size, size, dtype=torch.uint8)

@@ -15,6 +15,7 @@ from data.photos import Photos, fit_square, open_image
 from data.pictures import row_of
 from relations import MODALITIES
 from runtime.config import UserError
+from runtime.files import find_files
 from runtime.ranks import combine_numbers
 
 MAPS = ("rgb", *MODALITIES)
@@ -23,7 +24,7 @@ MAPS = ("rgb", *MODALITIES)
 def list_scenes(folder):
     """Sorted scene ids of a HyperSim-style folder (ID_rgb.png, ...): every id that has at least one map."""
     folder = Path(folder)
-    ids = {p.name[:-len(f"_{m}.png")] for m in MAPS for p in folder.glob(f"*_{m}.png")}
+    ids = {p.name[:-len(f"_{m}.png")] for m in MAPS for p in find_files(folder, f"*_{m}.png")}
     if not ids:
         got = "no scene in" if folder.is_dir() else "no folder"
         raise FileNotFoundError(f"pools.py: {got} {str(folder)!r}; want ID_rgb.png, ...; check the path")
@@ -153,12 +154,12 @@ def scene_pool(*args, **kwargs):
 def training_photos(cfg, device, together=True):
     """Unlabeled photos for GRPO: those of --images, or procedural wild ones.
 
-    cfg       images, photos, size of runtime.config.Config;  together  True when all ranks call
+    cfg       images, photos, size, out of runtime.config.Config;  together  True when all ranks call
     returns   photos (n, 3, S, S) uint8, n names, and a few words that say what they are
     raises    UserError when the ranks can read different numbers of photos
     """
     if cfg.images:
-        found = Photos(cfg.images, cfg.size, cfg.photos)
+        found = Photos(cfg.images, cfg.size, cfg.photos, cfg.out)
         seen = combine_numbers(dict(n_min=len(found), n_max=len(found))) if together else {}
         if len(set(seen.values())) > 1:
             raise UserError(f"train.py: processes can read different numbers of the photos in {cfg.images}; "

@@ -11,7 +11,6 @@ written        ID_{rgb,depth,normal,albedo,irradiance}.png, the centred square a
                depth 16 bit, 1..65535 over the 1 % to 99 % quantiles, 0 where invalid; normals (n + 1) / 2, toward the
                camera, 0, 0, 0 where invalid; albedo, irradiance (over its 98 % quantile) and rgb sRGB-encoded
 """
-import csv
 import itertools
 import math
 import sys
@@ -29,11 +28,14 @@ from data.pools import MAPS
 from relations import LUMA, srgb_encode
 from runtime.command import run_command
 from runtime.config import UserError
-from runtime.files import DamageGuard, limit, refuse, replace_files
+from runtime.files import DamageGuard, find_files, limit, refuse, replace_files
 from runtime.flags import Parser
 
 FRAME = {"color": "final", "diffuse_reflectance": "final", "diffuse_illumination": "final", "depth_meters": "geometry",
          "normal_cam": "geometry"}
+COLOURS = ("color", "diffuse_reflectance", "diffuse_illumination")
+MATRIX = [[f"M_cam_from_uv_{i}{j}" for j in range(3)] for i in range(3)]        # columns of a camera's matrix
+ENOUGH = 0.1                      # share of a frame's pixels; with fewer valid ones it is of no use
 BRIGHT = 0.8                      # encoded brightness that the 90 % quantile of a HyperSim image is given
 DIM = 0.01                        # linear albedo; below it image / albedo is too noisy to be an irradiance
 BETTER = 0.05                     # a choice of normal axes is wrong when another one has a mean |cosine| so much higher
@@ -63,13 +65,20 @@ def read_cameras(path):
     if not Path(path).is_file():
         raise FileNotFoundError(f"data.prepare: no {str(path)!r}; want metadata_camera_parameters.csv of "
                                 "apple/ml-hypersim (contrib/mikeroberts3000); name it with --cameras")
-    with open(path, newline="") as f:
+    where = f"data.prepare: {str(path)!r}"
+    head, *rows = formats.decode_table(Path(path).read_bytes(), where, ",") or [[]]
+    lacking = [name for name in ("scene_name", *itertools.chain(*MATRIX)) if name not in head]
+    if lacking:
+        refuse(where, f"no column {lacking[0]!r}", "scene_name, M_cam_from_uv_00 .. 22")
+    cameras = {}
+    for number, row in enumerate(rows, 2):
+        row = dict(zip(head, row, strict=False))
         try:
-            return {row["scene_name"]: np.array([[float(row[f"M_cam_from_uv_{i}{j}"] or "nan") for j in range(3)]
-                                                 for i in range(3)]) for row in csv.DictReader(f)}
-        except (KeyError, ValueError) as error:
-            raise ValueError(f"data.prepare: {str(path)!r}: got no column {error}, "
-                             "want M_cam_from_uv_00 .. 22") from None
+            cameras[row["scene_name"]] = np.array([[float(row.get(name) or "nan") for name in names]
+                                                   for names in MATRIX])
+        except ValueError as error:
+            refuse(f"{where} row {number}", f"no number ({error})", "numbers with a decimal point")
+    return cameras
 
 
 def uv_rays(camera, H, W):
@@ -135,10 +144,14 @@ def write_frame(out, name, size, rgb, z, normal, albedo, irradiance, valid, wher
     """Write one scene of the layout: all maps of it or none.
 
     rgb, albedo, irradiance (3, H, W) encoded; z (H, W) planar; normal (H, W, 3); valid (H, W) bool
-    raises  ValueError: nothing valid, constant depth
+    raises  ValueError: less than ENOUGH valid, constant depth or irradiance
     """
-    if not valid.any():
-        raise ValueError(f"{where}: got no valid pixel; the frame is of no use")
+    if not valid.mean() >= ENOUGH:
+        raise ValueError(f"{where}: got {100 * valid.mean():.1f} % valid pixels, want {100 * ENOUGH:.0f}; the frame is "
+                         "of no use")
+    light = irradiance[:, torch.from_numpy(valid)]
+    if bool((light == light[:, :1]).all()):
+        raise ValueError(f"{where}: got one irradiance everywhere, want lit and shaded; the frame is of no use")
     depth = _fit_nearest(depth_levels(z, valid, where)[None].astype(np.int32), size)[0].astype(np.uint16)
     shown = np.where(valid[..., None], np.round((normal + 1) * 127.5), 0).astype(np.uint8)
     shown = _fit_nearest(shown.transpose(2, 0, 1), size).transpose(1, 2, 0).copy()
@@ -177,7 +190,7 @@ def convert_hypersim(scene, camera, frame, cameras, out, size):
     normal = maps["normal_cam"]
     length = np.linalg.norm(normal, axis=-1)
     valid = (np.isfinite(distance) & (distance > 0) & np.isfinite(length) & (length > 0.5)
-             & np.isfinite(maps["color"]).all(-1))
+             & np.logical_and.reduce([np.isfinite(maps[m]).all(-1) for m in COLOURS]))
     distance = np.where(valid, distance, 0)
     normal = np.where(valid[..., None], normal, 0)
     check_axes(normal, distance[..., None] * rays, valid, where)
@@ -195,7 +208,7 @@ def convert_hypersim(scene, camera, frame, cameras, out, size):
 def list_hypersim(args):
     """Yield every frame of a HyperSim download: its name, and a function of no arguments that converts it."""
     cameras = read_cameras(args.cameras or args.raw / "metadata_camera_parameters.csv")
-    found = sorted(args.raw.rglob("images/scene_cam_*_final_hdf5/frame.*.color.hdf5"))
+    found = find_files(args.raw, "**/images/scene_cam_*_final_hdf5/frame.*.color.hdf5")
     for path in found:
         scene = path.parents[2]
         camera = path.parent.name[6:-11]
@@ -238,7 +251,7 @@ def convert_interiorverse(scene, frame, degrees, out, size):
 
 def list_interiorverse(args):
     """As `list_hypersim`, of an InteriorVerse download."""
-    for path in sorted(args.raw.rglob("*_im.exr")):
+    for path in find_files(args.raw, "**/*_im.exr"):
         wide = "120" in path.parents[1].name
         degrees = args.fov or (120.0 if wide else 85.0)
         frame = path.name[:-7]

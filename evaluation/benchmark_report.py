@@ -121,13 +121,14 @@ def save_benchmark_panel(bench, source, files, items, rows, n, path):
         print(f"  pictures: {save_png(path, panel(tiles, len(shown)))}")
 
 
-def open_benchmark(bench, path, limit):
+def open_benchmark(bench, path, limit, out=None):
     """Files and images of a benchmark that can be evaluated, at most `limit` of them (0: all).
 
+    out      folder that the command writes to
     returns  Files, items, number of images that the protocol expects, warnings about images that were left out
     raises   MissingData: a file is missing and there is no limit
     """
-    files, items, missing = benchmarks.find_data(bench, path)
+    files, items, missing = benchmarks.find_data(bench, path, out)
     there = [item for item in items if benchmarks.is_complete(files, item)]
     if missing and not limit:
         raise MissingData(f"--data {path}: got {len(there)} of {len(items)} images of {bench.dataset} "
@@ -148,7 +149,7 @@ def report_benchmarks(args):
     returns  every printed number
     raises   MissingData; ValueError: damaged files, predictions that do not fit
     """
-    opened = [(bench, *open_benchmark(bench, args.data, args.limit))
+    opened = [(bench, *open_benchmark(bench, args.data, args.limit, args.out))
               for bench in choose_benchmarks(args.dataset, args.task)]
     new, old = compared_paths(args)
     sources = [(predictions.saved_source if args.pred_dir else predictions.find_source)(new, args)]
@@ -184,7 +185,7 @@ def check_data(args):
     """
     result = []
     for bench in choose_benchmarks(args.dataset, args.task):
-        files, items, missing = benchmarks.find_data(bench, args.data)
+        files, items, missing = benchmarks.find_data(bench, args.data, args.out)
         there = [item for item in items if benchmarks.is_complete(files, item)][:args.limit or None]
         size = sum(max(0, files.size(f)) for item in there for f in benchmarks.item_files(item))
         print(f"{bench.dataset}, {bench.task}: {len(there)} of {bench.count or len(items)} images complete in "

@@ -160,7 +160,9 @@ ABOUT = {  # (dataset, task): (source, licence, size)
     ("hypersim", "iid"): ("github.com/apple/ml-hypersim, test scenes, through script/iid/dataset_preprocess of "
                           "prs-eth/Marigold", "CC BY-SA 3.0",
                           "about 300 GB if stored as float64 (5238 x 3 arrays of 768 x 1024 x 3), half as float32"),
-    ("interiorverse", "iid"): ("interiorverse.github.io, scenes_85, on application", "research, on application", ""),
+    ("interiorverse", "iid"): ("interiorverse.github.io, scenes_85, on application; the publisher has since withdrawn "
+                               "most of the 2672 frames: --limit 2672 evaluates those that you have, marked PARTIAL",
+                               "research, on application", ""),
     ("photos", "surface"): ("your own photos (the paper: COCO, ETH3D)", "yours", ""),
 }
 ABOUT["mit", "lights"] = ABOUT["mit", "lmse"]

@@ -10,8 +10,6 @@ sample    name; photos [(3, H, W) float32 sRGB in [0, 1]]; and, by task, depth (
           albedo, shading, residual (3, H, W) *linear* with masks of their shape; lights (MIT's photos, linear);
           size (H, W) of the maps that are compared
 """
-import csv
-import io
 import os
 from collections import Counter
 from pathlib import Path, PurePosixPath
@@ -85,10 +83,7 @@ def _maw_items(files):
     meta = "labels/meta.csv"
     if files.size(meta) < 0:
         return [dict(name=meta, rgb=meta)]                                      # reported as the missing file
-    try:
-        rows = [r for r in csv.reader(io.StringIO(files.read(meta).decode()), delimiter="\t") if r]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{files.where(meta)}: got no table ({error}), want UTF-8, tabs; fetch it again") from None
+    rows = formats.decode_table(files.read(meta), files.where(meta), "\t")
     if not rows:
         raise ValueError(f"{files.where(meta)}: got no line, want one for each photo; fetch it again")
     for line, row in enumerate(rows, 1):
@@ -117,9 +112,10 @@ def _prefer_npy(files, item):
             for role, f in item.items()}
 
 
-def find_data(bench, path):
+def find_data(bench, path, out=None):
     """Open the data: the folder or tar under `path` that holds most of the official files -> (Files, items, missing).
 
+    out      folder that the command writes to, whose pictures are no photos
     missing  names of files that are not there, in list order
     raises   MissingData with the page when nothing is there; ValueError for a path that is no folder or tar
     """
@@ -130,7 +126,7 @@ def find_data(bench, path):
                           missing_page(bench))
     if bench.dataset == "photos":
         root = Path(path) if Path(path).is_dir() else Path(path).parent
-        return formats.Files(root), [_item(bench, str(p.relative_to(root))) for p in find_images(path)], []
+        return formats.Files(root), [_item(bench, str(p.relative_to(root))) for p in find_images(path, out)], []
     best = None                                                                 # (complete images, files, items)
     top = formats.Files(path)
     places = [top] if top.index is None else [top, *(top.under(r) for r in bench.roots if not r.endswith(".tar"))]

@@ -1,17 +1,24 @@
 """Colour science of the measured-albedo benchmark: spaces, CIELAB, the difference of two colours (CIEDE2000)."""
 import numpy as np
 
-ADOBE_TO_SRGB = np.array([[1.39835574, -0.39835574, 0.0],   # linear Adobe RGB (1998) -> linear sRGB: the
-                          [0.0, 1.0, 0.0],                  # spaces differ in the green primary alone
-                          [0.0, -0.04292898, 1.04292898]])
-SRGB_TO_XYZ = np.array([[0.4124564, 0.3575761, 0.1804375],  # linear sRGB -> CIE XYZ, D65, 2 degree observer
-                        [0.2126729, 0.7151522, 0.0721750],
-                        [0.0193339, 0.1191920, 0.9503041]])
+# the constants of the published evaluation (MeasuredAlbedo/code, by the package colour-science): the matrices of the
+# two standards as printed there, so that white comes out 1e-4 off; matrices from the primaries give other numbers
+ADOBE_TO_XYZ = np.array([[0.57667, 0.18556, 0.18823],       # linear Adobe RGB (1998) -> CIE XYZ, D65
+                         [0.29734, 0.62736, 0.07529],
+                         [0.02703, 0.07069, 0.99134]])
+XYZ_TO_SRGB = np.array([[3.2406, -1.5372, -0.4986],         # CIE XYZ -> linear sRGB (IEC 61966-2-1)
+                        [-0.9689, 1.8758, 0.0415],
+                        [0.0557, -0.2040, 1.0570]])
+ADOBE_TO_SRGB = XYZ_TO_SRGB @ ADOBE_TO_XYZ
+SRGB_TO_XYZ = np.array([[0.4124, 0.3576, 0.1805],           # linear sRGB -> CIE XYZ (IEC 61966-2-1)
+                        [0.2126, 0.7152, 0.0722],
+                        [0.0193, 0.1192, 0.9505]])
+WHITE = np.array([0.3127, 0.3290, 1 - 0.3127 - 0.3290]) / 0.3290                # D65 from its chromaticity, Y = 1
 
 
 def linear_to_lab(rgb):
     """(..., 3) linear sRGB in [0, 1] -> CIELAB, white D65."""
-    t = np.asarray(rgb, np.float64) @ SRGB_TO_XYZ.T / SRGB_TO_XYZ.sum(1)
+    t = np.asarray(rgb, np.float64) @ SRGB_TO_XYZ.T / WHITE
     f = np.where(t > (6 / 29) ** 3, np.cbrt(t), t / (3 * (6 / 29) ** 2) + 4 / 29)
     return np.stack([116 * f[..., 1] - 16, 500 * (f[..., 0] - f[..., 1]), 200 * (f[..., 1] - f[..., 2])], -1)
 

@@ -57,6 +57,11 @@ def _valid(measure, pred, gt, mask):
     return pred, gt
 
 
+def is_constant(gt):
+    """Whether valid values (n,) or colours (n, C) of a true map are all alike: a fit then errs by nothing, unearned."""
+    return len(gt) > 0 and not np.ptp(gt, axis=0).any()
+
+
 def _rows(measure, pred, gt, mask):
     """Yield blocks of whole rows, their valid elements as float64, so that a large map is never copied as a whole."""
     pred, gt, mask = (np.asarray(x) for x in (pred, gt, mask))
@@ -332,8 +337,12 @@ def si_mse(pred, gt, mask):
     """Scale-invariant MSE, ours: one least-squares scale over valid pixels and channels, mean squared error.
 
     pred, gt   (H, W, 3) (also (H, W), (C, H, W)), *linear*; mask (H, W). An all-zero prediction keeps scale 0
+    raises     ValueError: a truth of one value, which no skill is needed to fit
     """
     p, g = _valid("metrics.si_mse", pred, gt, mask)
+    if is_constant(g):
+        reject("metrics.si_mse", f"a true map of one value ({g.flat[0]:g}) everywhere", "one that varies",
+               "leave this image out and count it")
     pp = (p * p).sum()
     return float(np.square((p * g).sum() / pp * p - g if pp > 0 else g).mean())
 

@@ -88,7 +88,9 @@ def predict_maps(policy, rgb, steps, seed, batch=64):
 
 
 def map_errors(row, guess, true, ok, pts, truth):
-    """Errors of one map, all of `metrics_of` but pairs: dict; and whether it looks like inverse depth.
+    """Errors of one map, all of `metrics_of` but pairs: dict; whether it looks like inverse depth; whether truth is flat.
+
+    A truth of one value is met by any fitted scale: those errors are NaN then.
 
     row          relations.Modality;  guess, true  (C, H, W), colours linear;  ok (H, W) bool numpy
     pts, truth   of `eval_pairs` for this image
@@ -98,16 +100,18 @@ def map_errors(row, guess, true, ok, pts, truth):
         guess = guess[0].double().numpy()
         scale, shift = metrics.align_depth(guess, true, ok)
         found = metrics.depth_metrics((scale * guess + shift).clip(*DEPTH_RANGE), true, ok)
-        return {name: found[name] for name in ERRORS[row.kind]}, scale < 0
+        flat = metrics.is_constant(true[ok])
+        return {name: np.nan if flat else found[name] for name in ERRORS[row.kind]}, scale < 0, flat
     if row.kind == "vector":
-        return {"angle": np.nanmean(metrics.normal_error(guess.numpy(), true.numpy())[ok])}, False
+        return {"angle": np.nanmean(metrics.normal_error(guess.numpy(), true.numpy())[ok])}, False, False
     if row.kind == "scalar":
-        return {"abs_err": (guess - true)[0].double().abs().numpy()[ok].mean()}, False
+        return {"abs_err": (guess - true)[0].double().abs().numpy()[ok].mean()}, False, False
     guess, true = (x.permute(1, 2, 0).double().numpy() for x in (guess, true))
-    errors = {"si_mse": metrics.si_mse(guess, true, ok)}
+    flat = metrics.is_constant(true[ok])
+    errors = {"si_mse": np.nan if flat else metrics.si_mse(guess, true, ok)}
     if row.yes_no:
         errors["whdr10"] = metrics.whdr_from_gt(guess, true, pts[truth != 0].numpy(), 0.1)
-    return errors, False
+    return errors, False, flat
 
 
 def score_maps(pred, maps, pairs, warn=True):
@@ -115,23 +119,28 @@ def score_maps(pred, maps, pairs, warn=True):
 
     pred     dict modality -> (B, C, H, W) in the encodings of relations.MODALITIES
     maps     true maps of a scene pool: the modalities, depth in metres, mask (B, 1, H, W);  pairs  of `eval_pairs`
-    warn     print a line where a fitted depth scale is negative
-    returns  dict name -> (B,) float64 numpy
+    warn     print a line where a fitted depth scale is negative, and where a true map is one value
+    returns  dict name -> (B,) float64 numpy; NaN where the true map is one value, which a fitted scale always meets
     """
     out = {name: [] for name in METRICS if name.split("/")[0] in pred and not name.endswith("pairs")}
     masks = maps["mask"][:, 0].numpy()
     inverted = 0                                                                # fitted depth scales below 0
+    flat = dict.fromkeys(pred, 0)                                               # true maps of one value
     for m in pred:
         row = MODALITIES[m]
         guesses, truths = (srgb_decode(v[m]) if row.kind == "colour" else v[m] for v in (pred, maps))
         for i, ok in enumerate(masks):
-            errors, is_inverted = map_errors(row, guesses[i], truths[i], ok, *(x[i] for x in pairs[m]))
+            errors, is_inverted, is_flat = map_errors(row, guesses[i], truths[i], ok, *(x[i] for x in pairs[m]))
             inverted += is_inverted
+            flat[m] += is_flat
             for name, value in errors.items():
                 out[f"{m}/{name}"].append(value)
     if inverted and warn:
         print(f"depth: {inverted} of {len(masks)} fitted scales are negative: "
               "there the prediction looks like inverse depth")
+    for m, n in flat.items():
+        if n and warn:
+            print(f"{m}: {n} of {len(masks)} true maps are one value everywhere: they get no error with a fitted scale")
     out = {k: np.array(v, dtype=float) for k, v in out.items()}
     for m in pred:
         pts, truth = pairs[m]

@@ -201,8 +201,8 @@ class Marigold(nn.Module):
         if edge:
             small = [n * edge // max(H, W) for n in (H, W)]
             if 0 in small:
-                raise ValueError(f"marigold: got a {H} x {W} px photo at --processing-res {edge}: its short side would "
-                                 "vanish; want a larger --processing-res")
+                files.refuse(f"marigold at --processing-res {edge}", f"a {H} x {W} px photo, whose short side would "
+                             "vanish", "a less elongated one", "cut it, or use a larger --processing-res")
             x = F.interpolate(x, small, mode="bilinear", antialias=True)
         h, w = x.shape[2:]
         m = self.multiple

@@ -18,7 +18,7 @@ import tokenize
 import uuid
 import warnings
 import zlib
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -303,6 +303,16 @@ def read_checked(path):
     if header.pop("sha256", None) != checksum(tensors, header):
         raise ValueError(f"{path} is damaged: its checksum does not match")
     return tensors, header
+
+
+def is_twin(name):
+    """Whether a relative name is one of macOS's `._NAME` beside NAME: notes about it, which exist for no reader."""
+    return any(part.startswith("._") for part in PurePath(name).parts)
+
+
+def find_files(folder, pattern):
+    """Sorted paths under a folder that match a pattern of Path.glob; a twin (`is_twin`) is none of them."""
+    return sorted(p for p in Path(folder).glob(pattern) if not is_twin(p.relative_to(folder)))
 
 
 def path_inside(root, name, where):

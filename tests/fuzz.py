@@ -35,6 +35,7 @@ if __name__ == "__main__":
 
 import chat
 import numpy as np
+import odd_files
 import official
 import torch
 from PIL import Image
@@ -280,6 +281,21 @@ def make_pictures(folder):
         apng=encoded(color, "PNG", save_all=True, append_images=[color.rotate(180)]),
         eps=b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 12\n%%EndComments\n(x) run\n",
         pfm=b"PF\n12 16\n-1.0\n" + bytes(12 * 16 * 12), pfm_gray=b"Pf\n12 16\n-1.0\n" + bytes(12 * 16 * 4))
+    found |= {f"tiff_{k}": odd_files.tiff(array, photometric, bits=bits) for k, (array, photometric, bits) in dict(
+        float=(rgb[..., 0].astype(np.float32), 0, None), int32=(rgb[..., 0] * np.int32(257), 1, None),
+        uint32=(rgb[..., 0].astype(np.uint32) << 24, 1, None), int16=(rgb[..., 0] * np.int16(128), 1, None),
+        int8=(rgb[..., 0].astype(np.int8) & 127, 1, None), negative=(wide[..., 0], 0, None),
+        bits12=(wide[..., 0] >> 4, 1, 12)).items()}
+    found |= {f"note_{name}_{last}": odd_files.png_with(found["png"], (name.encode(), note), last=last)
+              for name, note in odd_files.NOTES.items() if name in ("zTXt", "iCCP") for last in (False, True)}
+    found |= dict(
+        motion=odd_files.motion_photo(found["progressive"], 1 << 16), mpo=odd_files.mpo(color),
+        exif_broken=encoded(color, "JPEG", exif=odd_files.broken_exif()),
+        exif_broken_png=encoded(color, "PNG", exif=odd_files.broken_exif()),
+        xmp=odd_files.png_with(found["gray"], (b"iTXt", b'XML:com.adobe.xmp\0\0\0\0\0<x tiff:Orientation="6"/>')),
+        heic=b"\0\0\0\x18ftypheic" + bytes(90), page=b"<!DOCTYPE html><html></html>", empty=b"")
+    if formats.HAS_AVIF:
+        found["avif"] = encoded(color, "AVIF")
     for name, content in found.items():
         (folder / f"{name}.png").write_bytes(content)
 
@@ -316,7 +332,7 @@ def make_exr(folder):
 def make_tar(folder):
     inside = folder / "inside"
     (inside / "sub").mkdir(parents=True)
-    for name in ("a.npy", "sub/naïve 写真\n.txt", "x" * 90 + ".bin", "sub/" + "y" * 120):
+    for name in ("a.npy", "._a.npy", "sub/naïve 写真\n.txt", "x" * 90 + ".bin", "sub/" + "y" * 120):
         (inside / name).write_bytes(b"content of " + name.encode())
     (inside / "link").symlink_to("/etc/passwd")
     for name, kind in (("gnu.tar", tarfile.GNU_FORMAT), ("pax.tar", tarfile.PAX_FORMAT)):
@@ -365,7 +381,10 @@ def make_lists(folder):
     (folder / "results.jsonl").write_text("".join(
         json.dumps(dict(name=n, abs_rel=0.1, delta1=0.9, scale=1.0)) + "\n" for n in "abc"))
     head = ["scene_name", *(f"M_cam_from_uv_{i}{j}" for i in range(3) for j in range(3))]
-    (folder / "cameras.csv").write_text(",".join(head) + "\nai_001_001," + ",".join("123456789") + "\n")
+    table = (",".join(head) + "\nai_001_001," + ",".join("123456789") + "\n").encode()
+    (folder / "cameras.csv").write_bytes(table)
+    (folder / "marked.csv").write_bytes(b"\xef\xbb\xbf" + table)
+    (folder / "semicolons.csv").write_bytes(table.replace(b",", b";"))
 
 
 def read_lists(folder, path):
@@ -376,7 +395,9 @@ def read_lists(folder, path):
     def asked():
         return questions.marked_photos(questions.read_jsonl(path)[:2], folder, 24)
     bench = official.bench_of("nyuv2", "depth")
-    return {"q.jsonl": [asked], "cached.json": [cached], "cameras.csv": [lambda: prepare.read_cameras(path)],
+    if path.suffix == ".csv":
+        return [lambda: prepare.read_cameras(path)]
+    return {"q.jsonl": [asked], "cached.json": [cached],
             "results.jsonl": [lambda: predictions.read_results(bench, path)]}.get(
                 path.name, [lambda: questions.draw_questions(folder / "scenes", "room.0", 2, 24, 0), asked])
 

@@ -123,7 +123,7 @@ def broken_files(folder):
     (folder / "empty.jpg").write_bytes(b"")
     Image.new("RGB", (1, 1)).save(folder / "dot\nted.png")
     Image.new("RGB", (7, 100)).save(folder / "thin.png")
-    return {"cut.jpg": "truncated", "text.png": "not an image", "empty.jpg": "not an image",
+    return {"cut.jpg": "truncated", "text.png": "not an image", "empty.jpg": "an empty file",
             "dot\nted.png": "1 x 1", "thin.png": "7 x 100"}
 
 

@@ -358,6 +358,18 @@ def test_perfect_maps_of_a_scene_folder_score_perfectly(tmp_path):
     assert all((got[f"{m}/pairs"] == 1).all() for m in NAMES) and got["depth/abs_rel"].max() < 1e-6
 
 
+def test_a_truth_of_one_value_is_no_perfect_score(maps, pairs, capsys):
+    maps = {k: v.clone() for k, v in maps.items()}
+    maps["irradiance"][0] = 0
+    maps["depth"][1] = 2.5
+    maps["albedo"][2] = 0.5
+    got = score_maps(noisy(maps, 0.1), maps, pairs)
+    said = capsys.readouterr().out
+    for name, k in (("irradiance/si_mse", 0), ("depth/abs_rel", 1), ("depth/delta1", 1), ("albedo/si_mse", 2)):
+        assert np.isnan(got[name]).tolist() == [i == k for i in range(len(got[name]))]
+        assert f"{name.split('/')[0]}: 1 of {len(got[name])} true maps are one value everywhere" in said
+
+
 @pytest.mark.parametrize("argv, word", [
     (["--dataset", "scenes"], "--data"), (["--dataset", "scenes", "--data", "nowhere"], "nowhere"),
     (["--dataset", "moon"], "moon"), ([], "--dataset"), (["--dataset", "wild", "--no-such-flag"], "--no-such-flag"),

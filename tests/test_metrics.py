@@ -193,19 +193,35 @@ def test_ciede2000_on_published_pairs(lab1, lab2, want):
 
 def test_lab_of_white_gray_and_red():
     lab = colour.linear_to_lab([[1, 1, 1], [0, 0, 0], [0.2, 0.2, 0.2], [1, 0, 0]])
-    assert np.allclose(lab[0], (100, 0, 0), atol=1e-6) and np.allclose(lab[1], 0, atol=1e-6)
-    assert np.allclose(lab[2, 1:], 0, atol=1e-6)
-    assert np.allclose(lab[3], (53.24, 80.09, 67.20), atol=0.02)    # published Lab (D65) of sRGB red
+    assert np.allclose(lab[0], (100, 0, 0), atol=0.01) and np.allclose(lab[1], 0, atol=1e-6)
+    assert np.allclose(lab[2, 1:], 0, atol=0.01)                                # the official matrix is rounded
+    assert np.allclose(lab[3], (53.24, 80.09, 67.20), atol=0.03)    # published Lab (D65) of sRGB red
 
 
-def test_adobe_matrix_follows_from_the_primaries():
+def test_adobe_matrix_is_that_of_the_primaries_but_for_the_official_rounding():
     def to_xyz(primaries):
         x, y = np.array(primaries).T
         m = np.stack([x / y, np.ones(3), (1 - x - y) / y])
         white = np.array([0.3127 / 0.3290, 1, (1 - 0.3127 - 0.3290) / 0.3290])
         return m * np.linalg.solve(m, white)
     srgb, adobe = ([(0.64, 0.33), green, (0.15, 0.06)] for green in ((0.30, 0.60), (0.21, 0.71)))
-    assert np.allclose(np.linalg.solve(to_xyz(srgb), to_xyz(adobe)), colour.ADOBE_TO_SRGB, atol=1e-6)
+    assert np.allclose(np.linalg.solve(to_xyz(srgb), to_xyz(adobe)), colour.ADOBE_TO_SRGB, atol=2e-4)
+
+
+# intensity and chromaticity by the published evaluation's own formulas and the package it uses (colour-science 0.4.7)
+OFFICIAL = [(0.04258900897576621, 15.538667338495127), (0.06353395671918319, 26.352035198804383),
+            (0.09167172912691504, 24.23083606272464), (0.04779712249188254, 39.680338463459556)]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_maw_is_the_published_evaluations(seed):
+    rng = np.random.default_rng(seed)
+    image = rng.integers(20, 256, (240, 320, 3)).astype(np.uint8)
+    mask = rng.integers(0, 4, (24, 32)).astype(np.uint8).repeat(10, 0).repeat(10, 1)
+    image = (image // 4 + rng.integers(0, 192, (4, 3))[mask]).astype(np.uint8)
+    colors = rng.uniform(.02, .95, (3, 3))
+    assert metrics.maw_intensity(image, mask, colors) == pytest.approx(OFFICIAL[seed][0], rel=1e-12)
+    assert metrics.maw_chromaticity(image, mask, colors) == pytest.approx(OFFICIAL[seed][1], rel=1e-12)
 
 
 @pytest.mark.parametrize("shape", [(480, 640), (333, 517), (100, 90), (240, 320)])
@@ -246,7 +262,7 @@ def test_maw_intensity_equals_its_formula():
     g, w = np.array([0.3, 0.1]), np.array([100, 90])
     theta = (w * m * g).sum() / (w * m * m).sum()
     want = (w * (theta * m - g) ** 2).sum() / w.sum()
-    assert metrics.maw_intensity(srgb, mask, colors) == pytest.approx(want)
+    assert metrics.maw_intensity(srgb, mask, colors) == pytest.approx(want, rel=1e-4)    # gray to 1e-4: the rounding
 
 
 # image scores
@@ -274,6 +290,16 @@ def test_si_mse_ignores_one_scale_and_equals_the_closed_form():
     assert metrics.si_mse(p, g, mask) == pytest.approx(want)
     assert metrics.si_mse(p.transpose(2, 0, 1), g.transpose(2, 0, 1), mask) == pytest.approx(want)
     assert metrics.si_mse(0 * p, g, mask) == pytest.approx((b @ b) / len(b))
+
+
+@pytest.mark.parametrize("gt", [np.zeros((4, 5, 3)), np.full((4, 5, 3), 0.3), np.full((4, 5, 3), [0.1, 0.5, 0.9])])
+def test_si_mse_of_a_constant_truth_is_no_score(gt):
+    refused(lambda: metrics.si_mse(RNG.random((4, 5, 3)), gt, full((4, 5))), "everywhere", "one that varies")
+    gt[0, 0] += 1
+    assert metrics.si_mse(RNG.random((4, 5, 3)), gt, full((4, 5))) > 0
+    mask = full((4, 5))
+    mask[0, 0] = False                                                          # only valid pixels count
+    refused(lambda: metrics.si_mse(gt, gt, mask), "everywhere")
 
 
 def test_psnr_closed_form_and_mask():

@@ -419,7 +419,7 @@ def test_a_bad_file_among_good_ones_is_named_and_counted(folder, tmp_path, capsy
     (photos / "broken.jpg").write_bytes(b"no image at all")
     run(folder, photos, tmp_path / "out")
     said = capsys.readouterr()
-    assert "broken.jpg" in said.err and "2 of 3" in said.out and "1 unreadable" in said.out
+    assert "broken.jpg" in said.err and "2 of 3" in said.out and "1 skipped" in said.out
     assert len(list((tmp_path / "out").glob("*_panel.png"))) == 2
 
 

@@ -99,8 +99,8 @@ def test_hypersim_colours_are_encoded(tmp_path):
 
 @pytest.mark.parametrize("change, words", [
     (dict(depth_meters=None), "no frame.0000.depth_meters.hdf5"),
-    (dict(normal_cam=np.zeros((H, W, 3))), "no valid pixel|black image"),
-    (dict(depth_meters=np.full((H, W), np.nan)), "no valid pixel|black image"),
+    (dict(normal_cam=np.zeros((H, W, 3))), "valid pixels|black image"),
+    (dict(depth_meters=np.full((H, W), np.nan)), "valid pixels|black image"),
     (dict(diffuse_reflectance=np.ones((H, W // 2, 3))), "got diffuse_reflectance of 32 x 48 px, want 64 x 48"),
     (dict(normal_cam=np.broadcast_to(PLANE * [1, -1, 1], (H, W, 3))), r"signs \(1, -1, 1\) of x, y, z")])
 def test_a_bad_hypersim_frame_is_named_and_leaves_nothing(tmp_path, capsys, change, words):
@@ -108,6 +108,71 @@ def test_a_bad_hypersim_frame_is_named_and_leaves_nothing(tmp_path, capsys, chan
     with pytest.raises(ValueError, match=words):
         prepare.main(["hypersim", str(tmp_path / "raw"), str(tmp_path / "out"), "--size", str(H)])
     assert "skipped: " in capsys.readouterr().err and not list((tmp_path).glob("out/*"))
+
+
+def spoiled(value, share):
+    """Some illumination, a share of it `value`."""
+    rng = np.random.default_rng(1)
+    light = rng.uniform(.5, 30, (H, W, 3))
+    bad = rng.random((H, W)) < share
+    bad[30, 30] = True
+    light[bad, 1] = value
+    return light, bad
+
+
+@pytest.mark.parametrize("name", ["diffuse_illumination", "diffuse_reflectance", "color"])
+@pytest.mark.parametrize("value, share", [(np.nan, 0), (np.inf, .03), (-np.inf, .03)])
+def test_pixels_that_are_no_number_are_masked_and_darken_no_other(tmp_path, name, value, share):
+    light, bad = spoiled(value, share)
+    write_hypersim(tmp_path / "raw", **{name: light})
+    prepare.main(["hypersim", str(tmp_path / "raw"), str(tmp_path / "out"), "--size", str(H)])
+    (_, got), = pools.read_scene_folder(tmp_path / "out")
+    crop = slice((W - H) // 2, (W + H) // 2)
+    assert not got["mask"][0].numpy()[bad[:, crop]].any() and got["mask"].float().mean() > 0.4
+    ok = got["mask"][0]
+    assert got["irradiance"][:, ok].mean() > 0.4 and got["irradiance"].max() == 1
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(diffuse_illumination=spoiled(np.nan, 1)[0]), "0.0 % valid|black image"),
+    (dict(diffuse_illumination=spoiled(np.nan, .95)[0]), "% valid pixels, want 10"),
+    (dict(diffuse_illumination=np.zeros((H, W, 3))), "one irradiance everywhere")])
+def test_a_frame_without_enough_light_is_refused_by_name(tmp_path, capsys, change, words):
+    write_hypersim(tmp_path / "raw", **change)
+    with pytest.raises(ValueError, match=words):
+        prepare.main(["hypersim", str(tmp_path / "raw"), str(tmp_path / "out"), "--size", str(H)])
+    assert "ai_001_001 cam_00 frame 0000" in capsys.readouterr().err and not list(tmp_path.glob("out/*"))
+
+
+def cameras(tmp_path, change=lambda text: text):
+    """Cameras read from a table of one camera, changed as bytes."""
+    names = ["scene_name", "more", *(f"M_cam_from_uv_{i}{j}" for i in range(3) for j in range(3))]
+    text = ",".join(names) + "\n" + ",".join(["ai_001_001", "x", *map(str, TILTED.flatten())]) + "\n"
+    (tmp_path / "c.csv").write_bytes(change(text.encode()))
+    return prepare.read_cameras(tmp_path / "c.csv")
+
+
+@pytest.mark.parametrize("change", [lambda t: t, lambda t: b"\xef\xbb\xbf" + t, lambda t: t.replace(b"\n", b"\r\n"),
+                                    lambda t: t.replace(b"x", b'"a, b"'), lambda t: b"\n" + t.strip()])
+def test_a_camera_table_from_a_spreadsheet_is_read(tmp_path, change):
+    got = cameras(tmp_path, change)
+    assert list(got) == ["ai_001_001"] and np.array_equal(got["ai_001_001"], TILTED)
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda t: t.replace(b",", b";"), "separated by semicolons, want commas"),
+    (lambda t: t.replace(b",", b"\t"), "separated by tabs, want commas"),
+    (lambda t: t.decode().encode("utf-16"), "no table .*want UTF-8"), (lambda t: b"", "no column 'scene_name'"),
+    (lambda t: t.replace(b"uv_11", b"vu_11"), "no column 'M_cam_from_uv_11'"),
+    (lambda t: t.replace(b"0.45", b"much"), "row 2: got no number .*much")])
+def test_another_table_of_cameras_is_refused_with_what_is_wrong(tmp_path, change, words):
+    with pytest.raises(ValueError, match=f"c.csv'.*{words}"):
+        cameras(tmp_path, change)
+
+
+def test_a_short_row_of_cameras_is_no_camera(tmp_path):
+    got = cameras(tmp_path, lambda t: t.replace(b",-1.0", b""))
+    assert np.isnan(got["ai_001_001"][2, 2])
 
 
 def test_constant_depth_is_named():

@@ -282,6 +282,14 @@ def test_iid_scores_follow_their_formulas():
     assert scaled["albedo_psnr"] == got["albedo_psnr"]
 
 
+def test_a_black_truth_of_a_fitted_map_gives_no_number():
+    sample = iid_sample()
+    pred = {m: RNG.random((3, 24, 28)) for m in ("albedo", "irradiance")}
+    sample = dict(sample, shading=0 * sample["shading"])
+    got = protocols.score_prediction(bench_of("hypersim"), [pred], sample)
+    assert got["shading_psnr"] is None and got["shading_ssim"] is None and np.isfinite(got["albedo_psnr"])
+
+
 def test_a_map_that_is_not_predicted_is_not_scored():
     got = protocols.score_prediction(bench_of("hypersim"), [dict(albedo=RNG.random((3, 24, 28)))], iid_sample())
     assert set(got) == {"albedo_psnr", "albedo_ssim"}
