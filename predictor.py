@@ -30,7 +30,7 @@ from data.pictures import output_name, save_maps
 from kernels.sde_step import sde_step
 from kernels.squares import fill_squares
 from models.dit import DiT
-from models.marigold import Marigold
+from models.pipelines import open_pipeline
 from models.schedule import check_times, eta_coefficients, eta_factors
 from models.wrapper import wrap
 from relations import MODALITIES
@@ -219,16 +219,15 @@ class MapPredictor(Protocol):
 
 
 def load_predictor(spec):
-    """Open a predictor by its SPEC (runtime.weights.Spec): ours, a Marigold in diffusers' layout, a class of yours.
+    """Open a predictor by its SPEC (runtime.weights.Spec): ours, one in diffusers' layout, a class of yours.
 
-    raises  FileNotFoundError: no such folder, model or file;
-            ValueError: another architecture, missing or surplus keys, a class that lacks a member
+    raises  FileNotFoundError: no such folder or file; ValueError: another architecture, keys or members that do not fit
     """
     found = read_spec(spec)
     if found.module:
         return wrap(open_own(found), found.text)
     if found.hub or (found.folder / "model_index.json").is_file():
-        return Marigold.load(found.text)
+        return open_pipeline(found.text)
     return DiT.load(found.folder)
 
 

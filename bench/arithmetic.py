@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models import lora
 from models.copies import multiplying_layers
-from models.marigold import LORA_TARGETS
+from models.latent_flow import LORA_TARGETS
 from models.sd2 import VAE, UNet
 
 CARDS = (8, 12, 16, 24, 32, 40, 48, 80)                                         # GB of common GPUs

@@ -88,7 +88,7 @@ def predict_maps(policy, rgb, steps, seed, batch=64):
 
 
 def map_errors(row, guess, true, ok, pts, truth):
-    """Errors of one map, all of `metrics_of` but pairs: dict; whether it looks like inverse depth; whether truth is flat.
+    """Errors of one map but for pairs: dict name -> value; whether it looks like inverse depth; whether truth is flat.
 
     A truth of one value is met by any fitted scale: those errors are NaN then.
 

@@ -20,7 +20,8 @@ SCHEDULER_CONFIG = dict(
     prediction_type="v_prediction", clip_sample=False, thresholding=False, num_train_timesteps=None, beta_start=None,
     beta_end=None, beta_schedule="scaled_linear", rescale_betas_zero_snr=None, timestep_spacing=None,
     set_alpha_to_one=None, steps_offset=None, clip_sample_range=None, dynamic_thresholding_ratio=None,
-    sample_max_value=None, skip_prk_steps=None)
+    sample_max_value=None, skip_prk_steps=None, variance_type=None)
+SCHEDULERS = ("DDIMScheduler", "DDPMScheduler", "PNDMScheduler")      # of one kind of noise; we sample by the first
 SCHEDULER_NEEDS = ("beta_start", "beta_end", "beta_schedule", "prediction_type", "timestep_spacing")
 
 
@@ -28,23 +29,26 @@ class Schedule:
     """Noise levels of the training timesteps and the timesteps that a sampler visits.
 
     config  scheduler_config.json, a dict
+    forced  options that a family sets, whatever the file says: it samples by DDIM, whoever else wrote the file
     .abar   (n,) float64, decreasing;  .final  abar after the last step;  .t  (n,) float64, our times, increasing
     raises  ValueError: a scheduler or an option that is not implemented
     """
 
-    def __init__(self, config):
-        check_config(config, SCHEDULER_CONFIG, "scheduler/scheduler_config.json", SCHEDULER_NEEDS)
-        if config.get("_class_name", "DDIMScheduler") != "DDIMScheduler":
-            raise ValueError(f"marigold: scheduler_config.json has _class_name = {config['_class_name']!r}, which is "
-                             "not implemented; want 'DDIMScheduler'")
+    def __init__(self, config, **forced):
         self.config = config
+        config = config | forced
+        check_config(config, SCHEDULER_CONFIG, "scheduler/scheduler_config.json", SCHEDULER_NEEDS)
+        known = SCHEDULERS if forced else SCHEDULERS[:1]
+        if config.get("_class_name", known[0]) not in known:
+            raise ValueError(f"predictor: scheduler_config.json has _class_name = {config['_class_name']!r}, which is "
+                             f"not implemented; want {' or '.join(map(repr, known))}")
         self.spacing = config.get("timestep_spacing", "leading")
         if self.spacing not in ("trailing", "leading"):
-            raise ValueError(f"marigold: scheduler_config.json has timestep_spacing = {self.spacing!r}, which is not "
+            raise ValueError(f"predictor: scheduler_config.json has timestep_spacing = {self.spacing!r}, which is not "
                              "implemented; want 'trailing' or 'leading'")
-        where = "marigold: scheduler_config.json"
+        where = "predictor: scheduler_config.json"
         n = bounded_integer(config.get("num_train_timesteps", 1000), 2, MOST_TIMESTEPS, "num_train_timesteps", where)
-        bounded_integer(config.get("steps_offset", 0), 0, n - 1, "steps_offset", where)
+        self.offset = bounded_integer(config.get("steps_offset", 0), 0, n - 1, "steps_offset", where)
         if not 0 < config["beta_start"] <= config["beta_end"] < 1:
             refuse(where, f"beta {config['beta_start']}..{config['beta_end']}", "0 < beta_start <= beta_end < 1")
         root = np.linspace(config["beta_start"] ** 0.5, config["beta_end"] ** 0.5, n)
@@ -59,9 +63,9 @@ class Schedule:
     def timesteps(self, T):
         """The T timesteps a sampler visits, descending. raises ValueError when there are not so many."""
         n = len(self.abar)
-        offset = self.config.get("steps_offset", 0) if self.spacing == "leading" else 0
+        offset = self.offset if self.spacing == "leading" else 0
         if not 1 <= T <= n - offset:
-            raise ValueError(f"marigold: got {T} denoising steps; want 1 .. {n - offset}")
+            raise ValueError(f"predictor: got {T} denoising steps; want 1 .. {n - offset}")
         if self.spacing == "leading":
             return [i * (n // T) + offset for i in range(T)][::-1]
         return (np.round(n - np.arange(T) * n / T).astype(int) - 1).tolist()

@@ -40,13 +40,13 @@ def check_config(config, known, what, needs):
     """
     missing = [key for key in needs if config.get(key) is None]
     if missing:
-        raise ValueError(f"marigold: {what} has no {missing[0]}; want a complete config; download it again")
+        raise ValueError(f"predictor: {what} has no {missing[0]}; want a complete config; download it again")
     for key, value in config.items():
         if key.startswith("_") or not value and key not in known:               # an unknown option that is off
             continue
         if key not in known or (known[key] is not None and value != known[key]):
             want = repr(known[key]) if key in known else "no such option"
-            raise ValueError(f"marigold: {what} has {key} = {value!r}, which is not implemented; want {want}")
+            raise ValueError(f"predictor: {what} has {key} = {value!r}, which is not implemented; want {want}")
 
 
 class Resnet(nn.Module):
@@ -195,7 +195,7 @@ class UNet(nn.Module):
         down = [{"CrossAttnDownBlock2D": True, "DownBlock2D": False}.get(kind) for kind in config["down_block_types"]]
         up = [{"CrossAttnUpBlock2D": True, "UpBlock2D": False}.get(kind) for kind in config["up_block_types"]]
         if None in (*down, *up) or len(down) != len(widths) or len(up) != len(widths):
-            raise ValueError(f"marigold: unet/config.json has blocks {config['down_block_types']}, "
+            raise ValueError(f"predictor: unet/config.json has blocks {config['down_block_types']}, "
                              f"{config['up_block_types']}; want (CrossAttn)DownBlock2D and (CrossAttn)UpBlock2D, "
                              f"{len(widths)} each")
 
@@ -331,7 +331,7 @@ class VAE(nn.Module):
         check_config(config, VAE_CONFIG, "vae/config.json", NETWORK_NEEDS + ("latent_channels",))
         blocks = {*config.get("down_block_types", ()), *config.get("up_block_types", ())}
         if blocks - {"DownEncoderBlock2D", "UpDecoderBlock2D"}:
-            raise ValueError(f"marigold: vae/config.json has blocks {sorted(blocks)}, which are not implemented; want "
+            raise ValueError(f"predictor: vae/config.json has blocks {sorted(blocks)}, which are not implemented; want "
                              "DownEncoderBlock2D and UpDecoderBlock2D")
         self.config = config
         z = config["latent_channels"]

@@ -46,6 +46,7 @@ from data import formats, photos, pictures, pools, prepare, questions
 from data.bank import Bank
 from evaluation import benchmark_table, benchmarks, predictions
 from models import lora, marigold
+from models.diffusers_files import EMPTY, embed_prompts
 from models.dit import DiT, DiTConfig
 from models.schedule import Schedule
 from models.sd2 import VAE, UNet
@@ -457,7 +458,7 @@ def make_marigold(folder):
     """A small folder that computes the empty prompt itself, so that the text encoder is read too."""
     text_parts(folder / "text")
     parts = fill(UNet(unet_config(1) | SMALL)), fill(VAE(VAE_CONFIG | dict(layers_per_block=1)))
-    text = marigold.empty_prompt(folder / "text", 12)
+    text = embed_prompts(folder / "text", EMPTY, 12)
     model = marigold.Marigold(*parts, Schedule(ZERO_SNR), text, index_of("depth"), folder / "text")
     model.save(folder / "model")
     (folder / "model" / "README.md").unlink()

@@ -23,11 +23,13 @@ import grpo
 import predictor
 import train
 from judge import build_mini_judge
-from models import lora, marigold, sd2
+from models import latent_flow, lora, sd2
 from models.copies import frozen_copy, keep_in_bf16
-from models.marigold import VAE, Marigold, Schedule, UNet
+from models.diffusers_files import EMPTY, embed_prompts
+from models.marigold import Marigold
 from models.mini_judge import MiniSizes
-from models.schedule import flow_time
+from models.schedule import Schedule, flow_time
+from models.sd2 import VAE, UNet
 from predictor import COEFFICIENTS, ddim_sde_step, load_predictor, plan_walk, rollout, sample_ode
 from relations import NAMES, srgb_encode
 from runtime.command import run_command
@@ -124,7 +126,7 @@ def folders(tmp_path_factory):
     kind with fewer layers."""
     root = tmp_path_factory.mktemp("marigold")
     text_parts(root / "text")
-    text = marigold.empty_prompt(root / "text", 12)
+    text = embed_prompts(root / "text", EMPTY, 12)
     for kind in KINDS:
         parts = fill(UNet(unet_config(len(TARGETS[kind])))), fill(VAE(VAE_CONFIG))
         schedule = Schedule(V1_0 if kind == "depth-v1-0" else ZERO_SNR)
@@ -420,7 +422,7 @@ def test_euler_steps_of_the_flow_are_the_native_ddim_sampler(models, kind, T):
     noise = torch.randn(1, *one.shape(rgb), generator=seeded(T))
     clean = one._sample(noise, one.encode(rgb), T, quirk=False)
     for k, target in enumerate(one.targets):
-        m = marigold.MODALITY.get(target)
+        m = latent_flow.MODALITY.get(target)
         if m:
             want = one._encoded(one._native(clean[:, 4 * k:4 * k + 4], target), target)
             got = sample_ode(one, rgb, m, T, noise=noise)
@@ -671,20 +673,20 @@ def test_a_depth_ensemble_undoes_scale_and_shift():
     """Members that are one map up to scale and shift give that map: as the first member has it."""
     first = torch.rand(1, 1, 6, 7, generator=seeded()) * 0.5 + 0.2
     members = torch.cat([first, 0.3 * first + 0.4, 0.9 * first])
-    torch.testing.assert_close(marigold._ensemble(members, "depth"), first, rtol=0, atol=1e-6)
+    torch.testing.assert_close(latent_flow.combine_members(members, "depth"), first, rtol=0, atol=1e-6)
 
 
 def test_an_ensemble_of_one_is_its_member():
     for target, channels in (("albedo", 3), ("depth", 1), ("normals", 3)):
         one = torch.randn(1, channels, 2, 2)
-        assert torch.equal(marigold._ensemble(one, target), one)
+        assert torch.equal(latent_flow.combine_members(one, target), one)
 
 
 def test_an_iid_ensemble_is_the_median_and_a_normal_one_a_member():
     members = torch.tensor([0.1, 0.9, 0.2]).view(3, 1, 1, 1).expand(3, 3, 2, 2)
-    assert (marigold._ensemble(members, "albedo") == 0.2).all()
+    assert (latent_flow.combine_members(members, "albedo") == 0.2).all()
     directions = torch.tensor([[0.0, 0.0, 1.0], [0.0, 0.6, 0.8], [1.0, 0.0, 0.0]]).view(3, 3, 1, 1)
-    assert marigold._ensemble(directions, "normals").flatten().tolist() == pytest.approx([0.0, 0.6, 0.8])
+    assert latent_flow.combine_members(directions, "normals").flatten().tolist() == pytest.approx([0.0, 0.6, 0.8])
 
 
 @pytest.mark.parametrize("tile", [6, 7, 100])
@@ -1141,7 +1143,7 @@ def test_the_empty_prompt_is_computed_where_it_is_not_cached(copied):
     (copied / "empty_text_embedding.safetensors").unlink()
     with torch.no_grad():
         want = CLIPTextModel.from_pretrained(copied / "text_encoder")(torch.tensor([[0, 1]])).last_hidden_state
-    got = marigold.empty_prompt(copied, 12)
+    got = embed_prompts(copied, EMPTY, 12)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
     torch.testing.assert_close(cached, want, rtol=0, atol=1e-6)
     assert got.shape == (1, 2, 12)
@@ -1232,9 +1234,9 @@ def test_weights_are_kept_in_the_dtype_asked_for(folders):
 # refusals ---------------------------------------------------------------------------------------------------------
 
 def test_another_pipeline_is_refused_before_any_weights_are_read(copied):
-    edit(copied / "model_index.json", _class_name="StableDiffusionAOVMatEstPipeline")
+    edit(copied / "model_index.json", _class_name="FluxPipeline")
     shutil.rmtree(copied / "unet")
-    refused(ValueError, lambda: load_predictor(copied), "'StableDiffusionAOVMatEstPipeline'", "MarigoldDepthPipeline")
+    refused(ValueError, lambda: load_predictor(copied), "'FluxPipeline'", "MarigoldDepthPipeline")
 
 
 @pytest.mark.parametrize("part, key, value", [
@@ -1377,7 +1379,7 @@ def test_the_command_names_maps_by_modality(models, predict, kind, names):
     assert {p.name for p in out.iterdir()} == {f"0_{n}" for n in names} | {"0_panel.png"}
     target = TARGETS[kind][0]
     want = models[kind].predict(photo(40, 50), 1, generator=seeded(0))[target]
-    got = np.load(out / f"0_{marigold.MODALITY[target]}.npy").transpose(1, 2, 0)
+    got = np.load(out / f"0_{latent_flow.MODALITY[target]}.npy").transpose(1, 2, 0)
     assert np.abs(got - want).max() < UNIT
 
 

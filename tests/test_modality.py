@@ -105,7 +105,7 @@ def test_only_answers_to_a_yes_no_question_are_balanced(monkeypatch):
 def test_a_white_row_never_explores_in_squares(monkeypatch):
     monkeypatch.setitem(MODALITIES, NAME, row(white=True))
     draw = SimpleNamespace(batch=50, integers=lambda n, shape, axis: torch.randint(n, shape, generator=seeded(0)))
-    batch = SimpleNamespace(cfg=SimpleNamespace(noise_blocks="2,4"), draw=draw, modalities=("depth", NAME))
+    batch = SimpleNamespace(cfg=SimpleNamespace(noise_blocks=(2, 4)), draw=draw, modalities=("depth", NAME))
     depth, new = grpo.draw_squares(batch).view(2, 50).tolist()
     assert set(depth) == {2, 4} and set(new) == {1}
 

@@ -19,8 +19,10 @@ from torch.distributed.run import get_args_parser
 
 from data.pools import ScenePool
 from evaluation import benchmarks
-from models import marigold
-from models.marigold import VAE, Marigold, Schedule, UNet
+from models.diffusers_files import EMPTY, embed_prompts
+from models.marigold import Marigold
+from models.schedule import Schedule
+from models.sd2 import VAE, UNet
 from runtime import flags
 
 README = ROOT / "README.md"
@@ -158,7 +160,7 @@ def write_marigold(folder, kind):
     tiny.text_parts(folder / "text")
     config = tiny.unet_config(len(tiny.TARGETS[kind])) | tiny.SMALL
     parts = tiny.fill(UNet(config)), tiny.fill(VAE(tiny.VAE_CONFIG | dict(layers_per_block=1)))
-    text = marigold.empty_prompt(folder / "text", 12)
+    text = embed_prompts(folder / "text", EMPTY, 12)
     Marigold(*parts, Schedule(tiny.ZERO_SNR), text, tiny.index_of(kind), folder / "text").save(folder)
 
 
