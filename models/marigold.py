@@ -22,12 +22,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from models import lora
+from models import checkpoint, lora
 from models.schedule import Schedule, flow_time
 from models.sd2 import LATENT_SCALE, VAE, UNet
 from relations import srgb_encode
 from runtime import files
-from runtime.weights import bounded_integer, check_weights, hub_folder, load_strict, plain_config
+from runtime.weights import bounded_integer, hub_folder, load_strict, plain_config
 
 MODALITY = {"albedo": "albedo", "shading": "irradiance", "irradiance": "irradiance", "depth": "depth",
             "normals": "normal"}                                                # target name: modality
@@ -244,8 +244,8 @@ class Marigold(nn.Module):
     @classmethod
     def _load(cls, path, dtype):
         folder = hub_folder(path, ["model_index.json", "*/config.json", "scheduler/*", "tokenizer/*",
-                                         f"unet/{WEIGHTS}*.safetensors", f"vae/{WEIGHTS}*.safetensors",
-                                         "text_encoder/model*.safetensors", "empty_text_embedding.safetensors"])
+                                         f"unet/{WEIGHTS}*.safetensors*", f"vae/{WEIGHTS}*.safetensors*",
+                                         "text_encoder/model*.safetensors*", "empty_text_embedding.safetensors"])
         about = _read_config(folder / "model_index.json")
         if about.get("_class_name") not in PIPELINES:                           # before any weights are read
             raise ValueError(f"marigold: model_index.json in {folder} has _class_name = {about.get('_class_name')!r}, "
@@ -254,7 +254,7 @@ class Marigold(nn.Module):
         for kind, name in ((UNet, "unet"), (VAE, "vae")):
             with torch.device("meta"):
                 model = kind(_read_config(folder / name / "config.json"))
-            state = _read_weights(folder / name, WEIGHTS)
+            state = checkpoint.read_weights(folder / name, WEIGHTS)
             old = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}    # of older VAE files
             for key in [k for k in state if k.split(".")[-2] in old]:
                 head, name_, leaf = key.rsplit(".", 2)
@@ -276,6 +276,7 @@ class Marigold(nn.Module):
         for name, module, state in (("unet", self.unet, lora.merged_state(self.unet)),
                                     ("vae", self.vae, self.vae.state_dict())):
             files.write_weights(folder / name / f"{WEIGHTS}.safetensors", state)
+            checkpoint.keep_one_set(folder / name, WEIGHTS)
             files.write_json(folder / name / "config.json", module.config)
         files.write_weights(folder / "empty_text_embedding.safetensors", dict(empty_text_embedding=self.text.float()))
         (folder / "scheduler").mkdir(exist_ok=True)
@@ -285,6 +286,9 @@ class Marigold(nn.Module):
                 _copy_component(self.source / name, folder / name)
         if lora.adapters(self.unet):
             lora.save_adapter(self.unet, folder / "lora", base=str(about.get("base", "")))
+        else:
+            for name in checkpoint.ADAPTER:                                     # of what was saved here before
+                (folder / "lora" / name).unlink(missing_ok=True)
         files.write_text(folder / "README.md", self._card(about))
         files.write_json(folder / "model_index.json", self.about)               # last: a folder without it is refused
 
@@ -342,19 +346,10 @@ def empty_prompt(folder, width):
         if not (folder / "text_encoder" / "config.json").is_file() or not (folder / "tokenizer").is_dir():
             raise FileNotFoundError(f"marigold: got no text_encoder and tokenizer in {folder}; want the whole "
                                     "diffusers folder (or its empty_text_embedding.safetensors)")
-        # transformers gets config and tensors, not the folder: there it would also load an adapter_config.json
         config = CLIPTextConfig.from_dict(_read_config(folder / "text_encoder" / "config.json"))
-        state = _read_weights(folder / "text_encoder", "model")
-        with torch.device("meta"):
-            check_weights(CLIPTextModel(config), state, folder / "text_encoder")
-        encoder, found = CLIPTextModel.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32,
-                                                       output_loading_info=True)
-        wrong = [str(k) for kind in ("missing_keys", "mismatched_keys", "unexpected_keys") for k in found[kind]
-                 if not str(k).endswith("position_ids")]                        # of older files; no weight
-        if wrong:
-            files.refuse(folder / "text_encoder", f"{len(wrong)} weights that do not fit config.json "
-                         f"(first: {wrong[0]})", "a complete checkpoint")
-        for path in (folder / "tokenizer").glob("*.json"):                      # before transformers reads hostile JSON
+        state = checkpoint.read_weights(folder / "text_encoder", "model")
+        encoder = checkpoint.build_network(CLIPTextModel, config, state, folder / "text_encoder", torch.float32)
+        for path in files.find_files(folder / "tokenizer", "*.json"):           # before transformers reads hostile JSON
             files.read_json(path)
         ids = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)("", return_tensors="pt")
         with torch.no_grad():
@@ -372,19 +367,15 @@ def _read_config(path):
     return plain_config(files.read_json(path), path)
 
 
-def _read_weights(folder, stem):
-    """Tensors of STEM.safetensors or STEM.fp16.safetensors."""
-    for name in (f"{stem}.safetensors", f"{stem}.fp16.safetensors"):
-        if (folder / name).is_file():
-            return files.read_tensors(folder / name)
-    raise FileNotFoundError(f"marigold: got no {stem}[.fp16].safetensors in {folder}; want safetensors weights "
-                            "(.bin files are pickles and are not read)")
-
-
 def _copy_component(source, target):
     """Copy a component's folder; weights that exist in fp16 alone are renamed, so that no `variant` is needed."""
     target.mkdir(parents=True, exist_ok=True)
-    for path in sorted(p for p in source.iterdir() if p.is_file() and p.suffix in (".json", ".txt", ".safetensors")):
+    copied = set()
+    for path in files.find_files(source, "*"):
         plain = path.name.replace(".fp16.", ".")
-        if plain == path.name or not (source / plain).is_file():
+        if path.suffix in (".json", ".txt", ".safetensors") and (
+                plain == path.name or not (source / plain).is_file()):
             files.replace_file(target / plain, functools.partial(shutil.copyfile, path))
+            copied.add(plain)
+    for name in set(checkpoint.set_files(target, "model")) - copied:            # of what was saved here before
+        (target / name).unlink(missing_ok=True)

@@ -1,6 +1,7 @@
 """What every command line shares: errors that have a remedy become one line, SIGTERM stops a run after its step.
 
-A bug keeps its traceback, and so does everything under REASONX_TRACEBACK=1.
+A bug keeps its traceback, and so does everything under REASONX_TRACEBACK=1. A character that the console does not have
+is printed as its number.
 """
 import os
 import re
@@ -19,6 +20,9 @@ from runtime.run import NotFinite, Run
 def _line(error):
     """What to print of an error that has a remedy, in one line; "" for a bug, which keeps its traceback."""
     text = " ".join(str(error).split())
+    if _no_compiler(error):
+        return ("--compile: got no compiler, want one that torch.compile can call (C++ on a CPU, C for a GPU); install "
+                "g++, or name one in the variable CXX (CC), or leave --compile out")
     error = system_error(error) or error
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
         asked = re.search(r"(?:tried to allocate|Tried to allocate) ([\d.]+ \w+)", text)
@@ -34,6 +38,22 @@ def _line(error):
     known = (UserError, ValueError, FloatingPointError, FileNotFoundError, NotADirectoryError, IsADirectoryError,
              PermissionError)
     return text if isinstance(error, known) else ""
+
+
+def _no_compiler(error):
+    """Whether torch.compile, or Triton under it, has found no compiler: their errors lie inside others."""
+    while error is not None:
+        if re.search(r"No working C\+\+ compiler|Failed to find C compiler|InvalidCxxCompiler", str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def escape_characters():
+    """Let stdout and stderr print what their encoding lacks (a name in Cyrillic, a cp1252 console) as an escape."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _leave(code):
@@ -58,6 +78,7 @@ def run_command(main, name, resumes=False):
     resumes  SIGTERM ends with 0: a loop first finishes and saves its step, anything else stops where it is
     """
     before = signal.signal(signal.SIGTERM, _on_sigterm) if resumes else None
+    escape_characters()
     try:
         main()
         shutdown()
