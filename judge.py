@@ -75,7 +75,7 @@ class Judge(nn.Module):
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
         self.prompt = Prompt(tokenizer, system, self.family, image_tokens, text)
-        self.prompt.check_range(model.get_input_embeddings().weight.shape[0])
+        self.prompt.check_model(model)
 
     def vision(self, images, normalised=False):
         """Features of marked photos, (N, 3, S, S) sRGB in [0, 1]; normalised: by mean and std, already.
@@ -177,9 +177,9 @@ class Judge(nn.Module):
     def save(self, folder):
         """Write a native transformers folder (config.json, model.safetensors, tokenizer), judge.json last.
 
-        Weights and an adapter that lay there are removed.  raises  OSError: nothing in the folder has changed
+        Weights, adapter, tokenizer that lay there are removed.  raises  OSError: nothing in the folder has changed
         """
-        replace_files(folder, self._write, last="judge.json", obsolete=vlm.find_weights(folder))
+        replace_files(folder, self._write, last="judge.json", obsolete=vlm.files_of_a_judge(folder))
 
     def _write(self, folder):
         self.model.save_pretrained(folder)

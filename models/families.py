@@ -221,8 +221,12 @@ class Prompt:
         """The prompt as bytes, for digests."""
         return json.dumps([self.head, self.blocks, self.answers]).encode()
 
-    def check_range(self, rows):
-        """Compare all tokens with the rows of the model's embedding. raises ValueError: one is not known to it."""
+    def check_model(self, network):
+        """Compare the tokens with those that a network knows. raises ValueError: it is not their network."""
+        rows = network.get_input_embeddings().weight.shape[0]
+        if network.config.image_token_id != self.image_id:
+            raise ValueError(f"judge: the tokenizer gives {self.family.image!r} the number {self.image_id}, "
+                             f"config.json {network.config.image_token_id}; want the tokenizer of that model")
         largest = max(max(part) for part in (self.head, *self.blocks.values(), *self.answers.values()))
         if largest >= rows:
             raise ValueError(f"judge: the tokenizer gives token {largest} to a model that knows {rows}; "

@@ -5,6 +5,7 @@
 B starts at zero, so a new adapter does not change any bit of the output. Paths are relative to the network that was
 given to `inject`.
 """
+import difflib
 import math
 import re
 from pathlib import Path
@@ -202,14 +203,7 @@ def _match_layers(network, state, older, where):
             low[path][found[2]] = value
     wrong += [f"{PREFIX}{path}.lora_{k}.weight" for path, pair in low.items() for k in "AB" if k not in pair]
     if wrong:
-        near = max(linear, key=lambda path: _common_tail(wrong[0], path), default="none")
+        near = (difflib.get_close_matches(wrong[0], linear, 1, 0) or ["none"])[0]
         raise ValueError(f"{where}: {len(wrong)} of {len(state)} keys match no linear layer (first: {wrong[0]}; the "
                          f"nearest of the network: {near}); was it trained from another base?")
     return low
-
-
-def _common_tail(key, path):
-    """Number of parts that the layer of an adapter's key and a path share, from the end."""
-    parts = key.partition(".lora_")[0].split(".")[::-1]
-    same = [a == b for a, b in zip(parts, path.split(".")[::-1], strict=False)]
-    return (same + [False]).index(False)

@@ -10,6 +10,8 @@ from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from runtime.files import find_files, read_json, refuse
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json",
+                   "vocab.json", "merges.txt")
 MOST_ADDED = 1 << 16                  # tokens of a file that tokenizer.json lacks
 
 

@@ -25,7 +25,7 @@ from transformers import (
 
 from models import checkpoint, lora
 from models.families import FAMILIES
-from models.tokenizer import load_tokenizer
+from models.tokenizer import TOKENIZER_FILES, load_tokenizer
 from runtime.files import DamageGuard, Tensors, read_json, refuse
 from runtime.weights import bounded_integer, hub_folder, load_strict, plain_config
 
@@ -275,9 +275,9 @@ def find_folders(name):
     return folder, None
 
 
-def find_weights(folder):
-    """Names of the files in a folder that hold weights of a judge, in any set, or an adapter."""
-    return *checkpoint.set_files(folder, STEM), *checkpoint.ADAPTER
+def files_of_a_judge(folder):
+    """Names of files that must not stay in a folder beside a judge that is saved there: sets, adapter, tokenizer."""
+    return *checkpoint.set_files(folder, STEM), *checkpoint.ADAPTER, *TOKENIZER_FILES
 
 
 def read_about(folder, family):

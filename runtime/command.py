@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from runtime.config import UserError
-from runtime.files import FULL, LOCKED, system_error
+from runtime.files import FULL, LOCKED, one_line, system_error
 from runtime.ranks import is_first_to_fail, is_joined, is_lost_peer, shutdown
 from runtime.run import NotFinite, Run
 
@@ -20,9 +20,10 @@ from runtime.run import NotFinite, Run
 def _line(error):
     """What to print of an error that has a remedy, in one line; "" for a bug, which keeps its traceback."""
     text = " ".join(str(error).split())
-    if _no_compiler(error):
-        return ("--compile: got no compiler, want one that torch.compile can call (C++ on a CPU, C for a GPU); install "
-                "g++, or name one in the variable CXX (CC), or leave --compile out")
+    compiler = _compiler_error(error)
+    if compiler:
+        return (f"--compile: got no compiler ({compiler}), want one that torch.compile can call: C++ on a CPU, C for a "
+                "GPU; install g++, or name one in the variable CXX (CC), or leave --compile out")
     error = system_error(error) or error
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
         asked = re.search(r"(?:tried to allocate|Tried to allocate) ([\d.]+ \w+)", text)
@@ -40,13 +41,18 @@ def _line(error):
     return text if isinstance(error, known) else ""
 
 
-def _no_compiler(error):
-    """Whether torch.compile, or Triton under it, has found no compiler: their errors lie inside others."""
+def _compiler_error(error):
+    """What torch.compile, or Triton under it, says of a compiler that is missing or cannot be called; "" otherwise.
+
+    Their errors lie inside others, of torch's own kinds
+    """
+    from_compile = type(error).__module__.startswith(("torch._inductor", "torch._dynamo"))
     while error is not None:
-        if re.search(r"No working C\+\+ compiler|Failed to find C compiler|InvalidCxxCompiler", str(error)):
-            return True
+        if re.search(r"No working C\+\+ compiler|Failed to find C compiler|InvalidCxxCompiler", str(error)) or (
+                from_compile and isinstance(error, OSError)):
+            return one_line(error)
         error = error.__cause__ or error.__context__
-    return False
+    return ""
 
 
 def escape_characters():
