@@ -54,7 +54,8 @@ from runtime.config import UserError
 from runtime.files import read_tensors, write_tensors
 
 SECONDS, MEMORY = 10, 2 << 30         # of one input: CPU time (six times as much by the clock), bytes of address space
-USER = (UserError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError, ValueError)
+USER = (UserError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError, ValueError,
+        benchmark_table.MissingData)
 NUMBERS = (0, 1, -1, 2, 7, 255, 256, 65535, 65536, 99_999, 10**6, 2**31 - 1, -2**31, 2**32 - 1, 2**63, 10**12)
 TYPES = ((b"F4", 8), (b"F8_E4M3", 4), (b"F8_E5M2", 4), (b"F8_E8M0", 4), (b"F6_E2M3", 16 / 3), (b"C64", 0.5),
          (b"BF16", 2), (b"F64", 0.5), (b"U16", 2), (b"I64", 0.5), (b"BOOL", 4), (b"U8", 1), (b"F99", 1))

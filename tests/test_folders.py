@@ -20,6 +20,7 @@ from test_marigold import SMALL, VAE_CONFIG, ZERO_SNR, fill, half, index_of, tex
 
 import judge as judging
 import predictor
+from data import questions
 from judge import LazyJudge, build_mini_judge, load_judge
 from models import checkpoint, lora, marigold, vlm
 from models.dit import DiT, DiTConfig
@@ -503,6 +504,26 @@ def photo(tmp_path):
     path = tmp_path / "photo.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (24, 20, 3), np.uint8)).save(path)
     return path
+
+
+@pytest.mark.parametrize("heads", ["a", {}, 0, -1, 2_000_000, [2, "a"], [2, 5]])
+def test_a_number_of_heads_that_does_not_divide_the_channels_is_refused(copied, heads):
+    edit(copied / "unet" / "config.json", attention_head_dim=heads)
+    refused(ValueError, lambda: Marigold.load(copied), "heads" if heads != {} else "a whole diffusers folder")
+
+
+@pytest.mark.parametrize("change", [dict(pts="ab"), dict(pts=[]), dict(pts=[[1, 2], [1, 99]]), dict(pts=[[1, 2]]),
+                                    dict(pts=[[1, 2], [1, 2.0]]), dict(modality="depths"), dict(first=1),
+                                    dict(margin=None), dict(scene="../../x"), dict(scene=3), dict(id=None),
+                                    dict(image="/etc/passwd"), None, 7, "rows"])
+def test_cached_questions_are_checked_before_they_are_used(rooms, tmp_path, change):
+    path = tmp_path / "questions.json"
+    rows = questions.load_questions(path, rooms, 2, 16, 0, None, True)
+    assert questions.load_questions(path, rooms, 2, 16, 0, None, False) == rows
+    kept = json.loads(path.read_text())
+    rows = [*rows[:2], rows[2] | change] if isinstance(change, dict) else change
+    path.write_text(json.dumps(kept | dict(rows=rows)))
+    refused(ValueError, lambda: questions.load_questions(path, rooms, 2, 16, 0, None, False), str(path), "want")
 
 
 @pytest.mark.parametrize("family", ["ours", "marigold", "mine_in_half:Map", "mine_in_half:Flow"])
