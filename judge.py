@@ -75,10 +75,7 @@ class Judge(nn.Module):
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
         self.prompt = Prompt(tokenizer, system, self.family, image_tokens, text)
-        rows = model.get_input_embeddings().weight.shape[0]
-        if self.prompt.largest() >= rows:
-            raise ValueError(f"judge: the tokenizer gives token {self.prompt.largest()} to a model that knows {rows}; "
-                             "want the tokenizer of that model")
+        self.prompt.check_model(model)
 
     def vision(self, images, normalised=False):
         """Features of marked photos, (N, 3, S, S) sRGB in [0, 1]; normalised: by mean and std, already.
@@ -92,12 +89,12 @@ class Judge(nn.Module):
     def _normalise(self, images):
         return ((images - self.mean) / self.std).to(self.model.dtype)
 
-    def logits(self, images, modalities=NAMES, features=None):
-        """Logits of the whole vocabulary at the deciding token of every question, the image seen once.
+    def hidden(self, images, modalities=NAMES, features=None):
+        """Last hidden states at the deciding token of every question, the image seen once.
 
         images    (N, 3, S, S) marked sRGB [0, 1], S = self.size
         features  output of `vision` if it was already computed
-        returns   (N, M, vocab)
+        returns   (N, M, D)
         """
         features = self.vision(images) if features is None else features
         N = len(features[0])
@@ -106,24 +103,22 @@ class Judge(nn.Module):
         ids, position, sees, last = self.prompt.pack(modalities, features[0].device)
         position = position[:, None].expand(-1, N, -1)
         sees = sees.expand(N, 1, -1, -1)
-        hidden = self.family.hidden_states(self.model, features, ids.expand(N, -1), position, sees)
-        return self.model.lm_head(hidden[:, last])                              # (N, M, vocab)
+        return self.family.hidden_states(self.model, features, ids.expand(N, -1), position, sees)[:, last]
+
+    def logits(self, images, modalities=NAMES, features=None):
+        """Logits of the whole vocabulary at the deciding tokens, for training: as `hidden`, (N, M, vocab)."""
+        return self.model.lm_head(self.hidden(images, modalities, features))
 
     def prefill(self, images, modalities, features=None):
-        """Logits at the deciding token of one question per image, padded on the left: (N, 3, S, S), N names -> (N, V).
-
-        The plain form of `logits`: one prefill per (image, question), the head applied to the last token only.
-        """
+        """The plain form of `hidden`: one question (of N) per image, one prefill, padded on the left -> (N, D)."""
         features = self.vision(images) if features is None else features
         ids, position, mask = self.prompt.pad([self.prompt.blocks[m] for m in modalities], features[0].device)
         mask = None if len(set(modalities)) == 1 else mask
-        hidden = self.family.hidden_states(self.model, features, ids, position, mask)
-        return self.model.lm_head(hidden[:, -1])
+        return self.family.hidden_states(self.model, features, ids, position, mask)[:, -1]
 
-    def decide(self, logits, modalities=NAMES):
-        """Difference of the two answer logits: (N, M, vocab) -> (N, M), positive = first answer."""
-        two = self.prompt.answer_values(logits, modalities)
-        return two[..., 0] - two[..., 1]
+    def decide(self, images, modalities=NAMES, features=None):
+        """Difference of the two answer logits, fp32: as `hidden`, (N, M), positive = first answer."""
+        return self.prompt.compare_answers(self.model.lm_head, self.hidden(images, modalities, features), modalities)
 
     @torch.no_grad()
     def score(self, images, modality):
@@ -132,7 +127,7 @@ class Judge(nn.Module):
             raise ValueError(f"judge.score: got modality {modality!r}; want one of {', '.join(MODALITIES)}")
         if self.text:
             return torch.tensor([read_answer(x, modality) for x in self.say(images, modality)], device=images.device)
-        return self.decide(self.logits(images, (modality,)), (modality,))[:, 0].sigmoid()
+        return self.decide(images, (modality,))[:, 0].sigmoid()
 
     def _answers(self, rgb, pts, photo, asked):
         """Probability of the first answer: pairs (N, 2, 2) of the photos numbered (N,) -> (N, questions asked)."""
@@ -141,7 +136,7 @@ class Judge(nn.Module):
             said = [[read_answer(x, m) for x in self.say(images, m)] for m in asked]
             return torch.tensor(said, device=images.device).T
         features = self.vision(mark_photos(rgb, pts, photo, self.mean, self.std, self.model.dtype), normalised=True)
-        return self.decide(self.logits(None, asked, features), asked).sigmoid()
+        return self.decide(None, asked, features).sigmoid()
 
     @torch.no_grad()
     def ask(self, rgb, pts, names=None, modalities=None, batch=0):
@@ -182,9 +177,9 @@ class Judge(nn.Module):
     def save(self, folder):
         """Write a native transformers folder (config.json, model.safetensors, tokenizer), judge.json last.
 
-        raises  OSError: nothing in the folder has changed
+        Weights, adapter, tokenizer that lay there are removed.  raises  OSError: nothing in the folder has changed
         """
-        replace_files(folder, self._write, last="judge.json")
+        replace_files(folder, self._write, last="judge.json", obsolete=vlm.files_of_a_judge(folder))
 
     def _write(self, folder):
         self.model.save_pretrained(folder)
@@ -312,6 +307,9 @@ def main(argv=None):
     small = resize(rgb, judge.size, judge.size)[None].to(device)
     xy = torch.tensor([args.red, args.green])                                   # (2, 2) x, y
     pts = (xy.flip(-1) * judge.size // torch.tensor([H, W])) // judge.grid * judge.grid + judge.grid // 2
+    if pts[0].equal(pts[1]):
+        p.error(f"--red and --green are one point to the judge: it sees {judge.size} x {judge.size} px, in cells of "
+                f"{judge.grid}; want two farther apart")
     pts = pts.to(device)[None, None]                                            # (1, 1, 2, 2)
     marked = draw_markers(small, pts)[:, 0]
     if args.save:

@@ -29,6 +29,7 @@ from data.photos import find_images, read_rgb, readable_photos, resize_long
 from data.pictures import output_name, save_maps
 from kernels.sde_step import sde_step
 from kernels.squares import fill_squares
+from models.copies import use_half
 from models.dit import DiT
 from models.pipelines import open_pipeline
 from models.schedule import check_times, eta_coefficients, eta_factors
@@ -254,8 +255,7 @@ def photo_maps(policy, rgb, processing_res=0, steps=0, seed=0, ensemble=1):
     """
     if hasattr(policy, "photo_maps"):
         return policy.photo_maps(rgb, processing_res, steps, seed, ensemble)
-    weight = next(policy.parameters())
-    small = resize_long(rgb, processing_res or policy.size, policy.multiple)[None].to(weight)
+    small = resize_long(rgb, processing_res or policy.size, policy.multiple)[None].to(next(policy.parameters()))
     out = {}
     for m in policy.modalities:
         rng = torch.Generator().manual_seed(seed)
@@ -286,7 +286,7 @@ def arguments(argv):
     p.add_argument("--denoise-steps", type=int, default=0, help="sampling steps; 0: the model's own, 10 for ours [0]")
     p.add_argument("--ensemble-size", type=int, default=1, help="noise draws that are combined [1]")
     p.add_argument("--seed", type=int, default=0, help="seed of the noise [0]")
-    p.add_argument("--half", action="store_true", help="16-bit weights: fp16 on a GPU, bf16 on a CPU")
+    p.add_argument("--half", action="store_true", help="compute in 16 bits: fp16 on a GPU, bf16 on a CPU")
     p.add_argument("--vae-tile", type=int, default=0,
                    help="latent pixels, side of the tiles a VAE decodes on a small GPU; 0: whole [0]")
     p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="[auto]")
@@ -305,7 +305,7 @@ def main(argv=None):
     policy = load_predictor(args.checkpoint).to(device)
     policy.vae_tile = args.vae_tile
     if args.half:
-        policy.to(torch.float16 if device.type == "cuda" else torch.bfloat16)
+        use_half(policy, device)
     root = Path(args.images)
     skipped = []
     done = set()

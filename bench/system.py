@@ -66,8 +66,8 @@ def judge_part(bench):
     with FakeTensorMode(), torch.no_grad():
         fake = build_judge(GPU)
         one = torch.empty(1, 3, fake.size, fake.size)
-        single_tflop = count_tflop(lambda: fake.prefill(one, ["depth"]))
-        packed_tflop = count_tflop(lambda: fake.logits(one))
+        single_tflop = count_tflop(lambda: fake.decide(one, ("depth",)))
+        packed_tflop = count_tflop(lambda: fake.decide(one))
     with torch.no_grad():
         judge = build_judge(sizes, bench.device)
         rgb = torch.rand(max(sizes.batches), 3, judge.size, judge.size, device=bench.device)
@@ -76,14 +76,14 @@ def judge_part(bench):
         for N, n in zip(GPU.batches, sizes.batches, strict=True):
             bench.add(Row("judge", f"one forward pass, batch {N}", f"{N} answers", tflop=single_tflop * N, least=0.45,
                           instead="`generate`, one by one", instead_ms=spoken.ms and N * spoken.ms, least_times=50),
-                      lambda n=n: judge.prefill(rgb[:n], ["depth"] * n))
+                      lambda n=n: judge.decide(rgb[:n], ("depth",)))
         N = GPU.batches[1]
         n = sizes.batches[1]
-        apart_ms = bench.attempt("judge: four prefills", lambda: [judge.prefill(rgb[:n], [m] * n)
+        apart_ms = bench.attempt("judge: four prefills", lambda: [judge.decide(rgb[:n], (m,))
                                                                   for m in judge.prompt.blocks])[0][0]
         bench.add(Row("judge", f"four questions behind one image, batch {N}", f"{4 * N} answers",
                       tflop=packed_tflop * N, instead="four prefills", instead_ms=apart_ms, least_times=2.5),
-                  lambda: judge.logits(rgb[:n]))
+                  lambda: judge.decide(rgb[:n]))
         pts = torch.randint(judge.size, (1, sizes.pairs, 2, 2), device=bench.device)
         bench.add(Row("judge", f"bank: a photo, {GPU.pairs} pairs, four questions each", f"{4 * GPU.pairs} answers",
                       tflop=packed_tflop * GPU.pairs, instead="`generate`, one by one",
@@ -102,7 +102,7 @@ def compiled_judge_part(bench):
         net.compile(dynamic=False)
     with torch.no_grad():
         bench.add(Row("judge", f"{eager.what}: torch.compile", eager.unit, tflop=eager.tflop, least=0.45,
-                      instead="eager, as above", instead_ms=eager.ms), lambda: judge.prefill(rgb, ["depth"] * n))
+                      instead="eager, as above", instead_ms=eager.ms), lambda: judge.decide(rgb, ("depth",)))
 
 
 def step_part(bench):

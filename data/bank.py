@@ -16,6 +16,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +27,13 @@ from tqdm import tqdm
 import relations
 from data.photos import as_bytes, find_images, readable_photos
 from relations import NAMES, sample_pairs
-from runtime.files import DamageGuard, read_checked, write_tensors
+from runtime.files import DamageGuard, find_files, read_checked, write_tensors
 from runtime.ranks import barrier, rank, world
 
 UNKNOWN = float("inf")            # on disk: asked, and the judge gave no probability
 PACK = 64                         # a call that writes at least so many single entries packs them
 BLOCK = 16                        # pairs of a photo that are drawn at a time
+KEY = re.compile("[0-9a-f]{24}")  # name of a single entry
 
 
 def _digest(*parts):
@@ -93,7 +95,7 @@ class Bank:
             return None
 
     def _check(self, entry, path):
-        """Return an entry or a pack as it was read. raises Refused when the tensors are neither."""
+        """Return an entry or a pack as it was read. raises Refusal when the tensors are neither."""
         with DamageGuard(path, "no judgements", "pts, prob, in a pack also keys, counts", "remove it"):
             pts = entry["pts"]
             prob = entry["prob"]
@@ -125,7 +127,7 @@ class Bank:
 
     def pack(self):
         """Put all single entries into one new pack. Safe when other processes write or pack, and when it is killed."""
-        single = [p for p in sorted(self.folder.glob("*.safetensors")) if not p.name.startswith("pack-")]
+        single = [p for p in find_files(self.folder, "*.safetensors") if KEY.fullmatch(p.stem)]
         loaded = [(p, self._load(p)) for p in single]
         entries = [(p, e) for p, e in loaded if e is not None]
         if not entries:

@@ -117,17 +117,33 @@ def build_questions(folder, n, size, seed, split=None, grid=1):
 def load_questions(path, folder, n, size, seed, split, write, grid=1):
     """As `build_questions`, but read from the file `path` where that holds the rows of these arguments.
 
-    write  True: rows that had to be built are written to the file
+    write   True: rows that had to be built are written to the file
+    raises  as draw_questions; Refusal: the file holds no such rows
     """
     key = [str(folder), n, size, seed, split, grid, len(list_scenes(folder))]
     if Path(path).is_file():
         kept = read_json(path)
         if kept.get("key") == key:
-            return kept["rows"]
+            return _check_rows(kept.get("rows"), folder, size, path)
     rows = build_questions(folder, n, size, seed, split, grid)
     if write:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         write_json(path, dict(key=key, rows=rows))
+    return rows
+
+
+def _check_rows(rows, folder, size, path):
+    """Rows as they were read from a file. raises Refusal: one is not as the module docstring says."""
+    with DamageGuard(path, "no questions", "rows with id, scene, modality, pts, first, margin", "remove it"):
+        for row in rows:
+            pts = row["pts"]
+            inside = [type(x) is int and 0 <= x < size for point in pts for x in point]
+            good = ([len(point) for point in pts] == [2, 2] and all(inside) and row["modality"] in MODALITIES
+                    and isinstance(row["id"], str) and type(row["first"]) is bool
+                    and isinstance(row["margin"], (int, float)) and math.isfinite(row["margin"]))
+            path_inside(folder, f"{row['scene']}_rgb.png", path)
+            if not good or not isinstance(row["scene"], str) or "image" in row:
+                raise ValueError(f"other values in {str(row)[:80]}")
     return rows
 
 

@@ -117,6 +117,20 @@ def keep_in_bf16(network):
         m.to(torch.bfloat16)
 
 
+def use_half(policy, device):
+    """Let a predictor compute in 16 bits, in place: fp16 on a GPU, bf16 on a CPU.
+
+    A family with a pipeline of its own keeps its weights so. Any other is under autocast, since it may make tables in
+    fp32 at each call
+    """
+    dtype = torch.float16 if device.type == "cuda" else torch.bfloat16
+    if hasattr(policy, "photo_maps"):
+        policy.to(dtype)
+        return
+    for name in ("encode", "velocity", "decode"):
+        setattr(policy, name, torch.autocast(device.type, dtype)(getattr(policy, name)))
+
+
 def compile_velocity(policy):
     """torch.compile a predictor's velocity, in place; on a GPU convolution weights are stored channels last."""
     torch._dynamo.config.recompile_limit = COMPILED_VARIANTS

@@ -10,15 +10,16 @@ from dataclasses import dataclass
 
 import torch
 
+from models import checkpoint
 from models.sd2 import VAE, UNet
 from runtime import files
-from runtime.weights import check_weights, hub_folder, load_strict, plain_config
+from runtime.weights import hub_folder, load_strict, plain_config
 
 WEIGHTS = "diffusion_pytorch_model"
 INDEX = "model_index.json"
 FAMILY = "reasonx.json"                # written by the user, for what an index does not say (models/e2e.py)
 PATTERNS = (INDEX, FAMILY, "LICENSE*", "*/config.json", "*/preprocessor_config.json", "scheduler/*", "tokenizer/*",
-            f"unet/{WEIGHTS}*.safetensors", f"vae/{WEIGHTS}*.safetensors", "text_encoder/model*.safetensors",
+            f"unet/{WEIGHTS}*.safetensors*", f"vae/{WEIGHTS}*.safetensors*", "text_encoder/model*.safetensors*",
             "*_embedding*.safetensors")
 FORMER = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}      # attention of older VAE files
 COPIED = ("text_encoder", "tokenizer", "feature_extractor")                              # components that never train
@@ -65,7 +66,7 @@ def read_networks(folder, dtype):
     for kind, name in ((UNet, "unet"), (VAE, "vae")):
         with torch.device("meta"):
             model = kind(read_part(folder / name / "config.json"))
-        state = _read_weights(folder / name, WEIGHTS)
+        state = checkpoint.read_weights(folder / name, WEIGHTS)
         for key in [k for k in state if k.split(".")[-2] in FORMER]:
             head, last, leaf = key.rsplit(".", 2)
             state[f"{head}.{FORMER[last]}.{leaf}"] = state.pop(key)
@@ -73,15 +74,6 @@ def read_networks(folder, dtype):
         load_strict(model, state, folder / name, assign=True)
         parts.append(model)
     return parts
-
-
-def _read_weights(folder, stem):
-    """Tensors of STEM.safetensors or STEM.fp16.safetensors."""
-    for name in (f"{stem}.safetensors", f"{stem}.fp16.safetensors"):
-        if (folder / name).is_file():
-            return files.read_tensors(folder / name)
-    raise FileNotFoundError(f"predictor: got no {stem}[.fp16].safetensors in {folder}; want safetensors weights "
-                            "(.bin files are pickles and are not read)")
 
 
 def embed_prompts(folder, prompts, width):
@@ -112,19 +104,11 @@ def _encode_texts(folder, prompts):
     if not (folder / "text_encoder" / "config.json").is_file() or not (folder / "tokenizer").is_dir():
         raise FileNotFoundError(f"predictor: got no text_encoder and tokenizer in {folder}; want the whole "
                                 f"diffusers folder (or its {prompts.file})")
-    # transformers gets config and tensors, not the folder: there it would also load an adapter_config.json
-    config = CLIPTextConfig.from_dict(read_part(folder / "text_encoder" / "config.json"))
-    state = _read_weights(folder / "text_encoder", "model")
-    with torch.device("meta"):
-        check_weights(CLIPTextModel(config), state, folder / "text_encoder")
-    encoder, found = CLIPTextModel.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32,
-                                                   output_loading_info=True)
-    wrong = [str(k) for kind in ("missing_keys", "mismatched_keys", "unexpected_keys") for k in found[kind]
-             if not str(k).endswith("position_ids")]                            # of older files; no weight
-    if wrong:
-        files.refuse(folder / "text_encoder", f"{len(wrong)} weights that do not fit config.json "
-                     f"(first: {wrong[0]})", "a complete checkpoint")
-    for path in (folder / "tokenizer").glob("*.json"):                          # before transformers reads hostile JSON
+    place = folder / "text_encoder"
+    config = CLIPTextConfig.from_dict(read_part(place / "config.json"))
+    state = checkpoint.read_weights(place, "model")
+    encoder = checkpoint.build_network(CLIPTextModel, config, state, place, torch.float32)
+    for path in files.find_files(folder / "tokenizer", "*.json"):               # before transformers reads hostile JSON
         files.read_json(path)
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
     padding = dict(padding="max_length", max_length=prompts.tokens, truncation=True) if prompts.tokens else {}
@@ -136,6 +120,7 @@ def write_networks(folder, unet, vae, unet_state):
     """Write both networks; unet_state: of the U-Net, with its adapters merged."""
     for name, module, state in (("unet", unet, unet_state), ("vae", vae, vae.state_dict())):
         files.write_weights(folder / name / f"{WEIGHTS}.safetensors", state)
+        checkpoint.keep_one_set(folder / name, WEIGHTS)
         files.write_json(folder / name / "config.json", module.config)
 
 
@@ -153,12 +138,16 @@ def copy_components(source, target):
         if path.is_file():
             files.replace_file(target / path.name, functools.partial(shutil.copyfile, path))
     for name in COPIED:
-        inside = sorted((source / name).iterdir()) if (source / name).is_dir() else ()
-        for path in (p for p in inside if p.is_file() and p.suffix in (".json", ".txt", ".safetensors")):
+        copied = set()
+        for path in files.find_files(source / name, "*"):
             plain = path.name.replace(".fp16.", ".")
-            if plain == path.name or not (source / name / plain).is_file():
+            if path.suffix in (".json", ".txt", ".safetensors") and (
+                    plain == path.name or not (source / name / plain).is_file()):
                 (target / name).mkdir(parents=True, exist_ok=True)
                 files.replace_file(target / name / plain, functools.partial(shutil.copyfile, path))
+                copied.add(plain)
+        for old in set(checkpoint.set_files(target / name, "model")) - copied:  # of what was saved here before
+            (target / name / old).unlink(missing_ok=True)
 
 
 def model_card(card, lines, facts):

@@ -198,6 +198,7 @@ class DiT(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         write_tensors(folder / "predictor.safetensors", {k: v.cpu() for k, v in lora.merged_state(self).items()})
         write_json(folder / "predictor.json", dict(architecture=ARCHITECTURE, config=asdict(self.cfg), **about))
+        (folder / "model_index.json").unlink(missing_ok=True)                   # of a Marigold: it would be opened
 
     @classmethod
     def load(cls, folder):

@@ -12,6 +12,7 @@ import re
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from relations import MODALITIES
 
@@ -182,7 +183,8 @@ class Prompt:
 
     text       True: a tokenizer may split a deciding word into tokens; that modality is then missing in `answers` and
                `sentences`, and the judge must be asked for text
-    raises     ValueError when the tokenizer has no image token, does not know a question, or splits a deciding word
+    raises     ValueError when the tokenizer splits a mark of the chat format, the image token or a deciding word, or
+               does not know a question
     """
 
     def __init__(self, tokenizer, system, family, image_tokens, text=False):
@@ -191,11 +193,13 @@ class Prompt:
 
         self.family = family
         self.image_id = tokenizer.convert_tokens_to_ids(family.image)
+        for mark in (family.image, family.opening, family.closing.rstrip("\n"), TURN, END):
+            number = tokenizer.convert_tokens_to_ids(mark)
+            if encode(mark) != [number] or number == getattr(tokenizer, "unk_token_id", None):
+                raise ValueError(f"judge: the tokenizer does not know {mark!r} as one token; want that of a "
+                                 "vision-language model, with tokenizer_config.json")
         turn = f"{TURN}system\n{system}{END}\n" if system else ""
         self.head = encode(f"{turn}{TURN}user\n{family.opening}{family.image * image_tokens}{family.closing}")
-        if self.head.count(self.image_id) != image_tokens:
-            raise ValueError(f"judge: the tokenizer does not know {family.image!r} as one token; want that of a "
-                             "vision-language model")
         self.asked = {}
         self.blocks = {}
         self.answers = {}
@@ -222,14 +226,37 @@ class Prompt:
         """The prompt as bytes, for digests."""
         return json.dumps([self.head, self.blocks, self.answers]).encode()
 
-    def largest(self):
-        """The largest token id."""
-        return max(max(part) for part in (self.head, *self.blocks.values(), *self.answers.values()))
+    def check_model(self, network):
+        """Compare the tokens with those that a network knows. raises ValueError: it is not their network."""
+        rows = network.get_input_embeddings().weight.shape[0]
+        if network.config.image_token_id != self.image_id:
+            raise ValueError(f"judge: the tokenizer gives {self.family.image!r} the number {self.image_id}, "
+                             f"config.json {network.config.image_token_id}; want the tokenizer of that model")
+        largest = max(max(part) for part in (self.head, *self.blocks.values(), *self.answers.values()))
+        if largest >= rows:
+            raise ValueError(f"judge: the tokenizer gives token {largest} to a model that knows {rows}; "
+                             "want the tokenizer of that model")
+
+    def words(self, modalities, device):
+        """The tokens of the deciding words: (M, 2), first answer first."""
+        return torch.tensor([self.answers[m] for m in modalities], device=device)
 
     def answer_values(self, values, modalities):
         """What stands at the deciding words: (N, M, vocab) -> (N, M, 2) fp32, first answer first."""
-        words = torch.tensor([self.answers[m] for m in modalities], device=values.device)           # (M, 2)
-        return values.float().gather(-1, words.expand(len(values), -1, -1))
+        return values.float().gather(-1, self.words(modalities, values.device).expand(len(values), -1, -1))
+
+    def compare_answers(self, head, hidden, modalities):
+        """Difference of the two answer logits, positive = first answer: hidden (N, M, D) -> (N, M).
+
+        head    nn.Linear to the whole vocabulary. Only the rows of the words are multiplied, in fp32 whatever its
+                precision: 16-bit logits of size 20 lie 0.125 apart
+        """
+        words = self.words(modalities, hidden.device).flatten()                 # (2M,)
+        bias = None if head.bias is None else head.bias[words].float()
+        with torch.autocast(hidden.device.type, enabled=False):
+            values = F.linear(hidden.float(), head.weight[words].float(), bias)             # (N, M, 2M)
+        first, second = values.unflatten(-1, (-1, 2)).diagonal(dim1=1, dim2=2).unbind(1)    # each (N, M)
+        return first - second
 
     def __len__(self):
         """Number of tokens of the head and all questions."""

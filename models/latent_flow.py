@@ -21,7 +21,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from models import lora
+from models import checkpoint, lora
 from models.diffusers_files import (
     EMPTY,
     INDEX,
@@ -318,6 +318,9 @@ class LatentFlow(nn.Module):
             copy_components(Path(self.source), folder)
         if lora.adapters(self.unet):
             lora.save_adapter(self.unet, folder / "lora", base=str(facts.get("base", "")))
+        else:
+            for name in checkpoint.ADAPTER:                                     # of what was saved here before
+                (folder / "lora" / name).unlink(missing_ok=True)
         files.write_text(folder / "README.md", model_card(self.card, self._card_lines(), facts))
         files.write_json(folder / INDEX, self.about)                            # last: a folder without it is refused
 

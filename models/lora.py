@@ -5,7 +5,9 @@
 B starts at zero, so a new adapter does not change any bit of the output. Paths are relative to the network that was
 given to `inject`.
 """
+import difflib
 import math
+import re
 from pathlib import Path
 
 import torch
@@ -13,10 +15,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from runtime.files import read_json, read_tensors, refuse, write_json, write_weights
-from runtime.weights import bounded_integer
+from runtime.weights import bounded_integer, plain_name
 
 PREFIX = "base_model.model."
-REFUSED = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform")
+KEY = re.compile(rf"(?:{re.escape(PREFIX)})?(.+)\.lora_([AB])(?:\.default)?\.weight")
+# options that change what the network computes, beside every use_...
+REFUSED = ("rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform", "layer_replication", "lora_bias",
+           "alora_invocation_tokens", "arrow_config", "target_parameters", "trainable_token_indices")
+INITS = (None, True, False, "gaussian", "eva", "orthogonal")    # that leave the base as it is; pissa, olora, ... do not
 
 
 def merge_low_rank(weight, A, B, scale):
@@ -132,9 +138,10 @@ def save_adapter(network, folder, base="", task=None):
         init_lora_weights=True))
 
 
-def load_adapter(network, folder):
+def load_adapter(network, folder, older=str):
     """Inject the adapters of a PEFT folder into a network that has none.
 
+    older   function of a layer's path as older code named it -> its path in the network
     raises  FileNotFoundError: no adapter there; ValueError: another kind of adapter, keys that fit no linear layer
     """
     folder = Path(folder)
@@ -144,29 +151,59 @@ def load_adapter(network, folder):
             raise FileNotFoundError(f"lora.load_adapter: got no {name} in {folder}; want a PEFT adapter folder")
     cfg = read_json(folder / "adapter_config.json")
     state = read_tensors(folder / "adapter_model.safetensors")
-    odd = [k for k in REFUSED if cfg.get(k)]
+    r, alpha, dropout = _read_options(cfg, where)
+    low = _match_layers(network, state, older, where)
+    for path, pair in low.items():                                              # before `inject` allocates memory
+        base = network.get_submodule(path)
+        for k, want in (("A", (r, base.in_features)), ("B", (base.out_features, r))):
+            got = tuple(pair[k].shape)
+            if got != want:
+                raise ValueError(f"{where}: {path}.lora_{k}: got {got}, want {want}; was it trained from another base?")
+    inject(network, list(low), r, alpha, dropout)
+    for path, layer in adapters(network).items():
+        layer.lora_A.data.copy_(low[path]["A"])
+        layer.lora_B.data.copy_(low[path]["B"])
+
+
+def _read_options(cfg, where):
+    """r, alpha and dropout of an adapter_config.json (a dict). raises ValueError: it is more than plain LoRA."""
+    odd = [k for k, v in cfg.items() if v and (k in REFUSED or k.startswith("use_"))]
     if cfg.get("peft_type") != "LORA" or odd:
-        raise ValueError(f"lora.load_adapter: got {cfg.get('peft_type')!r} with {odd or 'no further options'} in "
-                         f"{folder}; want plain LoRA; merge it with peft first")
-    paths = sorted({k.removeprefix(PREFIX).rsplit(".lora_", 1)[0] for k in state})
-    linear = {path for path, m in network.named_modules() if isinstance(m, nn.Linear)}
-    want = {f"{PREFIX}{p}.lora_{k}.weight" for p in paths for k in "AB"}
-    wrong = sorted(set(state) ^ want) + [p for p in paths if p not in linear]
-    if wrong:
-        raise ValueError(f"lora.load_adapter: {len(wrong)} of {len(state)} keys in {folder} match no linear layer "
-                         f"(first: {wrong[0]}); was it trained from another base?")
+        raise ValueError(f"{where}: got {cfg.get('peft_type')!r} with {odd or 'no further options'}; "
+                         "want plain LoRA; merge it with peft first")
+    init = cfg.get("init_lora_weights")
+    if (init.lower() if isinstance(init, str) else init) not in INITS:
+        raise ValueError(f"{where}: got init_lora_weights = {init!r}, which may change the base, want one of "
+                         f"{', '.join(map(str, INITS[1:]))}; convert it with peft's "
+                         "save_pretrained(path_initial_model_for_weight_conversion=...)")
     r = bounded_integer(cfg.get("r"), 1, 1 << 14, "r", where)
     alpha = cfg.get("lora_alpha")
     dropout = cfg.get("lora_dropout", 0.0)
     for name, value, most in (("lora_alpha", alpha, 1e6), ("lora_dropout", dropout, 1)):
         if not isinstance(value, (int, float)) or not 0 <= value <= most:
             refuse(where, f"{name} = {value!r}", f"a number in 0..{most:g}", "copy it again")
-    for path, base in network.named_modules():                                  # before `inject` allocates memory
-        for k, want in (("lora_A", (r, base.in_features)), ("lora_B", (base.out_features, r))) if path in paths else ():
-            got = tuple(state[f"{PREFIX}{path}.{k}.weight"].shape)
-            if got != want:
-                raise ValueError(f"{where}: {path}.{k}: got {got}, want {want}; was it trained from another base?")
-    inject(network, paths, r, alpha, dropout)
-    for path, layer in adapters(network).items():
-        for k in ("lora_A", "lora_B"):
-            getattr(layer, k).data.copy_(state[f"{PREFIX}{path}.{k}.weight"])
+    return r, alpha, dropout
+
+
+def _match_layers(network, state, older, where):
+    """Tensors of an adapter by the path of their linear layer: dict path -> dict A, B. raises ValueError: they do not.
+
+    A key may name its layer as older code did (see load_adapter), if no two keys name the same.
+    """
+    linear = [path for path, m in network.named_modules() if isinstance(m, nn.Linear)]
+    low = {}
+    wrong = []
+    for key, value in state.items():
+        found = KEY.fullmatch(plain_name(key))
+        path = found[1] if found else ""
+        path = path if path in linear else older(path)
+        if path not in linear or found[2] in low.setdefault(path, {}):
+            wrong.append(key)
+        else:
+            low[path][found[2]] = value
+    wrong += [f"{PREFIX}{path}.lora_{k}.weight" for path, pair in low.items() for k in "AB" if k not in pair]
+    if wrong:
+        near = (difflib.get_close_matches(wrong[0], linear, 1, 0) or ["none"])[0]
+        raise ValueError(f"{where}: {len(wrong)} of {len(state)} keys match no linear layer (first: {wrong[0]}; the "
+                         f"nearest of the network: {near}); was it trained from another base?")
+    return low

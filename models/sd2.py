@@ -74,6 +74,9 @@ class Attention(nn.Module):
 
     def __init__(self, width, heads, context=None, bias=False):
         super().__init__()
+        if type(heads) is not int or heads < 1 or width % heads:
+            raise ValueError(f"marigold: unet/config.json has attention_head_dim {heads!r} for {width} channels; want "
+                             "a number of heads that divides them")
         self.heads = heads
         self.to_q = nn.Linear(width, width, bias=bias)
         self.to_k, self.to_v = (nn.Linear(context or width, width, bias=bias) for _ in range(2))

@@ -1,10 +1,9 @@
 """Opens a judge's weights as transformers' native network: no remote code, no pickle, no prompt on stdin.
 
 folders   original InternVL chat (config.json has llm_config; merged, or with unmerged LoRA keys), native InternVL,
-          Qwen2.5-VL, Qwen3-VL; one safetensors file or shards with an index; a hub id is downloaded first
+          Qwen2.5-VL, Qwen3-VL; files as in checkpoint.py; a hub id is downloaded first
 traps     the original does not tie embedding and head, the native default does; a position table has 1025 rows at
-          448 px, 1297 at 512 px; AutoTokenizer would ask on stdin for a folder with auto_map; VLM processors need
-          torchvision, so families.py prepares the pixels, at one square tile
+          448 px, 1297 at 512 px; VLM processors need torchvision, so families.py prepares the pixels, one square tile
 Source: OpenGVLab/InternVL2_5-4B's config.json and tensor names; transformers' InternVL classes.
 """
 import hashlib
@@ -21,18 +20,18 @@ from transformers import (
     InternVLConfig,
     InternVLForConditionalGeneration,
     InternVLVisionConfig,
-    PreTrainedTokenizerFast,
     Qwen2Config,
-    Qwen2Tokenizer,
 )
 
-from models import lora
+from models import checkpoint, lora
 from models.families import FAMILIES
+from models.tokenizer import TOKENIZER_FILES, load_tokenizer
 from runtime.files import DamageGuard, Tensors, read_json, refuse
-from runtime.weights import bounded_integer, check_weights, hub_folder, load_strict, plain_config
+from runtime.weights import bounded_integer, hub_folder, load_strict, plain_config
 
 TILE = 1 << 12                        # px, largest side of a tile
 PATTERNS = ["*.safetensors", "*.json", "merges.txt"]
+STEM = "model"                        # of the names of weight files
 
 RENAMES = [  # original InternVL chat name -> native name in memory
     (r"language_model\.lm_head\.", "lm_head."),
@@ -52,6 +51,9 @@ DISK_RENAMES = [  # names on the disk of a native InternVL folder -> in memory
     (r"language_model\.lm_head\.", "lm_head."), (r"language_model\.model\.", "model.language_model."),
     (r"(?=vision_tower\.|multi_modal_projector\.)", "model."),
 ]
+OLDER_PATHS = [  # of linear layers in adapters: as OpenGVLab's InternVL and transformers before 4.52 named them
+    *DISK_RENAMES, *RENAMES, (r"visual\.", "model.visual."), (r"model\.(?=layers\.)", "model.language_model."),
+]
 POSITIONS = "model.vision_tower.embeddings.position_embeddings"
 EMBEDDING = "model.language_model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -68,6 +70,13 @@ def _rename(key, rules):
 def native_name(key):
     """In-memory name of a tensor of a native InternVL folder, whichever transformers version wrote it."""
     return _rename(key, DISK_RENAMES) or key
+
+
+def native_path(path):
+    """Path in the network of a linear layer that an adapter names as older code did; any other path as it is."""
+    path = _rename(f"{path}.", OLDER_PATHS) or f"{path}."
+    layer = re.fullmatch(r"(model\.vision_tower\.encoder\.layer\.\d+\.)(.+)\.", path)
+    return layer[1] + VISION_RENAMES.get(layer[2], layer[2]) if layer else path[:-1]
 
 
 def merge_lora(state, scale):
@@ -182,43 +191,6 @@ def read_config(folder):
     return plain_config(read_json(path), path)
 
 
-def weight_files(folder):
-    """Safetensors files that hold a folder's weights, in order. raises FileNotFoundError naming what is missing."""
-    folder = Path(folder)
-    index = folder / "model.safetensors.index.json"
-    names = read_json(index).get("weight_map") if index.is_file() else {"": "model.safetensors"}
-    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-        refuse(index, "no weight_map", "the file of each tensor")
-    names = sorted(set(names.values()))
-    for name in names:
-        if Path(name).name != name or not (folder / name).is_file():
-            raise FileNotFoundError(f"vlm.py: got no {name} in {folder}; want the weights that config.json "
-                                    "belongs to, as safetensors; fetch them again")
-    return [folder / name for name in names]
-
-
-def _tensors(folder):
-    """Yield (name on disk, tensor) of all weights of a folder. raises ValueError for a damaged file."""
-    for path in weight_files(folder):
-        with Tensors(path) as f:
-            for key in f.keys():  # noqa: SIM118
-                yield key, f.get_tensor(key)
-
-
-def load_tokenizer(folder):
-    """The tokenizer of a folder, from its files alone: tokenizer.json, or vocab.json and merges.txt."""
-    folder = Path(folder)
-    for path in (*folder.glob("*token*.json"), *folder.glob("vocab.json")):     # before transformers reads hostile JSON
-        read_json(path)
-    if (folder / "tokenizer.json").is_file():
-        return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
-    for name in ("vocab.json", "merges.txt"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"vlm.py: got neither tokenizer.json nor {name} in {folder}; "
-                                    "want the tokenizer's files; fetch them again")
-    return Qwen2Tokenizer.from_pretrained(folder)
-
-
 def family_of(folder, config):
     """The row of FAMILIES for a folder's config.json (a dict). raises ValueError for another kind of model."""
     kind = config.get("model_type")
@@ -256,7 +228,7 @@ def set_tile(config, size=0):
 
 def _open_internvl(folder, config, tokenizer, size):
     """Network of an InternVL folder in either layout, weights as stored."""
-    state = dict(_tensors(folder))
+    state = checkpoint.read_weights(folder, STEM)
     tied = config.get("llm_config", {}).get("tie_word_embeddings", False)
     if "llm_config" in config:
         ranks = {len(v) for k, v in state.items() if k.endswith("lora_A.default.weight")}
@@ -283,22 +255,11 @@ def _open_internvl(folder, config, tokenizer, size):
 
 
 def _open_native(folder, config):
-    """Network of any other native folder that transformers knows, weights as stored.
-
-    transformers gets the config and the tensors, not the folder: there it would also load an adapter_config.json
-    """
-    state = dict(_tensors(folder))
+    """Network of any other native folder that transformers knows, weights as stored."""
     config = network_config(folder, config)
     network = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
-    with torch.device("meta"):
-        check_weights(network._from_config(config), state, f"vlm.py: {folder}")
-    model, found = network.from_pretrained(None, config=config, state_dict=state, output_loading_info=True,
-                                           dtype="auto")
-    wrong = [str(k) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for k in found.get(kind, ())]
-    if wrong:
-        raise ValueError(f"{len(wrong)} weights in {folder} do not fit config.json (first: {wrong[0]}); "
-                         "want a complete checkpoint of that architecture")
-    return model
+    state = checkpoint.read_weights(folder, STEM)
+    return checkpoint.build_network(network, config, state, f"vlm.py: {folder}", "auto")
 
 
 def find_folders(name):
@@ -309,7 +270,14 @@ def find_folders(name):
         if not base or not isinstance(base, str):
             raise ValueError(f"vlm.py: {folder} is an adapter that names no base; open the merged folder beside it")
         return hub_folder(base, PATTERNS), folder
+    if (folder / "adapter_config.json").is_file():
+        checkpoint.say_once(f"{folder} holds a model and an adapter; the model alone is read")
     return folder, None
+
+
+def files_of_a_judge(folder):
+    """Names of files that must not stay in a folder beside a judge that is saved there: sets, adapter, tokenizer."""
+    return *checkpoint.set_files(folder, STEM), *checkpoint.ADAPTER, *TOKENIZER_FILES
 
 
 def read_about(folder, family):
@@ -363,7 +331,7 @@ def open_network(name, size=0):
         else:
             network = _open_native(folder, config)
         if adapter:
-            lora.load_adapter(network, adapter)
+            lora.load_adapter(network, adapter, native_path)
             lora.merge(network)
         return network.requires_grad_(True), tokenizer, {k: about[k] for k in ("system", "grid")}
 
@@ -376,7 +344,7 @@ def files_digest(name, start):
     config = read_config(folder)
     rename = native_name if family_of(folder, config).internvl_files and "llm_config" not in config else str
     with ExitStack() as stack:                                                  # each file is opened once
-        opened = [stack.enter_context(Tensors(path)) for path in weight_files(folder)]
+        opened = [stack.enter_context(Tensors(path)) for path in checkpoint.weight_files(folder, STEM)]
         places = {rename(key): (f, key) for f in opened for key in f.keys()}  # noqa: SIM118
         for key, (f, on_disk) in sorted(places.items()):
             _hash_tensor(h, key, f.get_tensor(on_disk))

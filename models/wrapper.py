@@ -92,6 +92,7 @@ class FlowWrapper(nn.Module):
             write_tensors(folder / OWN_WEIGHTS, {k: v.cpu() for k, v in lora.merged_state(self.network).items()})
         write_json(folder / "predictor.json", dict(
             architecture=ARCHITECTURE, made_by=self.cfg.partition("=")[0], **about))
+        (folder / "model_index.json").unlink(missing_ok=True)                   # of a Marigold: it would be opened
 
 
 class MapWrapper(FlowWrapper):

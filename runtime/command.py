@@ -1,6 +1,7 @@
 """What every command line shares: errors that have a remedy become one line, SIGTERM stops a run after its step.
 
-A bug keeps its traceback, and so does everything under REASONX_TRACEBACK=1.
+A bug keeps its traceback, and so does everything under REASONX_TRACEBACK=1. A character that the console does not have
+is printed as its number.
 """
 import os
 import re
@@ -11,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from runtime.config import UserError
-from runtime.files import FULL, LOCKED, system_error
+from runtime.files import FULL, LOCKED, one_line, system_error
 from runtime.ranks import is_first_to_fail, is_joined, is_lost_peer, shutdown
 from runtime.run import NotFinite, Run
 
@@ -19,6 +20,10 @@ from runtime.run import NotFinite, Run
 def _line(error):
     """What to print of an error that has a remedy, in one line; "" for a bug, which keeps its traceback."""
     text = " ".join(str(error).split())
+    compiler = _compiler_error(error)
+    if compiler:
+        return (f"--compile: got no compiler ({compiler}), want one that torch.compile can call: C++ on a CPU, C for a "
+                "GPU; install g++, or name one in the variable CXX (CC), or leave --compile out")
     error = system_error(error) or error
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
         asked = re.search(r"(?:tried to allocate|Tried to allocate) ([\d.]+ \w+)", text)
@@ -34,6 +39,27 @@ def _line(error):
     known = (UserError, ValueError, FloatingPointError, FileNotFoundError, NotADirectoryError, IsADirectoryError,
              PermissionError)
     return text if isinstance(error, known) else ""
+
+
+def _compiler_error(error):
+    """What torch.compile, or Triton under it, says of a compiler that is missing or cannot be called; "" otherwise.
+
+    Their errors lie inside others, of torch's own kinds
+    """
+    from_compile = type(error).__module__.startswith(("torch._inductor", "torch._dynamo"))
+    while error is not None:
+        if re.search(r"No working C\+\+ compiler|Failed to find C compiler|InvalidCxxCompiler", str(error)) or (
+                from_compile and isinstance(error, OSError)):
+            return one_line(error)
+        error = error.__cause__ or error.__context__
+    return ""
+
+
+def escape_characters():
+    """Let stdout and stderr print what their encoding lacks (a name in Cyrillic, a cp1252 console) as an escape."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _leave(code):
@@ -58,6 +84,7 @@ def run_command(main, name, resumes=False):
     resumes  SIGTERM ends with 0: a loop first finishes and saves its step, anything else stops where it is
     """
     before = signal.signal(signal.SIGTERM, _on_sigterm) if resumes else None
+    escape_characters()
     try:
         main()
         shutdown()

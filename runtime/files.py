@@ -86,10 +86,11 @@ def replace_file(path, write):
             part.unlink(missing_ok=True)
 
 
-def replace_files(folder, write, last, part="unfinished"):
+def replace_files(folder, write, last, part="unfinished", obsolete=()):
     """Call write(a temporary folder), wait until all of it is on the disk, then move its files into `folder`.
 
     last    name of the file that is moved last: where it is, all others are
+    obsolete  names in `folder` that must not stay beside what is written
     part    name of the temporary folder, in `folder`; what a killed writer left under this name is removed
     raises  OSError naming the folder; nothing in it has changed then, unless the moving itself failed
     """
@@ -103,7 +104,8 @@ def replace_files(folder, write, last, part="unfinished"):
             names = sorted((p.name for p in part.iterdir()), key=lambda name: name == last)
             for name in names:
                 sync(part / name)
-            (folder / last).unlink(missing_ok=True)
+            for name in (last, *obsolete):
+                (folder / name).unlink(missing_ok=True)
             for name in names:
                 if name == last:
                     sync(folder)
@@ -292,17 +294,23 @@ def read_tensors(path):
 def read_checked(path):
     """Tensors and header (dict of texts) of a file of `write_tensors`.
 
+    Another process may replace or remove the file at any time: it is read again, or it is a FileNotFoundError.
     raises  OSError; ValueError for a file that is cut short or of which any bit has changed
     """
-    try:
-        with Tensors(path, keep=(Refusal, OSError)) as f:
-            header = dict(f.metadata() or {})
-            tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
-    except Refusal as error:
-        raise ValueError(f"{path} is damaged: {one_line(error.__cause__ or error)}") from None
-    if header.pop("sha256", None) != checksum(tensors, header):
-        raise ValueError(f"{path} is damaged: its checksum does not match")
-    return tensors, header
+    while True:
+        seen = os.stat(path)
+        try:
+            with Tensors(path, keep=(Refusal, OSError)) as f:
+                header = dict(f.metadata() or {})
+                tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+            if header.pop("sha256", None) == checksum(tensors, header):
+                return tensors, header
+            wrong = "its checksum does not match"
+        except Refusal as error:
+            wrong = one_line(error.__cause__ or error)
+        now = os.stat(path)                                                     # safetensors opens it by name, twice
+        if (now.st_ino, now.st_mtime_ns) == (seen.st_ino, seen.st_mtime_ns):
+            raise ValueError(f"{path} is damaged: {wrong}")
 
 
 def is_twin(name):
@@ -311,8 +319,8 @@ def is_twin(name):
 
 
 def find_files(folder, pattern):
-    """Sorted paths under a folder that match a pattern of Path.glob; a twin (`is_twin`) is none of them."""
-    return sorted(p for p in Path(folder).glob(pattern) if not is_twin(p.relative_to(folder)))
+    """Sorted paths of files under a folder that match a pattern of Path.glob; a twin (`is_twin`) is none of them."""
+    return sorted(p for p in Path(folder).glob(pattern) if p.is_file() and not is_twin(p.relative_to(folder)))
 
 
 def path_inside(root, name, where):

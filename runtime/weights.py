@@ -9,11 +9,15 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 
-from runtime.files import checksum, one_line, read_tensors, refuse
+from runtime.files import checksum, is_twin, one_line, read_tensors, refuse
 
 OWN = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*)(?:=(.+))?")
 HUB = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+PAGE = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([^?#]*).*")
+NO_MODEL = ("datasets", "spaces", "collections", "papers", "docs", "blog")     # first part of the hub's other pages
+WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 OWN_WEIGHTS = "predictor.safetensors"
 RULES = ("a folder that exists; a hub id ORG/NAME; MODULE:CLASS, a class of yours; "
          "or MODULE:CLASS=FOLDER, weights that were saved from it")
@@ -62,9 +66,21 @@ def check_weights(model, state, where):
         refuse(where, f"{have} weights for a network of {need}", "all of them", "use the config.json they belong to")
 
 
+def plain_name(key):
+    """A tensor's name without the parts that torch.compile, DataParallel and the like put around a network."""
+    return ".".join(part for part in key.split(".") if part not in WRAPPERS)
+
+
+def strip_wrappers(state, want):
+    """A state_dict under plain_name, if that is the whole difference to the names in `want`; else as it is."""
+    plain = {plain_name(k): v for k, v in state.items()}
+    return plain if state.keys() != set(want) == plain.keys() and len(plain) == len(state) else state
+
+
 def load_strict(model, state, origin, assign=False):
-    """load_state_dict that names the first missing, surplus or misshapen key. raises ValueError."""
+    """load_state_dict that names the first missing, surplus or misshapen key; see strip_wrappers. raises ValueError."""
     want = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    state = strip_wrappers(state, want)
     got = {k: tuple(v.shape) for k, v in state.items()}
     wrong = sorted(k for k in want.keys() | got.keys() if want.get(k) != got.get(k))
     if wrong:
@@ -79,7 +95,8 @@ class Spec:
     """How a command names a predictor or a judge: --policy, --checkpoint, --compare, --judge, --model.
 
     A name that is a folder is that folder. Else MODULE:CLASS and MODULE:CLASS=FOLDER are a class of the user's, which
-    is imported from the working directory or the Python path. Else ORG/NAME is a hub id. No file can name a module.
+    is imported from the working directory or the Python path. Else ORG/NAME, or the address of its page, is a hub id,
+    also where an empty folder has that name, as a failed download leaves it. No file can name a module.
     """
 
     text: str
@@ -96,7 +113,8 @@ class Spec:
 def read_spec(text):
     """Read a SPEC by the rules of `Spec`. raises FileNotFoundError: it fits none; the line holds the rules."""
     text = str(text)
-    if Path(text).is_dir():
+    hub = _hub_id(text)
+    if Path(text).is_dir() and not (hub and _is_empty(text)):
         return Spec(text, folder=Path(text))
     own = OWN.fullmatch(text)
     if own:
@@ -104,9 +122,29 @@ def read_spec(text):
         if folder and not Path(folder).is_dir():
             raise FileNotFoundError(f"got no folder {folder!r} for {module}:{name}; want one that was saved from it")
         return Spec(text, Path(folder) if folder else None, module, name)
-    if HUB.fullmatch(text) and not text.startswith((".", "~")):
-        return Spec(text, hub=text)
+    if hub:
+        return Spec(hub, hub=hub)
     raise FileNotFoundError(f"got {text!r}; want {RULES}")
+
+
+def _hub_id(text):
+    """ORG/NAME of a hub id or of the address of its page; "" for another text.
+
+    raises  FileNotFoundError: the address of another page
+    """
+    page = PAGE.fullmatch(text)
+    name = (page[1] if page else text).rstrip("/").removesuffix("/tree/main" if page else "")
+    if HUB.fullmatch(name) and name.partition("/")[0] not in NO_MODEL and not name.startswith((".", "~")):
+        return name
+    if page:
+        raise FileNotFoundError(f"got {text!r}, which is no model's page of the hub; want a hub id ORG/NAME; for a "
+                                "revision other than main, download it and name the folder")
+    return ""
+
+
+def _is_empty(folder):
+    """Whether nothing but hidden files lies in a folder."""
+    return all(path.name.startswith(".") for path in Path(folder).iterdir())
 
 
 def own_class(spec):
@@ -145,6 +183,7 @@ def open_own(spec):
 def hub_folder(name, patterns):
     """A local folder as it is, or the files of a hub id (ORG/NAME) that match `patterns`, downloaded to HF_HOME.
 
+    Without a connection it is the folder of what was downloaded before, be it all or not: its reader names what lacks.
     raises  FileNotFoundError when it is neither
     """
     spec = read_spec(name)
@@ -153,10 +192,20 @@ def hub_folder(name, patterns):
     if not spec.hub:
         raise FileNotFoundError(f"got {spec.text!r}; want a folder or a hub id here")
     try:
-        return Path(snapshot_download(spec.hub, allow_patterns=patterns))
+        return Path(_download(spec.hub, patterns))
     except (OSError, ValueError) as error:                                      # no network, no such model, no access
-        raise FileNotFoundError(f"got no folder {spec.text!r} here and no such model on the hub ({one_line(error)}); "
-                                f"want {RULES}") from None
+        raise FileNotFoundError(f"got no folder {spec.text!r} with files here and no such model on the hub "
+                                f"({one_line(error)}); want {RULES}") from None
+
+
+def _download(hub, patterns):
+    try:
+        return snapshot_download(hub, allow_patterns=patterns)
+    except LocalEntryNotFoundError as error:                                    # offline, and not all of it is here
+        try:
+            return snapshot_download(hub, allow_patterns=[], local_files_only=True)
+        except LocalEntryNotFoundError:
+            raise error from None
 
 
 def weights_digest(name):
@@ -166,7 +215,7 @@ def weights_digest(name):
     """
     spec = read_spec(name)
     folder = spec.folder if spec.module else hub_folder(name, ["*.safetensors"])
-    paths = sorted(folder.rglob("*.safetensors")) if folder else ()
+    paths = sorted(p for p in folder.rglob("*.safetensors") if not is_twin(p)) if folder else ()
     if spec.module and not paths:
         state = open_own(spec).state_dict()
         return checksum({k: v.detach().cpu().contiguous() for k, v in state.items()}, {})[:16]

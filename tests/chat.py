@@ -52,6 +52,22 @@ def write_tokenizer(folder, slow=False):
     return n + len(SPECIAL)
 
 
+def move_tokens(folder, *lost):
+    """Leave the special tokens in tokenizer_config.json alone; those in `lost` nowhere."""
+    path = folder / "tokenizer.json"
+    state = json.loads(path.read_text())
+    added = state.pop("added_tokens")
+    path.write_text(json.dumps(state | dict(added_tokens=[])))
+    decoder = {str(t.pop("id")): t for t in added if t["content"] not in lost}
+    (folder / "tokenizer_config.json").write_text(json.dumps(dict(added_tokens_decoder=decoder)))
+
+
+def write_twins(folder):
+    """The "._NAME" that macOS writes beside every file on a disk of another system."""
+    for path in [p for p in folder.rglob("*") if p.is_file()]:
+        path.with_name(f"._{path.name}").write_bytes(bytes.fromhex("00051607000200004d6163204f532058") + bytes(66))
+
+
 def network(vocab, size=56, seed=0):
     """A native InternVL of a few thousand weights whose parameters are all random: none is at its initial value."""
     vision = InternVLVisionConfig(

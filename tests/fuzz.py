@@ -53,9 +53,11 @@ from models.sd2 import VAE, UNet
 from predictor import load_predictor, photo_maps
 from relations import MODALITIES
 from runtime.config import UserError
+from runtime.files import read_tensors, write_tensors
 
 SECONDS, MEMORY = 10, 2 << 30         # of one input: CPU time (six times as much by the clock), bytes of address space
-USER = (UserError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError, ValueError)
+USER = (UserError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError, ValueError,
+        benchmark_table.MissingData)
 NUMBERS = (0, 1, -1, 2, 7, 255, 256, 65535, 65536, 99_999, 10**6, 2**31 - 1, -2**31, 2**32 - 1, 2**63, 10**12)
 TYPES = ((b"F4", 8), (b"F8_E4M3", 4), (b"F8_E5M2", 4), (b"F8_E8M0", 4), (b"F6_E2M3", 16 / 3), (b"C64", 0.5),
          (b"BF16", 2), (b"F64", 0.5), (b"U16", 2), (b"I64", 0.5), (b"BOOL", 4), (b"U8", 1), (b"F99", 1))
@@ -443,9 +445,13 @@ def linears():
 
 
 def make_adapter(folder):
+    """Layer 0 is named as torch.compile does, layer 2 by its older name."""
     network = linears()
     lora.inject(network, ("0", "2"), 3, 6, 0.1, torch.Generator().manual_seed(0))
     lora.save_adapter(network, folder)
+    path = folder / "adapter_model.safetensors"
+    names = {".0.": "._orig_mod.0.", ".2.": ".old.2."}
+    write_tensors(path, {re.sub(r"\.[02]\.", lambda m: names[m[0]], k): v for k, v in read_tensors(path).items()})
 
 
 def predicted(policy):
@@ -486,6 +492,15 @@ def make_judges(folder):
     chat.write_original(folder / "original", lora=True, shards=2)
     judge.load_judge(folder / "original").save(folder / "native")
     chat.write_qwen(folder / "qwen", "qwen3_vl")
+    chat.move_tokens(folder / "qwen")
+    chat.write_original(folder / "shards", shards=2)                            # two sets: one file beside an index
+    judge.load_judge(folder / "shards").model.save_pretrained(folder / "two")
+    for path in (folder / "shards").iterdir():
+        if not (folder / "two" / path.name).exists():
+            shutil.copyfile(path, folder / "two" / path.name)
+    (folder / "two" / "vocab.json").rename(folder / "two" / "._vocab.json")
+    shutil.copyfile(folder / "native" / "tokenizer.json", folder / "two" / "tokenizer.json")
+    shutil.rmtree(folder / "shards")
     (folder / "adapter").mkdir()
     model = judge.load_judge(folder / "native").model
     lora.inject(model, ("0.self_attn.q_proj",), 2, 4)
@@ -513,7 +528,8 @@ READERS = {
     **({"hypersim": Reader(0.3, make_hypersim, lambda folder, path: [lambda: prepare.read_hdf5(path)])}
        if H5PY else {}),
     "bank": Reader(1.5, make_bank, read_bank),
-    "adapter": Reader(2, make_adapter, lambda folder, path: [lambda: lora.load_adapter(linears(), folder)]),
+    "adapter": Reader(2, make_adapter, lambda folder, path: [
+        lambda: lora.load_adapter(linears(), folder, lambda name: name.removeprefix("old."))]),
     "predictor": Reader(1, lambda folder: DiT(DiTConfig(16, 8, 16, 1, 1, 2)).save(folder),
                         lambda folder, path: [lambda: predicted(load_predictor(folder))]),
     "marigold": Reader(0.15, make_marigold, read_marigold),

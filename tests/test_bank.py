@@ -1,4 +1,8 @@
 """bank.py: nothing is asked twice, and nothing stale is ever found."""
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -290,6 +294,54 @@ def test_two_writers_at_once_leave_whole_entries(tmp_path, photos):
     got = Bank(tmp_path, silent).fill(photos, 24)
     want = Bank(tmp_path / "alone", Counting()).fill(photos, 24)
     assert torch.equal(got[1], want[1]) and torch.equal(got[0], want[0])
+
+
+CROWD = """
+import sys, time, torch
+sys.path[:0] = {paths}
+from test_bank import Counting
+from data.bank import Bank
+torch.set_num_threads(1)
+role, folder, seconds = sys.argv[1], sys.argv[2], float(sys.argv[3])
+photos = torch.randint(0, 256, (6, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+end, n = time.monotonic() + seconds, 16
+while time.monotonic() < end:
+    bank = Bank(folder, Counting())
+    if role == "pack":
+        bank.pack()
+    else:
+        pts, prob = bank.fill(photos.roll(int(role), 0), n)
+        want = torch.cat([Counting().ask(p[None] / 255.0, q[None]) for p, q in zip(photos.roll(int(role), 0), pts)])
+        assert torch.allclose(prob, want, atol=1e-4)
+        n += 1
+"""
+
+
+def test_two_writers_and_a_packer_in_processes_of_their_own_all_live_and_lose_nothing(tmp_path):
+    here = Path(__file__).resolve().parent
+    code = CROWD.format(paths=[str(here), str(here.parent)])
+    crowd = [subprocess.Popen([sys.executable, "-c", code, role, str(tmp_path), "8"], stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE) for role in ("0", "3", "pack", "pack")]
+    told = [process.communicate(timeout=120) for process in crowd]
+    assert [process.returncode for process in crowd] == [0] * 4, [err.decode()[-2000:] for _, err in told]
+    assert not any(b"damaged" in out for out, _ in told), told                  # a file that went away is not that
+    judge = Counting()
+    rng = torch.Generator().manual_seed(0)
+    Bank(tmp_path, judge).fill(torch.randint(0, 256, (6, 3, 32, 32), generator=rng, dtype=torch.uint8), 16)
+    assert judge.pairs == 0
+    assert not [p for p in files(tmp_path) if p.suffix == ".damaged"]
+
+
+def test_files_that_are_no_entries_are_left_alone(tmp_path, photos):
+    bank = Bank(tmp_path, Counting())
+    bank.fill(photos[:1], 4)
+    for path in files(tmp_path):
+        path.with_name(f"._{path.name}").write_bytes(b"twin")                   # of macOS
+    (bank.folder / "notes.safetensors").write_bytes(b"")
+    bank.pack()
+    assert Bank(tmp_path, Counting()).fill(photos[:1], 4)[1].isfinite().all()
+    left = [p.name for p in files(tmp_path)]
+    assert len(left) == 3 and "notes.safetensors" in left and sum(name.startswith("._") for name in left) == 1
 
 
 def test_a_damaged_pack_is_named_and_asked_again(tmp_path, photos, capsys):

@@ -349,7 +349,7 @@ def test_an_adapter_of_another_width_is_refused_with_both_shapes(folder):
 
 def test_a_rank_that_contradicts_the_config_is_refused(folder):
     edit(folder / "adapter_config.json", r=4)
-    refused(ValueError, lambda: lora.load_adapter(network(), folder), "lora_A", "(3, 8)", "(4, 8)")
+    refused(ValueError, lambda: lora.load_adapter(network(), folder), "lora_A: got (3, 6), want (4, 6)")
 
 
 def test_a_frozen_copy_with_adapters_off_shares_the_base_and_is_it(x):

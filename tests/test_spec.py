@@ -92,6 +92,7 @@ RGB = torch.rand(2, 3, 16, 16, generator=seeded(1))
 
 def test_the_rules_in_their_order(tmp_path):
     (tmp_path / "org" / "name").mkdir(parents=True)
+    (tmp_path / "org" / "name" / "config.json").touch()
     assert read_spec("org/name").folder and not read_spec("org/name").hub       # a folder that exists comes first
     assert read_spec("org/other").hub == "org/other"                            # also where a folder `org` exists
     own = read_spec("a.b:Class")

@@ -265,7 +265,7 @@ def test_four_packed_questions_equal_four_padded_prefills_and_single_ones(judge)
     """Questions of different lengths: left padding, and a 4-D mask with restarted positions, change nothing."""
     images = images_of(judge.size, 2)
     with torch.no_grad():
-        packed = judge.logits(images)                                           # (2, 4, V)
+        packed = judge.hidden(images)                                           # (2, 4, D)
         rows = [(i, m) for i in range(2) for m in NAMES]
         padded = judge.prefill(images[[i for i, _ in rows]], [m for _, m in rows]).view_as(packed)
         single = torch.stack([torch.cat([judge.prefill(images[i:i + 1], [m]) for m in NAMES]) for i in range(2)])
@@ -296,9 +296,8 @@ def test_forty_pairs_cost_one_vision_pass_one_prefill_and_no_decoding(judge):
     judge.score(images, "depth")
     for h in hooks:
         h.remove()
-    assert [name for name, _ in calls] == ["eye", "text", "head"]
+    assert [name for name, _ in calls] == ["eye", "text"]                       # of the head, only the words' rows
     assert calls[1][1]["inputs_embeds"].shape[:2] == (40, len(judge.prompt.head) + len(judge.prompt.blocks["depth"]))
-    assert calls[2][1][0].shape[:-1].numel() == 40                                  # the vocabulary at one token each
 
 
 def test_generated_text_begins_with_the_most_likely_word(judge):
@@ -341,7 +340,7 @@ def test_the_score_is_the_probability_of_red_and_of_yes(judge):
     images = images_of(judge.size, 2)
     for m in NAMES:
         with torch.no_grad():
-            two = judge.prefill(images, [m, m])[:, judge.prompt.answers[m]]
+            two = judge.model.lm_head(judge.prefill(images, [m, m]))[:, judge.prompt.answers[m]]
         words = [judge.tokenizer.decode([i]).strip() for i in judge.prompt.answers[m]]
         assert words == (["Yes", "No"] if m == "albedo" else ["red", "green"])
         assert (judge.score(images, m) - two.softmax(-1)[:, 0]).abs().max() < ROUNDING
