@@ -107,7 +107,7 @@ def _takes_triton(x_next, x, v):
 
 
 def _flatten(x_next, states, per_pixel):
-    """Draws (R, K, C, P), rows by strides, and contiguous states (R, C, P): P pixels, or one channel of all elements."""
+    """Draws (R, K, C, P), rows by strides, and contiguous states (R, C, P): pixels, or one channel of all elements."""
     start = 3 if per_pixel else 2
     drawn = x_next.flatten(start)
     drawn = drawn if drawn.stride(-1) == 1 and (start == 2 or drawn.stride(2) == drawn.shape[3]) else drawn.contiguous()
