@@ -35,8 +35,7 @@ from predictor import plan_walk, rollout
 from relations import MODALITIES, NAMES, check_points
 from runtime.ranks import autocast, mean_over_ranks
 
-FORM = dict(hard="hard", confidence="hard", soft="soft", brier="brier")         # of kernels/pair_reward.py
-CREDIT_WIDTH = 1 / 32             # of the splat around a point, as a share of the state's width
+CREDIT_WIDTH = 1 / 32             # of the splat around a point, as a share of the state's width; at least one pixel
 GAP = 0.1                         # most that two computations of a velocity in bf16 differ, relative (eager, CPU: 0)
 
 
@@ -49,7 +48,7 @@ class Batch:
     photos: list             # B names
     modalities: tuple        # M names
     index: torch.Tensor      # (M*B,) number of each row's modality in relations.MODALITIES
-    pts: torch.Tensor        # (B, P, 2, 2)
+    pts: torch.Tensor        # (B, P, 2, 2) int32
     prob: torch.Tensor       # (B, P, len(NAMES)) of the first answer
     cfg: object              # runtime.config.Config
     draw: object             # ranks.Draw: the random numbers of the step
@@ -82,7 +81,7 @@ def draw_batch(photos, modalities, cfg, draw, device):
         pts = (pts + near - cfg.jitter // 2).clamp_min(0).minimum(last)
     check_points("grpo.draw_batch", pts, rgb.shape[-2:])
     index = torch.tensor([NAMES.index(m) for m in names], device=device).repeat_interleave(len(places))
-    return Batch(rgb, places, [photos.names[i] for i in places], names, index, pts,
+    return Batch(rgb, places, [photos.names[i] for i in places], names, index, pts.int(),
                  photos.prob[places[:, None], chosen].to(device), cfg, draw)
 
 
@@ -191,10 +190,10 @@ def agreement(pred, pts, prob, modality, cfg):
     or --dead-zone skip: as much as the sample's other pairs on average, so that the reward is the mean over those
     """
     weight = pair_weights(prob, modality, cfg)
-    prob = prob.where(prob.isfinite(), 0.5)                                     # of no weight
-    form = FORM[cfg.reward]
-    rel, agree, reward = pair_reward(pred, pts, prob, weight, modality, form, MODALITIES[modality].tau, check=False)
-    if form == "hard" and cfg.dead_zone == "skip":
+    skip = cfg.reward in ("hard", "confidence") and cfg.dead_zone == "skip"
+    rel, agree, reward = pair_reward(pred, pts, prob, weight, modality, cfg.reward, MODALITIES[modality].tau,
+                                     relation=skip)
+    if skip:
         share = weight[:, None] * (rel != 0)                                    # (B, G, P)
         others = (agree * share).sum(-1, keepdim=True) / share.sum(-1, keepdim=True)        # NaN: the map answers none
         agree = torch.where(rel == 0, others.nan_to_num(0.5), agree)
@@ -258,7 +257,7 @@ def advantage(scored, batch, transitions):
         else:
             size = transitions[0].x.shape[-2:]
             pts = batch.pts * size[1] // batch.rgb.shape[-1]                    # photo pixels -> pixels of the state
-            local = pair_credit(one.agree, one.weight, pts, size, CREDIT_WIDTH * size[1], check=False)
+            local = pair_credit(one.agree, one.weight, pts, size, max(1.0, CREDIT_WIDTH * size[1]))
             credit = scale_credit(local, cfg.norm)
             extra = [weight * scale_credit(F.adaptive_avg_pool2d(agree - agree.mean(1, keepdim=True), size), cfg.norm)
                      for _, weight, agree in one.consistency]

@@ -27,7 +27,7 @@ from kernels.draw_markers import mark_photos
 from models import vlm
 from models.families import END, FAMILIES, SYSTEM, Prompt, read_answer
 from models.mini_judge import mini_network, mini_tokenizer
-from relations import MODALITIES, NAMES, draw_markers
+from relations import MODALITIES, NAMES, check_points, draw_markers
 from runtime.command import run_command
 from runtime.files import replace_files, write_json
 from runtime.flags import Parser
@@ -149,13 +149,13 @@ class Judge(nn.Module):
                     other judges, not known
         """
         B, P = pts.shape[:2]
-        flat = pts.reshape(B * P, 2, 2)
+        check_points("judge.ask", pts, rgb.shape[-2:])
         asked = tuple(m for m in NAMES if modalities is None or m in modalities)
         prob = torch.full((B * P, len(NAMES)), torch.nan, device=rgb.device)
         index = torch.tensor([NAMES.index(m) for m in asked], device=rgb.device)
         places = torch.arange(B * P, device=rgb.device)
         for part in places.split(batch or max(1, TOKENS // len(self.prompt))) if B * P else ():
-            prob[part[:, None], index] = self._answers(rgb, flat[part], part // P, asked).float()
+            prob[part[:, None], index] = self._answers(rgb, pts.flatten(0, 1)[part], part // P, asked).float()
         return prob.view(B, P, len(NAMES))
 
     @torch.no_grad()

@@ -2,7 +2,7 @@
 
 A pair is two pixels of one photo, red and green. The judge answers a question about the pair from the photo;
 `relation` answers the same question from a predicted map. Its sign decides labels for the judge, accuracies and the
-hard rewards. The soft rewards (grpo.py) use the margin itself, through `soft_relation`.
+hard rewards. The soft rewards (grpo.py) use the margin itself, through `soften`.
 
     margin  m(p) > 0: red wins / same; m(p) < 0: green wins / different
     nearer    (z_green - z_red) / range of the map          depth
@@ -118,14 +118,12 @@ def at_points(maps, pts, window=0):
     """Read map values at points: one pixel (paper), or the mean of a (2*window+1)^2 window cut at the border.
 
     maps     (..., C, H, W)   leading axes broadcast against those of pts
-    pts      (..., P, 2, 2)   integer (row, col)
+    pts      (..., P, 2, 2)   integer (row, col) inside the map (check_points)
     returns  (..., P, 2, C)   non-finite pixels make a non-finite value
-    raises   ValueError       a point outside the map
     """
     C, H, W = maps.shape[-3:]
     P = pts.shape[-3]
     lead = torch.broadcast_shapes(maps.shape[:-3], pts.shape[:-3])
-    check_points("relations.at_points", pts, (H, W))
     row = pts[..., 0].long()                                                    # (..., P, 2)
     col = pts[..., 1].long()
     if window:
@@ -185,6 +183,7 @@ def margin(maps, pts, modality, window=0):
     row = MODALITIES[modality]
     if maps.shape[-3] != row.channels:
         raise ValueError(f"relations.margin: got {maps.shape[-3]} channels for {modality!r}; want {row.channels}")
+    check_points("relations.margin", pts, maps.shape[-2:])
     return RULES[row.rule](maps, pts, window)
 
 
@@ -196,18 +195,17 @@ def relation(maps, pts, modality, window=0):
     window   radius in px of the mean that is read at a point (paper: 0, one pixel)
     returns  int8 (..., P)   +1 red wins / same, -1 green wins / different, 0 dead zone or not finite
     """
-    m = margin(maps, pts, modality, window)
-    row = MODALITIES[modality]
+    return harden(margin(maps, pts, modality, window), MODALITIES[modality])
+
+
+def harden(m, row):
+    """Relation that a margin means in a row of the table: int8 of its shape."""
     answer = torch.where(m > 0, 1.0, -1.0) if row.yes_no else m.sign()          # distance 0.05 is "different"
     return torch.where(m.isfinite() & (m.abs() >= row.dead), answer, 0).to(torch.int8)
 
 
-def soft_relation(maps, pts, modality, tau=0.1, window=0):
-    """Probability-like version of `relation` in (-1, 1): tanh(margin / tau).
-
-    Differentiable; its sign is the relation's (tau in units of the margin). A non-finite point gives 0.
-    """
-    m = margin(maps, pts, modality, window)
+def soften(m, tau):
+    """tanh(margin / tau) in (-1, 1), 0 where the margin is not finite; differentiable, tau in the margin's unit."""
     return torch.where(m.isfinite(), m / tau, 0.0).tanh()
 
 

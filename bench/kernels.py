@@ -10,7 +10,6 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass
-from functools import partial
 from types import SimpleNamespace
 
 import numpy
@@ -20,7 +19,7 @@ import grpo
 import kernels
 from bench.measure import FAILURES, NOT_RUN, markdown_table
 from data.bank import Judgements
-from kernels import draw_markers, log_ratio, pair_credit, pair_reward, sde_step
+from kernels import draw_markers, log_ratio, pair_reward, sde_step
 from models.dit import DiT, DiTConfig
 from relations import LUMA, MODALITIES, SAME_ALBEDO, relation, sample_pairs
 from runtime.command import run_command
@@ -69,7 +68,7 @@ def pair_reward_cases(device, cut=1):
             ("the same, channels_last", "albedo", 8, 8, 4096, 512, "hard", True),
             ("the same, depth", "depth", 8, 8, 4096, 512, "soft", False),
             ("9 x 371 px, P 1271", "irradiance", 3, 3, 1271, 371, "soft", False),
-            ("10 M pairs, no check of points", "albedo", 8, 8, 156_250, 512, "hard", False)):
+            ("10 M pairs", "albedo", 8, 8, 156_250, 512, "hard", False)):
         C = MODALITIES[m].channels
         P = cut_size(P, cut)
         side = cut_size(side, cut)
@@ -78,20 +77,7 @@ def pair_reward_cases(device, cut=1):
         prob = torch.rand(B, P, generator=make_rng(device), device=device)
         args = pred, random_points(B, P, (side, side), device), prob, torch.full_like(prob, 1 / P), m, form, 0.1, 0
         sectors = 2 * B * G * P * 32 * (1 if last else C) + (pred.nbytes if MODALITIES[m].rule == "nearer" else 0)
-        fn = partial(pair_reward.pair_reward, check=P < 100_000)
-        yield Case(label, pair_reward.pair_reward_ref, fn, args, sectors)
-
-
-def pair_credit_cases(device, cut=1):
-    """The advantage map of 64 states of 64 x 64, P = 4096; and an odd size."""
-    for B, G, P, side in ((8, 8, 4096, 64), (3, 5, 1271, 37)):
-        P = cut_size(P, cut)
-        side = cut_size(side, cut)
-        agree = torch.rand(B, G, P, generator=make_rng(device), device=device)
-        weight = torch.full((B, P), 1 / P, device=device)
-        args = agree, weight, random_points(B, P, (side, side), device), (side, side), 4.0
-        yield Case(f"{B * G} x {side} px, P {P}", pair_credit.pair_credit_ref, pair_credit.pair_credit, args,
-                   agree.nbytes + 4 * B * G * side**2)
+        yield Case(label, pair_reward.pair_reward_ref, pair_reward.pair_reward, args, sectors)
 
 
 def random_normal(*shape, device, seed=0):
@@ -134,8 +120,8 @@ def draw_markers_cases(device, cut=1):
                    2 * B * P * 3 * side**2)
 
 
-OPS = dict(pair_reward=pair_reward_cases, pair_credit=pair_credit_cases, sde_step=sde_step_cases,
-           log_ratio=log_ratio_cases, draw_markers=draw_markers_cases)
+OPS = dict(pair_reward=pair_reward_cases, sde_step=sde_step_cases, log_ratio=log_ratio_cases,
+           draw_markers=draw_markers_cases)
 
 
 def assert_equal(label, got, want):

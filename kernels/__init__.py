@@ -2,9 +2,14 @@
 
 Kernel files import `triton` and `tl` from here, so that they and their `_ref` can be imported where triton is not
 installed. Under TRITON_INTERPRET=1 the interpreter runs kernels on CPU tensors, but only after `use("triton")`: it is
-slow.
+slow. On a GPU the first question is answered by a launch of one element: where Triton cannot launch, torch computes.
+
+Every kernel is an operator `reasonx::NAME` of torch.library: torch.compile and torch.export keep it as one node, and
+since it never waits for the GPU a CUDA graph captures it. What a caller must have checked is said in its docstring.
 """
+import functools
 import os
+import subprocess
 from types import SimpleNamespace
 
 import torch
@@ -19,6 +24,7 @@ except ImportError:                                      # no wheel for this pla
     triton = tl = SimpleNamespace(jit=lambda fn: fn, constexpr=None, float32=None, float64=None)
     HAS_TRITON = False
     TritonError = RuntimeError
+REFUSALS = (TritonError, RuntimeError, ImportError, OSError, subprocess.SubprocessError)    # of a launch
 
 INTERPRET = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 _mode = "auto"
@@ -34,9 +40,35 @@ def use(mode):
     _mode = mode
 
 
+def launch(kernel, grid, *args, **constants):
+    """Launch a kernel on the device of its first argument, which need not be the current one."""
+    with torch.cuda.device_of(args[0]):
+        kernel[grid](*args, **constants)
+
+
+@triton.jit
+def _one_kernel(out_ptr):
+    tl.store(out_ptr, 1.0)
+
+
+@functools.cache
+def launch_error():
+    """Why Triton cannot launch on the GPU, in a line, or "". It builds its driver with a C compiler and Python.h."""
+    try:
+        one = torch.zeros(1, device="cuda")
+        launch(_one_kernel, (1,), one)
+        return "" if one.item() == 1 else "a launch wrote nothing"
+    except REFUSALS as error:
+        return " ".join(f"{type(error).__name__}: {error}".split())[:100]
+
+
 def uses_triton(tensor):
     """Whether a kernel computes on `tensor` with Triton; otherwise its `_ref` does."""
-    return HAS_TRITON and _mode != "torch" and (tensor.is_cuda or INTERPRET and _mode == "triton")
+    if not HAS_TRITON or _mode == "torch":
+        return False
+    if _mode == "triton":
+        return tensor.is_cuda or INTERPRET
+    return tensor.is_cuda and not launch_error()
 
 
 def uses_triton_with_floats(tensor):
@@ -88,6 +120,8 @@ def describe():
         return "kernels: torch (no GPU)"
     if INTERPRET:
         return "kernels: triton (interpreter)"
+    if _mode == "auto" and launch_error():
+        return f"kernels: torch (Triton cannot launch: {launch_error()})"
     device = torch.cuda.get_device_properties(torch.cuda.current_device())
     arch = device.gcnArchName.split(":")[0] if torch.version.hip else f"sm{device.major}{device.minor}"
     return f"kernels: triton ({arch})"

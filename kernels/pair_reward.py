@@ -1,27 +1,29 @@
 """Agreement with the judge and reward of a group of maps at thousands of point pairs, read straight from the maps.
 
 math       m = margin by the modality's rule (relations.py owns formulas and thresholds), relation -1, 0 or +1, p = prob
-           hard   agree = 1/2 + relation sign(2 p - 1) / 2
-           soft   agree = 1/2 + tanh(m / tau) (2 p - 1) / 2
-           brier  agree = 1 - (tanh(m / tau) - (2 p - 1))^2 / 4
-           reward = sum over pairs of weight agree. Only hard reads the relation, so only hard computes it
+           hard, confidence  agree = 1/2 + relation sign(2 p - 1) / 2 (their weights differ)
+           soft              agree = 1/2 + tanh(m / tau) (2 p - 1) / 2
+           brier             agree = 1 - (tanh(m / tau) - (2 p - 1))^2 / 4
+           reward = sum over pairs of weight agree. A pair without an answer (p is NaN) counts as p = 1/2, weight 0
 gradient   none needed: the reward scores samples. A call that needs a gradient uses the reference, which has one
 why fused  eager gathers (B, G, P, 2, C), then reads it back in a dozen small kernels; here each map value goes from
-           the map to a register. Limit: one 32-byte sector per point and channel (NCHW), per point (channels_last)
+           the map to a register. Bytes: a 32-byte sector per point and channel (NCHW) or per point (channels_last),
+           from the L2 cache: the programs of one map run side by side. 16 of points, 8 of answer and weight a pair
+           (once per group, then cached), 4 of agreement, 1 of relation where it is asked for
+launches   one for P <= BLOCK; a larger P needs a second, which adds the partial rewards, and rule nearer needs one more
+           for the range of each map, which reads it once
 source     reward and relations of ReasonX (arXiv 2512.04222)
 
-One launch for P <= BLOCK; a larger P needs a second, which adds the partial rewards, and rule nearer needs one more for
-the range of each map. Accumulation is fp32, or fp64 when pred is.
+Accumulation is fp32, or fp64 when pred is.
 """
-from dataclasses import replace
-
 import torch
+from torch import Tensor
 
-from relations import LUMA, MODALITIES, SAME_ALBEDO, check_points, relation, soft_relation
+from relations import LUMA, MODALITIES, RULES, SAME_ALBEDO, harden, soften
 
-from . import acc_dtype, exact_div, exact_sqrt, tl, triton, triton_dtype, uses_triton
+from . import acc_dtype, exact_div, exact_sqrt, launch, tl, triton, triton_dtype, uses_triton
 
-FORMS = ("hard", "soft", "brier")
+FORMS = ("hard", "confidence", "soft", "brier")
 BLOCK = 256                                            # pairs of a program; fixed: it decides the summation order
 FUSED = ("nearer", "facing", "brighter", "same", "more")    # rules of relations.RULES that the kernel knows
 PARTS = 16                                             # programs that find the range of one map
@@ -31,32 +33,39 @@ RANGE_BLOCK = 1024                                     # pixels that such a prog
 def pair_reward_ref(pred, pts, prob, weight, modality, form="soft", tau=0.1, window=0):
     """Plain torch. The definition; every other path must match it."""
     acc = acc_dtype(pred)
+    row = MODALITIES[modality]
     pred, prob, weight = (z.to(acc) for z in (pred, prob, weight))
-    answer = (2 * prob - 1)[:, None]                                                           # (B, 1, P)
-    rel = None
-    if form == "hard":
-        rel = relation(pred, pts[:, None], modality, window)                                   # (B, G, P)
+    known = prob.isfinite()
+    answer = (2 * prob - 1).where(known, 0.0)[:, None]                                         # (B, 1, P)
+    m = RULES[row.rule](pred, pts[:, None], window)                                            # (B, G, P)
+    rel = harden(m, row) if form in ("hard", "confidence") else None
+    if rel is not None:
         agree = 0.5 + 0.5 * rel * answer.sign()
+    elif form == "soft":
+        agree = 0.5 + 0.5 * soften(m, tau) * answer
     else:
-        vote = soft_relation(pred, pts[:, None], modality, tau, window)                        # (B, G, P)
-        agree = 0.5 + 0.5 * vote * answer if form == "soft" else 1 - 0.25 * (vote - answer).square()
-    return rel, agree, (agree * weight[:, None]).sum(-1)
+        agree = 1 - 0.25 * (soften(m, tau) - answer).square()
+    return rel, agree, (agree * weight.where(known, 0.0)[:, None]).sum(-1)
 
 
 @triton.jit
 def _value(map_ptr, row, col, H, W, stride_h, stride_w, ok, WINDOW: tl.constexpr, ACC: tl.constexpr):
-    """Mean of the window around a point, cut at the border; WINDOW 0 is the pixel itself."""
-    total = tl.zeros(row.shape, ACC)
-    for down in range(-WINDOW, WINDOW + 1):
-        for right in range(-WINDOW, WINDOW + 1):
-            y = row + down
-            x = col + right
-            inside = ok & (y >= 0) & (y < H) & (x >= 0) & (x < W)
-            at = y.to(tl.int64) * stride_h + x.to(tl.int64) * stride_w
-            total += tl.load(map_ptr + at, mask=inside, other=0.0).to(ACC)
-    rows = tl.minimum(row + WINDOW, H - 1) - tl.maximum(row - WINDOW, 0) + 1
-    cols = tl.minimum(col + WINDOW, W - 1) - tl.maximum(col - WINDOW, 0) + 1
-    return exact_div(total, (rows * cols).to(ACC))                     # (BLOCK,)
+    """Value at a point, or mean of the window around it, cut at the border: (BLOCK,)."""
+    if WINDOW == 0:
+        at = row.to(tl.int64) * stride_h + col.to(tl.int64) * stride_w
+        return tl.load(map_ptr + at, mask=ok, other=0.0).to(ACC)
+    else:
+        total = tl.zeros(row.shape, ACC)
+        for down in range(-WINDOW, WINDOW + 1):
+            for right in range(-WINDOW, WINDOW + 1):
+                y = row + down
+                x = col + right
+                inside = ok & (y >= 0) & (y < H) & (x >= 0) & (x < W)
+                at = y.to(tl.int64) * stride_h + x.to(tl.int64) * stride_w
+                total += tl.load(map_ptr + at, mask=inside, other=0.0).to(ACC)
+        rows = tl.minimum(row + WINDOW, H - 1) - tl.maximum(row - WINDOW, 0) + 1
+        cols = tl.minimum(col + WINDOW, W - 1) - tl.maximum(col - WINDOW, 0) + 1
+        return exact_div(total, (rows * cols).to(ACC))
 
 
 @triton.jit
@@ -70,7 +79,7 @@ def _difference(map_ptr, y0, x0, y1, x1, H, W, stride_h, stride_w, ok, WINDOW: t
 def _range_kernel(
     pred_ptr, low_ptr, high_ptr,                          # (B, G, 1, H, W), (B*G, PARTS), (B*G, PARTS)
     G, n, W, stride_b, stride_g, stride_h, stride_w,
-    PARTS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
+    FLAT: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):
     bg = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
@@ -80,7 +89,10 @@ def _range_kernel(
     high = tl.full((BLOCK,), -inf, ACC)
     for start in range(part * BLOCK, n, PARTS * BLOCK):
         i = start + tl.arange(0, BLOCK)                                # (BLOCK,)
-        at = (i // W).to(tl.int64) * stride_h + (i % W).to(tl.int64) * stride_w
+        if FLAT:
+            at = i.to(tl.int64) * stride_w
+        else:
+            at = (i // W).to(tl.int64) * stride_h + (i % W).to(tl.int64) * stride_w
         z = tl.load(map_ptr + at, mask=i < n, other=inf).to(ACC)       # masked lanes count as not finite
         finite = tl.abs(z) < inf
         low = tl.minimum(low, tl.where(finite, z, inf))
@@ -93,22 +105,21 @@ def _range_kernel(
 def _pair_reward_kernel(
     pred_ptr, pts_ptr, prob_ptr, weight_ptr,              # (B, G, C, H, W) by strides, (B, P, 2, 2), (B, P) x2
     low_ptr, high_ptr,                                    # (B*G, PARTS), read by rule nearer alone
-    rel_ptr, agree_ptr, part_ptr,                         # (B*G, P), written for hard alone; (B*G, P); (B*G, n_parts)
+    rel_ptr, agree_ptr, part_ptr,                         # (B*G, P), written if RELATION; (B*G, P); (B*G, n_parts)
     G, P, H, W, n_parts, stride_b, stride_g, stride_c, stride_h, stride_w,
-    RULE: tl.constexpr, FORM: tl.constexpr, TAU: tl.constexpr, WINDOW: tl.constexpr,
+    RULE: tl.constexpr, FORM: tl.constexpr, RELATION: tl.constexpr, TAU: tl.constexpr, WINDOW: tl.constexpr,
     DEAD: tl.constexpr, SAME: tl.constexpr, LUMA_R: tl.constexpr, LUMA_G: tl.constexpr, LUMA_B: tl.constexpr,
     PARTS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):
-    bg = tl.program_id(0).to(tl.int64)
-    part = tl.program_id(1)
+    part = tl.program_id(0)                                            # the faster axis: one map stays in the cache
+    bg = tl.program_id(1).to(tl.int64)
     b = bg // G
     pair = part * BLOCK + tl.arange(0, BLOCK)                          # (BLOCK,)
     ok = pair < P
-    point = pts_ptr + (b * P + pair) * 4
-    y0 = tl.load(point, mask=ok, other=0).to(tl.int32)                 # (BLOCK,) red
-    x0 = tl.load(point + 1, mask=ok, other=0).to(tl.int32)
-    y1 = tl.load(point + 2, mask=ok, other=0).to(tl.int32)             # (BLOCK,) green
-    x1 = tl.load(point + 3, mask=ok, other=0).to(tl.int32)
+    four = tl.load(pts_ptr + b * P * 4 + (pair[:, None] * 4 + tl.arange(0, 4)[None]), mask=ok[:, None], other=0)
+    rows, cols = tl.split(tl.reshape(four, (BLOCK, 2, 2)))             # (BLOCK, 2) each, red and green
+    y0, y1 = tl.split(rows)                                            # (BLOCK,)
+    x0, x1 = tl.split(cols)
     map_ptr = pred_ptr + b * stride_b + bg % G * stride_g
     if RULE == "facing":
         map_ptr += 2 * stride_c                                        # toward the camera; x and y are not read
@@ -132,11 +143,14 @@ def _pair_reward_kernel(
             margin = SAME - exact_sqrt(d0 * d0 + d1 * d1 + d2 * d2)
 
     finite = tl.abs(margin) < float("inf")                             # (BLOCK,) False for NaN too
-    answer = 2 * tl.load(prob_ptr + b * P + pair, mask=ok, other=0.5).to(ACC) - 1
+    prob = tl.load(prob_ptr + b * P + pair, mask=ok, other=0.5).to(ACC)
+    known = tl.abs(prob) < float("inf")                                # the judge has answered
+    answer = tl.where(known, 2 * prob - 1, 0.0)
     if FORM == "hard":
         rel = tl.where(margin > 0, 1, tl.where((margin < 0) | (RULE == "same"), -1, 0))
         rel = tl.where(finite & (tl.abs(margin) >= DEAD), rel, 0)
-        tl.store(rel_ptr + bg * P + pair, rel.to(tl.int8), mask=ok)
+        if RELATION:
+            tl.store(rel_ptr + bg * P + pair, rel.to(tl.int8), mask=ok)
         vote = rel.to(ACC)
         answer = tl.where(answer > 0, 1.0, tl.where(answer < 0, -1.0, answer))
     else:
@@ -148,11 +162,11 @@ def _pair_reward_kernel(
     else:
         agree = 0.5 + 0.5 * vote * answer
     tl.store(agree_ptr + bg * P + pair, agree, mask=ok)
-    weight = tl.load(weight_ptr + b * P + pair, mask=ok, other=0.0).to(ACC)
+    weight = tl.load(weight_ptr + b * P + pair, mask=ok & known, other=0.0).to(ACC)
     tl.store(part_ptr + bg * n_parts + part, tl.sum(agree * weight, 0))  # partial sums, added in torch
 
 
-def _launch(pred, pts, prob, weight, row, form, tau, window):
+def _launch(pred, pts, prob, weight, row, form, tau, window, relation):
     if row.rule not in FUSED:
         raise ValueError(f"pair_reward: got rule {row.rule!r}, want one of {', '.join(FUSED)}; use --kernels torch")
     B, G, _, H, W = pred.shape
@@ -161,51 +175,63 @@ def _launch(pred, pts, prob, weight, row, form, tau, window):
     ACC = triton_dtype(acc)
     stride_b, stride_g, stride_c, stride_h, stride_w = pred.stride()
     n_parts = triton.cdiv(P, BLOCK)
+    rel = pred.new_empty(B, G, P if relation else 0, dtype=torch.int8)
     agree = pred.new_empty(B, G, P, dtype=acc)
     part = pred.new_empty(B, G, n_parts, dtype=acc)
-    rel = pred.new_empty(B, G, P, dtype=torch.int8) if form == "hard" else None
     low = high = part                                                  # a pointer that is not read unless nearer
     if row.rule == "nearer":
         low, high = pred.new_empty(2, B * G, PARTS, dtype=acc)
-        _range_kernel[(B * G, PARTS)](pred, low, high, G, H * W, W, stride_b, stride_g, stride_h, stride_w,
-                                      PARTS=PARTS, BLOCK=RANGE_BLOCK, ACC=ACC)
-    _pair_reward_kernel[(B * G, n_parts)](
-        pred, pts.contiguous(), prob.contiguous(), weight.contiguous(), low, high,
-        agree if rel is None else rel, agree, part,                    # the first is not written unless hard
-        G, P, H, W, n_parts, stride_b, stride_g, stride_c, stride_h, stride_w,
-        **_constants(row), FORM=form, TAU=float(tau), WINDOW=window, ACC=ACC)
+        launch(_range_kernel, (B * G, PARTS), pred, low, high, G, H * W, W, stride_b, stride_g, stride_h, stride_w,
+               FLAT=stride_h == W * stride_w, PARTS=PARTS, BLOCK=RANGE_BLOCK, ACC=ACC)
+    launch(_pair_reward_kernel, (n_parts, B * G), pred, pts.int().contiguous(), prob.contiguous(), weight.contiguous(),
+           low, high, rel, agree, part, G, P, H, W, n_parts, stride_b, stride_g, stride_c, stride_h, stride_w,
+           RULE=row.rule, FORM="hard" if form == "confidence" else form, RELATION=relation, TAU=float(tau),
+           WINDOW=window, DEAD=row.dead, SAME=SAME_ALBEDO, LUMA_R=LUMA[0], LUMA_G=LUMA[1], LUMA_B=LUMA[2],
+           PARTS=PARTS, BLOCK=BLOCK, ACC=ACC)
     return rel, agree, part[..., 0] if n_parts == 1 else part.sum(-1)
 
 
-def _constants(row):
-    """Rule, thresholds and weights of a relations.Modality, as the kernel wants them."""
-    return dict(RULE=row.rule, DEAD=row.dead, SAME=SAME_ALBEDO, LUMA_R=LUMA[0], LUMA_G=LUMA[1], LUMA_B=LUMA[2],
-                PARTS=PARTS, BLOCK=BLOCK)
+@torch.library.custom_op("reasonx::pair_reward", mutates_args=())
+def _pair_reward(pred: Tensor, pts: Tensor, prob: Tensor, weight: Tensor, modality: str, form: str, tau: float,
+                 window: int, relation: bool) -> tuple[Tensor, Tensor, Tensor]:
+    if uses_triton(pred) and pred.numel() and pts.numel():
+        return _launch(pred, pts, prob, weight, MODALITIES[modality], form, tau, window, relation)
+    rel, agree, reward = pair_reward_ref(pred, pts, prob, weight, modality, form, tau, window)
+    return rel if relation else pred.new_empty(*agree.shape[:2], 0, dtype=torch.int8), agree, reward
 
 
-def pair_reward(pred, pts, prob, weight, modality, form="soft", tau=0.1, window=0, check=True):
+@_pair_reward.register_fake
+def _(pred, pts, prob, weight, modality, form, tau, window, relation):
+    B, G = pred.shape[:2]
+    P = pts.shape[1]
+    acc = acc_dtype(pred)
+    return (pred.new_empty(B, G, P if relation else 0, dtype=torch.int8), pred.new_empty(B, G, P, dtype=acc),
+            pred.new_empty(B, G, dtype=acc))
+
+
+def pair_reward(pred, pts, prob, weight, modality, form="soft", tau=0.1, window=0, relation=False):
     """Compare maps with a judge's answers at point pairs (ReasonX, reward).
 
     pred      (B, G, C, H, W)  maps of one modality in its encoding, any strides; nothing is copied
-    pts       (B, P, 2, 2)     integer (row, col), red first, shared by the group
-    prob      (B, P)           the judge's probability of the first answer
-    weight    (B, P)           share of each pair in the reward
-    form      which agreement: "hard", "soft" or "brier" (see the module docstring)
+    pts       (B, P, 2, 2)     integer (row, col) inside the map (relations.check_points), red first, shared by the
+                               group; int32 on a GPU, where other integers are copied
+    prob      (B, P)           the judge's probability of the first answer, NaN: not known
+    weight    (B, P)           share of each pair in the reward; not counted where prob is NaN
+    form      which agreement: "hard", "confidence", "soft" or "brier" (see the module docstring)
     tau       softness of "soft" and "brier", in the unit of the margin
     window    radius in px of the mean that is read at a point
-    check     False: the caller has checked that the points lie inside (the check waits for the GPU)
-    returns   relation int8 (B, G, P) for "hard" and None for the other forms; agreement (B, G, P) in [0, 1] and
-              reward (B, G), both fp32, or fp64 for fp64 maps
-    raises    ValueError       shapes that do not fit, unknown modality or form, points outside the map; on a GPU a rule
-                               that the kernel does not know
+    relation  whether "hard" and "confidence" give the relation too
+    returns   relation int8 (B, G, P), None unless asked for; agreement (B, G, P) in [0, 1] and reward (B, G), both
+              fp32, or fp64 for fp64 maps
+    raises    ValueError       shapes that do not fit, unknown modality or form, a relation asked of a form that has
+                               none; on a GPU a rule that the kernel does not know
     """
-    if form not in FORMS:
-        raise ValueError(f"pair_reward: got form {form!r}, want one of {', '.join(FORMS)}")
+    if form not in FORMS or relation and form not in FORMS[:2]:
+        raise ValueError(f"pair_reward: got form {form!r}, want one of {', '.join(FORMS[:2] if relation else FORMS)}")
     if modality not in MODALITIES:
         raise ValueError(f"pair_reward: got modality {modality!r}, want one of {', '.join(MODALITIES)}")
     B = len(pred)
-    row = MODALITIES[modality]
-    C = row.channels
+    C = MODALITIES[modality].channels
     if pred.ndim != 5 or pred.shape[2] != C:
         raise ValueError(f"pair_reward: got pred {tuple(pred.shape)}, want (B, G, {C}, H, W) for {modality!r}")
     if pts.ndim != 4 or pts.shape[0] != B or pts.shape[2:] != (2, 2):
@@ -213,23 +239,9 @@ def pair_reward(pred, pts, prob, weight, modality, form="soft", tau=0.1, window=
     for name, z in (("prob", prob), ("weight", weight)):
         if z.shape != pts.shape[:2]:
             raise ValueError(f"pair_reward: got {name} {tuple(z.shape)}, want {tuple(pts.shape[:2])}, one per pair")
-    if check:
-        check_points("pair_reward", pts, pred.shape[-2:])
-    wants_gradient = torch.is_grad_enabled() and pred.requires_grad
-    if not uses_triton(pred) or wants_gradient or not pred.numel() or not pts.numel():
-        return pair_reward_ref(pred, pts, prob, weight, modality, form, tau, window)
-    return _launch(pred.detach(), pts, prob.detach(), weight.detach(), row, form, tau, window)
-
-
-SIZES = {k: "i32" for k in ("G", "P", "H", "W", "n_parts", "n", "stride_b", "stride_g", "stride_c", "stride_h",
-                            "stride_w")}
-TYPES = {"pred_ptr": "*bf16", "pts_ptr": "*i64", "prob_ptr": "*fp32", "weight_ptr": "*fp32", "low_ptr": "*fp32",
-         "high_ptr": "*fp32", "rel_ptr": "*i8", "agree_ptr": "*fp32", "part_ptr": "*fp32", **SIZES}
-AOT = [  # (kernel, argument types, constexprs); compiled for each target in tests/test_aot.py
-    (_range_kernel, TYPES, dict(PARTS=PARTS, BLOCK=RANGE_BLOCK, ACC=tl.float32)),
-    *((_pair_reward_kernel, TYPES, dict(**_constants(MODALITIES[m]), FORM=form, TAU=0.1, WINDOW=window, ACC=tl.float32))
-      for m, form, window in (("depth", "hard", 1), ("normal", "soft", 0), ("albedo", "brier", 0),
-                              ("irradiance", "soft", 2))),
-    (_pair_reward_kernel, TYPES, dict(**_constants(replace(MODALITIES["depth"], rule="more")), FORM="hard", TAU=0.1,
-                                      WINDOW=0, ACC=tl.float32)),
-]
+    if torch.is_grad_enabled() and pred.requires_grad:
+        rel, agree, reward = pair_reward_ref(pred, pts, prob, weight, modality, form, tau, window)
+    else:
+        rel, agree, reward = _pair_reward(pred.detach(), pts, prob.detach(), weight.detach(), modality, form,
+                                          float(tau), window, relation)
+    return rel if relation else None, agree, reward

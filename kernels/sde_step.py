@@ -4,14 +4,16 @@ math       mean = A x + B v;  x_next = mean + std eps
 gradient   none: a rollout keeps no graph. A call that needs a gradient uses the reference, which has one
 why fused  fp32 bytes per element for one sample: eager 48 (two products, a sum, a product, a sum), here 20;
            K samples that share a state read x and v once
+launches   one
 source     every step of predictor.py is linear in x and v: Flow-GRPO (arXiv 2505.05470) eq. 9, DDIM (arXiv 2010.02502)
 
 The mean is an explicit fma(A, x, B v), here and in log_ratio.py. So rollout and update compute the same bits, whatever
 the compiler fuses, and the ratio is exactly 1 before the first update. States are fp32, or fp64 when x or v is.
 """
 import torch
+from torch import Tensor
 
-from . import acc_dtype, tl, triton, triton_dtype, uses_triton_with_floats
+from . import acc_dtype, launch, tl, triton, triton_dtype, uses_triton_with_floats
 
 BLOCK = 1024                                           # elements of a program
 
@@ -24,10 +26,8 @@ def sde_step_ref(x, v, eps, A, B, std):
 
 
 @triton.jit
-def linear_mean(x_ptr, v_ptr, offset, ok, A, B, BLOCK: tl.constexpr, ACC: tl.constexpr):
+def linear_mean(x, v, A, B, BLOCK: tl.constexpr, ACC: tl.constexpr):
     """A x + B v, rounded the same way wherever it is computed: (BLOCK,)."""
-    x = tl.load(x_ptr + offset, mask=ok, other=0.0).to(ACC)
-    v = tl.load(v_ptr + offset, mask=ok, other=0.0).to(ACC)
     return tl.fma(tl.full((BLOCK,), A, ACC), x, tl.full((BLOCK,), B, ACC) * v)
 
 
@@ -41,13 +41,37 @@ def _sde_step_kernel(
     row = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)                            # (BLOCK,)
     ok = col < n
-    mean = linear_mean(x_ptr, v_ptr, row * n + col, ok, A, B, BLOCK, ACC)
+    x = tl.load(x_ptr + row * n + col, mask=ok, other=0.0).to(ACC)
+    v = tl.load(v_ptr + row * n + col, mask=ok, other=0.0).to(ACC)
+    mean = linear_mean(x, v, A, B, BLOCK, ACC)
     tl.store(mean_ptr + row * n + col, mean, mask=ok)
     eps_ptr += row * stride_r
     for k in range(K):
         eps = tl.load(eps_ptr + col, mask=ok, other=0.0).to(ACC)
         tl.store(x_next_ptr + (row * K + k) * n + col, mean + eps * std, mask=ok)
         eps_ptr += stride_k
+
+
+@torch.library.custom_op("reasonx::sde_step", mutates_args=())
+def _sde_step(x: Tensor, v: Tensor, eps: Tensor, A: float, B: float, std: float) -> tuple[Tensor, Tensor]:
+    if not uses_triton_with_floats(x) or not uses_triton_with_floats(v) or not eps.numel():
+        return sde_step_ref(x, v, eps, A, B, std)
+    acc = acc_dtype(x, v)
+    R, K = eps.shape[:2]
+    n = x[0].numel()
+    flat = eps.flatten(2)                                               # a view where a draw is contiguous
+    flat = flat if flat.stride(2) == 1 else flat.contiguous()
+    x_next = x.new_empty(eps.shape, dtype=acc)
+    mean = x.new_empty(x.shape, dtype=acc)
+    launch(_sde_step_kernel, (R, triton.cdiv(n, BLOCK)), x.contiguous(), v.contiguous(), flat, x_next, mean, K, n,
+           flat.stride(0), flat.stride(1), A, B, std, BLOCK=BLOCK, ACC=triton_dtype(acc))
+    return x_next, mean
+
+
+@_sde_step.register_fake
+def _(x, v, eps, A, B, std):
+    acc = acc_dtype(x, v)
+    return x.new_empty(eps.shape, dtype=acc), x.new_empty(x.shape, dtype=acc)
 
 
 def sde_step(x, v, eps, A, B, std):
@@ -61,24 +85,6 @@ def sde_step(x, v, eps, A, B, std):
     if v.shape != x.shape or x.ndim < 2 or eps.ndim != x.ndim + 1 or (len(eps), *eps.shape[2:]) != tuple(x.shape):
         raise ValueError(f"sde_step: got x {tuple(x.shape)}, v {tuple(v.shape)}, eps {tuple(eps.shape)}; "
                          "want (R, ...), (R, ...), (R, K, ...)")
-    wants_gradient = torch.is_grad_enabled() and (x.requires_grad or v.requires_grad)
-    acc = acc_dtype(x, v)
-    if not uses_triton_with_floats(x) or not uses_triton_with_floats(v) or wants_gradient or not eps.numel():
+    if torch.is_grad_enabled() and (x.requires_grad or v.requires_grad):
         return sde_step_ref(x, v, eps, A, B, std)
-    R, K = eps.shape[:2]
-    n = x[0].numel()
-    flat = eps.detach().flatten(2)                                      # a view where a draw is contiguous
-    flat = flat if flat.stride(2) == 1 else flat.contiguous()
-    x_next = x.new_empty(eps.shape, dtype=acc)
-    mean = x.new_empty(x.shape, dtype=acc)
-    _sde_step_kernel[(R, triton.cdiv(n, BLOCK))](
-        x.detach().contiguous(), v.detach().contiguous(), flat, x_next, mean, K, n, flat.stride(0), flat.stride(1),
-        float(A), float(B), float(std), BLOCK=BLOCK, ACC=triton_dtype(acc))
-    return x_next, mean
-
-
-TYPES = {"x_ptr": "*fp32", "v_ptr": "*bf16", "eps_ptr": "*fp32", "x_next_ptr": "*fp32", "mean_ptr": "*fp32",
-         "K": "i32", "n": "i32", "stride_r": "i32", "stride_k": "i32", "A": "fp32", "B": "fp32", "std": "fp32"}
-AOT = [  # (kernel, argument types, constexprs); compiled for each target in tests/test_aot.py
-    (_sde_step_kernel, TYPES, dict(BLOCK=BLOCK, ACC=tl.float32)),
-]
+    return _sde_step(x.detach(), v.detach(), eps.detach(), float(A), float(B), float(std))

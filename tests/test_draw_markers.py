@@ -26,18 +26,22 @@ def case(size=(31, 41), B=2, N=7, dtype=torch.float32):
 @pytest.mark.parametrize("size, dtype", [                           # 31 * 41 = 1271 > BLOCK; places before colours
     ((31, 41), torch.float32), ((37, 12), torch.float32), ((280, 230), torch.float32),
     ((31, 41), torch.float64), ((31, 41), torch.bfloat16)], ids=str)
-def test_kernel_equals_ref_to_the_bit(triton_path, size, dtype):
+def test_kernel_equals_ref_to_an_ulp(triton_path, size, dtype):
     args = case(size, N=1 if size[0] > 100 else 7, dtype=dtype)                  # 230 px: 0.45 of its size
     out = torch.float64 if dtype == torch.float64 else torch.float32
     got, want = (fn(*args, MEAN, STD, out) for fn in (dm.mark_photos, dm.mark_photos_ref))
-    assert got.dtype == out and torch.equal(got, want)
+    assert got.dtype == out
+    tol = 1e-14 if dtype == torch.float64 else 1e-6                              # a product, not a quotient
+    torch.testing.assert_close(got, want, rtol=0, atol=tol)
 
 
 def test_the_edge_of_the_ring_at_the_size_of_512_px(triton_path, monkeypatch):
     """There pixels lie at distances 4 and 6, exactly on the edge of the ring."""
     monkeypatch.setattr("relations.REFERENCE", 31)
+    dm.square_distances.cache_clear()
     got, want = (fn(*case(), MEAN, STD, torch.float32) for fn in (dm.mark_photos, dm.mark_photos_ref))
-    assert torch.equal(got, want)
+    dm.square_distances.cache_clear()
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -45,7 +49,7 @@ def test_stored_in_the_dtype_of_the_judge(triton_path, dtype):
     """The interpreter truncates bf16 where it stores: one ulp."""
     args = case()
     got, want = (fn(*args, MEAN, STD, dtype) for fn in (dm.mark_photos, dm.mark_photos_ref))
-    torch.testing.assert_close(got, want, rtol=2**-7 if dtype == torch.bfloat16 else 2**-10, atol=0)
+    torch.testing.assert_close(got, want, rtol=2**-7 if dtype == torch.bfloat16 else 2**-10, atol=1e-6)
 
 
 @pytest.mark.parametrize("mode", ["triton", "torch"])
@@ -98,8 +102,11 @@ def test_a_gradient_into_the_photo_is_that_of_the_definition(triton_path):
 def test_what_does_not_fit_is_refused(triton_path, mode):
     kernels.use(mode)
     rgb, pts, photo = case()
-    pts[3, 1, 1] = 41
-    with pytest.raises(ValueError, match="want 0 <= row < 31, 0 <= col < 41"):
-        dm.mark_photos(rgb, pts, photo, MEAN, STD, torch.float32)
     with pytest.raises(ValueError, match=r"got rgb \(2, 3, 31, 41\), pts \(7, 2, 2\), photo \(6,\)"):
         dm.mark_photos(rgb, pts, photo[1:], MEAN, STD, torch.float32)
+
+
+def test_a_judge_refuses_points_outside_the_photo_before_it_looks():
+    judge = build_mini_judge(MiniSizes(16, 4, 32, 1, 1, 2), torch.Generator().manual_seed(0)).eval()
+    with pytest.raises(ValueError, match="judge.ask: got points from .*, want 0 <= row < 16, 0 <= col < 16"):
+        judge.ask(torch.rand(1, 3, 16, 16), torch.full((1, 1, 2, 2), 16))

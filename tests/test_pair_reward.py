@@ -5,7 +5,7 @@ from formulas import agreement
 
 import kernels
 from kernels import pair_reward as pr
-from relations import MODALITIES, relation, soft_relation
+from relations import MODALITIES, margin, relation, soften
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = list(MODALITIES)
@@ -54,7 +54,7 @@ def test_kernel_equals_ref(triton_path, m, dtype, form, window):
     want = pr.pair_reward_ref(*args, m, form, 0.1, window)
     rel = pr.pair_reward_ref(*args, m, "hard", 0.1, window)[0]
     assert {-1, 1} <= set(rel.flatten().tolist())
-    assert_same(pr.pair_reward(*args, m, form, 0.1, window), want)
+    assert_same(pr.pair_reward(*args, m, form, 0.1, window, form == "hard"), want)
 
 
 @pytest.mark.parametrize("m", ["depth", "irradiance"])
@@ -68,7 +68,7 @@ def test_a_map_larger_than_one_step_of_the_range(triton_path):
     """18,285 pixels: more than the 16 programs of 1,024 pixels read at once; the extremes lie in the last row."""
     pred, pts, prob, weight = case("depth", size=(115, 159), B=1, G=2)
     pred[0, :, 0, -1, -1], pred[0, :, 0, -1, -2] = 9.0, -9.0
-    assert_same(pr.pair_reward(pred, pts, prob, weight, "depth", "hard"),
+    assert_same(pr.pair_reward(pred, pts, prob, weight, "depth", "hard", relation=True),
                 pr.pair_reward_ref(pred, pts, prob, weight, "depth", "hard"))
 
 
@@ -76,20 +76,36 @@ def test_a_map_larger_than_one_step_of_the_range(triton_path):
 @pytest.mark.parametrize("P", [0, 1])
 def test_no_pair_and_one_pair(triton_path, m, P):
     args = case(m, P=P)
-    got = pr.pair_reward(*args, m, "hard")
+    got = pr.pair_reward(*args, m, "hard", relation=True)
     assert got[0].shape == (2, 3, P) and got[2].shape == (2, 3)
     assert_same(got, pr.pair_reward_ref(*args, m, "hard"))
 
 
 @pytest.mark.parametrize("mode", ["triton", "torch"])
-@pytest.mark.parametrize("form", ["hard", "soft", "brier"])
-def test_a_relation_is_given_only_where_it_votes(triton_path, mode, form):
+def test_a_relation_is_given_only_where_it_is_asked_for(triton_path, mode):
     kernels.use(mode)
-    assert (pr.pair_reward(*case("depth"), "depth", form)[0] is not None) == (form == "hard")
+    args = case("depth")
+    assert all(pr.pair_reward(*args, "depth", form)[0] is None for form in pr.FORMS)
+    rel = [pr.pair_reward(*args, "depth", form, relation=True)[0] for form in ("hard", "confidence")]
+    assert torch.equal(*rel) and rel[0].dtype == torch.int8
+    with pytest.raises(ValueError, match="got form 'soft', want one of hard, confidence"):
+        pr.pair_reward(*args, "depth", "soft", relation=True)
+
+
+@pytest.mark.parametrize("mode", ["triton", "torch"])
+@pytest.mark.parametrize("form", pr.FORMS)
+def test_a_pair_without_an_answer_counts_as_an_unsure_one_of_no_weight(triton_path, mode, form):
+    kernels.use(mode)
+    pred, pts, prob, weight = case("irradiance")
+    silent = torch.arange(37) % 5 == 2
+    found = pr.pair_reward(pred, pts, prob.masked_fill(silent, torch.nan), weight, "irradiance", form)
+    want = pr.pair_reward(pred, pts, prob.masked_fill(silent, 0.5), weight.masked_fill(silent, 0.0), "irradiance", form)
+    assert all(torch.equal(a, b) for a, b in zip(outputs(found), outputs(want), strict=True))
+    assert found[2].isfinite().all()
 
 
 def test_a_form_that_does_not_use_the_relation_does_not_compute_it(monkeypatch):
-    monkeypatch.setattr(pr, "relation", None)
+    monkeypatch.setattr(pr, "harden", None)
     for form in ("soft", "brier"):
         pr.pair_reward_ref(*case("depth"), "depth", form)
 
@@ -142,7 +158,7 @@ def test_the_edge_of_the_dead_zone_and_ties_are_decided_as_by_the_definition(tri
     pred, pts, prob, weight = (z.to(DEVICE) for z in (pred, pts, prob, weight))
     want = relation(pred, pts[:, None], m)
     assert len(set(want[0, 0, 1:].tolist())) == 2                                # both sides of the edge occur
-    assert torch.equal(pr.pair_reward(pred, pts, prob, weight, m, "hard")[0], want)
+    assert torch.equal(pr.pair_reward(pred, pts, prob, weight, m, "hard", relation=True)[0], want)
 
 
 @every_modality
@@ -156,14 +172,14 @@ def test_non_finite_pixels_give_no_answer_and_do_not_widen_the_range(triton_path
     want = pr.pair_reward_ref(pred, pts, prob, weight, m, form, 0.1, window)
     rel = relation(pred, pts[:, None], m, window)
     assert (rel[0] == 0).any(1).all() and (want[1][1] == 0.5).all()
-    assert_same(pr.pair_reward(pred, pts, prob, weight, m, form, 0.1, window), want)
+    assert_same(pr.pair_reward(pred, pts, prob, weight, m, form, 0.1, window, form == "hard"), want)
 
 
 @every_modality
 def test_a_constant_map_is_in_the_dead_zone_but_has_one_colour(triton_path, m):
     pred, pts, prob, weight = case(m)
     pred[:] = 0.25
-    assert (pr.pair_reward(pred, pts, prob, weight, m, "hard")[0] == (1 if m == "albedo" else 0)).all()
+    assert (pr.pair_reward(pred, pts, prob, weight, m, "hard", relation=True)[0] == (1 if m == "albedo" else 0)).all()
 
 
 @every_modality
@@ -182,8 +198,9 @@ def test_swapping_the_points_flips_the_vote_exactly(triton_path, mode):
     kernels.use(mode)
     pred, pts, prob, weight = case("depth")
     sure = torch.ones_like(prob)
-    rel = pr.pair_reward(pred, pts, sure, weight, "depth", "hard")[0]
-    assert torch.equal(rel, -pr.pair_reward(pred, pts.flip(2), sure, weight, "depth", "hard")[0])
+    rel, flipped = (pr.pair_reward(pred, z, sure, weight, "depth", "hard", relation=True)[0]
+                    for z in (pts, pts.flip(2)))
+    assert torch.equal(rel, -flipped)
     for form in ("hard", "soft"):
         agree = pr.pair_reward(pred, pts, sure, weight, "depth", form)[1]
         swapped = pr.pair_reward(pred, pts.flip(2), sure, weight, "depth", form)[1]
@@ -205,26 +222,11 @@ def test_a_soft_reward_that_wants_a_gradient_has_the_right_one(triton_path):
     assert torch.autograd.gradcheck(reward, (pred.requires_grad_(),))
 
 
-@pytest.mark.parametrize("mode", ["triton", "torch"])
-@pytest.mark.parametrize("point", [[-1, 0], [0, -1], [13, 0], [0, 17]])
-def test_points_outside_the_map_are_refused(triton_path, mode, point):
-    kernels.use(mode)
-    pred, pts, prob, weight = case("depth")
-    pts[1, 20, 1] = torch.tensor(point)
-    with pytest.raises(ValueError, match="want 0 <= row < 13, 0 <= col < 17"):
-        pr.pair_reward(pred, pts, prob, weight, "depth")
-
-
-def test_points_that_were_checked_before_are_not_checked_again(triton_path, monkeypatch):
-    monkeypatch.setattr(pr, "check_points", None)
-    pr.pair_reward(*case("depth"), "depth", check=False)
-
-
 def test_arguments_that_do_not_fit_name_got_and_want():
     pred, pts, prob, weight = case("normal")
     with pytest.raises(ValueError, match="got modality 'colour', want one of depth, "):
         pr.pair_reward(pred, pts, prob, weight, "colour")
-    with pytest.raises(ValueError, match="got form 'harder', want one of hard, soft, brier"):
+    with pytest.raises(ValueError, match="got form 'harder', want one of hard, confidence, soft, brier"):
         pr.pair_reward(pred, pts, prob, weight, "depth", "harder")
     with pytest.raises(ValueError, match=r"got pred \(2, 3, 3, 13, 17\), want \(B, G, 1, H, W\) for 'depth'"):
         pr.pair_reward(pred, pts, prob, weight, "depth")
@@ -238,7 +240,7 @@ def test_arguments_that_do_not_fit_name_got_and_want():
 def test_the_brier_reward_is_best_for_a_map_as_sure_as_the_judge(m):
     """A proper score: of all answers of the map the expected reward is largest at tanh(margin / tau) = 2 p - 1."""
     pred, pts, _, weight = (z.double() if z.is_floating_point() else z for z in case(m, dtype=torch.float64))
-    vote = soft_relation(pred, pts[:, None], m, 0.1)                  # (B, G, P)
+    vote = soften(margin(pred, pts[:, None], m), 0.1)                 # (B, G, P)
     sure = 0.5 + 0.5 * vote[:, 0]
     agree = pr.pair_reward(pred, pts, sure, weight, m, "brier")[1]
     torch.testing.assert_close(agree[:, 0], torch.ones_like(sure))

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import relations
-from relations import MODALITIES, draw_markers, relation, sample_pairs, soft_relation
+from relations import MODALITIES, draw_markers, margin, relation, sample_pairs, soften
 
 NAMES = tuple(MODALITIES)
 SIZE = 512
@@ -202,7 +202,7 @@ def test_points_of_an_image_broadcast_over_its_group(modality, window):
 def test_a_point_outside_the_map_is_refused(point):
     pts = draw_points(n=3)
     pts[1, 1] = torch.tensor(point)
-    with pytest.raises(ValueError, match=r"relations\.at_points: got points from .*, want 0 <= row < 9, 0 <= col < 11"):
+    with pytest.raises(ValueError, match=r"relations\.margin: got points from .*, want 0 <= row < 9, 0 <= col < 11"):
         relation(draw_maps("depth"), pts, "depth")
 
 
@@ -223,7 +223,7 @@ def test_an_unknown_modality_is_refused_and_the_known_ones_are_named():
 def test_the_sign_of_the_soft_relation_is_the_relation(modality, window):
     maps, pts = draw_maps(modality), draw_points(n=200)
     hard = relation(maps, pts, modality, window)
-    soft = soft_relation(maps, pts, modality, window=window)
+    soft = soften(margin(maps, pts, modality, window), 0.1)
     asked = hard != 0
     assert asked.any() and torch.equal(soft[asked].sign(), hard[asked].to(DOUBLE))
 
@@ -233,7 +233,7 @@ def test_the_soft_relation_of_a_masked_pixel_is_zero(modality):
     maps, pts = draw_maps(modality), draw_points(n=3)
     maps[:, 4, 4] = math.nan
     pts[:, 0] = 4
-    assert (soft_relation(maps, pts, modality) == 0).all()
+    assert (soften(margin(maps, pts, modality), 0.1) == 0).all()
 
 
 @every_modality
@@ -241,7 +241,7 @@ def test_the_soft_relation_has_the_gradient_of_its_finite_difference(modality):
     """Pairs of distinct points only: albedo's distance has a kink at zero."""
     maps = draw_maps(modality, size=(3, 4)).requires_grad_()
     pts = torch.tensor([[[0, 0], [2, 3]], [[1, 2], [0, 1]], [[2, 0], [1, 1]]])
-    assert torch.autograd.gradcheck(lambda z: soft_relation(z, pts, modality), (maps,))
+    assert torch.autograd.gradcheck(lambda z: soften(margin(z, pts, modality), 0.1), (maps,))
 
 
 # Pair sampling --------------------------------------------------------------------------------------------------
