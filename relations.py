@@ -2,7 +2,7 @@
 
 A pair is two pixels of one photo, red and green. The judge answers a question about the pair from the photo;
 `relation` answers the same question from a predicted map. Its sign decides labels for the judge, accuracies and the
-hard rewards. The soft rewards (grpo.py) use the margin itself, through `soften`.
+hard rewards. The soft rewards (kernels/pair_reward.py) use the margin itself.
 
     margin  m(p) > 0: red wins / same; m(p) < 0: green wins / different
     nearer    (z_green - z_red) / range of the map          depth
@@ -114,6 +114,18 @@ def srgb_decode(x):
     return torch.where(x <= .04045, x / 12.92, ((x.clamp(min=.04045) + .055) / 1.055) ** 2.4)
 
 
+def _channels(maps, pts, window):
+    """Values at points of each channel of maps (..., C, H, W): a list of C tensors (..., P, 2)."""
+    C, H, W = maps.shape[-3:]
+    index = torch.add(pts[..., 1], pts[..., 0], alpha=W)                        # (..., P, 2) in a plane
+    if window:
+        pooled = F.avg_pool2d(maps.reshape(-1, C, H, W), 2 * window + 1, 1, window, count_include_pad=False)
+        maps = pooled.view(maps.shape)
+    if maps.ndim > 3:                                                           # and in which map
+        index = index + torch.arange(0, maps.numel(), C * H * W, device=maps.device).view(*maps.shape[:-3], 1, 1)
+    return [maps.flatten()[c * H * W:].index_select(0, index.flatten()).view(index.shape) for c in range(C)]
+
+
 def at_points(maps, pts, window=0):
     """Read map values at points: one pixel (paper), or the mean of a (2*window+1)^2 window cut at the border.
 
@@ -121,17 +133,7 @@ def at_points(maps, pts, window=0):
     pts      (..., P, 2, 2)   integer (row, col) inside the map (check_points)
     returns  (..., P, 2, C)   non-finite pixels make a non-finite value
     """
-    C, H, W = maps.shape[-3:]
-    P = pts.shape[-3]
-    lead = torch.broadcast_shapes(maps.shape[:-3], pts.shape[:-3])
-    row = pts[..., 0].long()                                                    # (..., P, 2)
-    col = pts[..., 1].long()
-    if window:
-        flat = maps.reshape(-1, C, H, W)
-        maps = F.avg_pool2d(flat, 2 * window + 1, 1, window, count_include_pad=False).reshape(maps.shape)
-    index = torch.add(col, row, alpha=W).expand(*lead, P, 2).reshape(*lead, 1, 2 * P)        # (..., 1, 2P)
-    values = maps.flatten(-2).expand(*lead, C, H * W).gather(-1, index.expand(*lead, C, 2 * P))
-    return values.unflatten(-1, (P, 2)).movedim(-3, -1)                         # (..., P, 2, C)
+    return torch.stack(_channels(maps, pts, window), -1)
 
 
 def finite_range(maps):
@@ -143,9 +145,12 @@ def finite_range(maps):
     return torch.where(ok.any(-1), high - low, 0.0)
 
 
+def _gaps(maps, pts, window):
+    return [value[..., 0] - value[..., 1] for value in _channels(maps, pts, window)]       # C tensors (..., P)
+
+
 def _more(maps, pts, window):
-    red, green = at_points(maps, pts, window).unbind(-2)                        # (..., P, C)
-    return (red - green)[..., 0]
+    return _gaps(maps, pts, window)[0]
 
 
 def _nearer(maps, pts, window):
@@ -159,13 +164,12 @@ def _facing(maps, pts, window):
 
 
 def _brighter(maps, pts, window):
-    red, green = at_points(maps, pts, window).unbind(-2)
-    return (red - green) @ torch.tensor(LUMA, dtype=red.dtype, device=red.device)
+    gap = torch.stack(_gaps(maps, pts, window), -2).mT                          # (..., P, C)
+    return gap @ torch.tensor(LUMA, dtype=gap.dtype, device=gap.device)
 
 
 def _same(maps, pts, window):
-    red, green = at_points(maps, pts, window).unbind(-2)
-    return SAME_ALBEDO - torch.linalg.vector_norm((red - green).contiguous(), dim=-1)
+    return SAME_ALBEDO - torch.linalg.vector_norm(torch.stack(_gaps(maps, pts, window), -2).mT.contiguous(), dim=-1)
 
 
 RULES = dict(nearer=_nearer, facing=_facing, brighter=_brighter, same=_same, more=_more)
@@ -200,13 +204,11 @@ def relation(maps, pts, modality, window=0):
 
 def harden(m, row):
     """Relation that a margin means in a row of the table: int8 of its shape."""
-    answer = torch.where(m > 0, 1.0, -1.0) if row.yes_no else m.sign()          # distance 0.05 is "different"
-    return torch.where(m.isfinite() & (m.abs() >= row.dead), answer, 0).to(torch.int8)
-
-
-def soften(m, tau):
-    """tanh(margin / tau) in (-1, 1), 0 where the margin is not finite; differentiable, tau in the margin's unit."""
-    return torch.where(m.isfinite(), m / tau, 0.0).tanh()
+    wins = (m >= row.dead) & (m < torch.inf)
+    loses = (m <= -row.dead) & (m > -torch.inf)
+    if row.yes_no:
+        wins &= m > 0                                                           # distance 0.05 is "different"
+    return wins.to(torch.int8) - loses.to(torch.int8)
 
 
 def _round_points(pts, grid):

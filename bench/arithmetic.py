@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import lora
@@ -19,6 +21,9 @@ from models.sd2 import VAE, UNet
 
 CARDS = (8, 12, 16, 24, 32, 40, 48, 80)                                         # GB of common GPUs
 GB = 1e9
+BANDWIDTH = 2.8e9                 # bytes that an H100 moves in a millisecond
+CACHE = 5.5e9                     # bytes that its L2 cache delivers in a millisecond
+LAUNCH = 0.0025                   # ms of one kernel launch
 RANK = 16                                                                       # of the adapters in the memory table
 SD2 = dict(  # sizes of the public weights
     unet=dict(in_channels=16, out_channels=12, block_out_channels=[320, 640, 1280, 1280], layers_per_block=2,
@@ -147,3 +152,32 @@ def memory_table():
                     state_gb=state / GB, activations_gb=kept / GB, total_gb=total, card_gb=smallest_card(total),
                     with_judge_gb=with_judge, with_judge_card_gb=smallest_card(with_judge), peak_gb=None))
     return rows
+
+
+def predict_ms(count, launches, cached=0):
+    """Milliseconds on an H100 of so many bytes of memory, kernel launches and bytes of the cache: the slowest."""
+    return max(count / BANDWIDTH, launches * LAUNCH, cached / CACHE)
+
+
+class Traffic(TorchDispatchMode):
+    """Counts what eager torch launches and moves, on tensors without data; a view costs nothing."""
+
+    ms = 0.0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        """Run an operator and add its time: all it reads and writes, or a launch if that takes longer."""
+        out = func(*args, **(kwargs or {}))
+        if not any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns):
+            moved = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)]
+            if func is torch.ops.aten.index_select.default:                     # a 32-byte sector for each element
+                moved = moved[1:]
+                self.ms += 32 * out.numel() / BANDWIDTH
+            self.ms += max(sum(x.nbytes for x in moved) / BANDWIDTH, LAUNCH)
+        return out
+
+
+def predict_eager(call):
+    """Milliseconds on an H100 of a call on meta tensors, operator by operator."""
+    with Traffic() as traffic:
+        call()
+    return traffic.ms

@@ -9,7 +9,6 @@ eager GRPO step, and says that the kernels were not run. Medians with the 20th a
 import statistics
 import sys
 import time
-from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy
@@ -17,9 +16,10 @@ import torch
 
 import grpo
 import kernels
+from bench.arithmetic import predict_eager, predict_ms
+from bench.cases import OPS, random_points
 from bench.measure import FAILURES, NOT_RUN, markdown_table
 from data.bank import Judgements
-from kernels import draw_markers, log_ratio, pair_reward, sde_step
 from models.dit import DiT, DiTConfig
 from relations import LUMA, MODALITIES, SAME_ALBEDO, relation, sample_pairs
 from runtime.command import run_command
@@ -31,97 +31,6 @@ from runtime.run import about
 LOOP_PAIRS = 100_000              # that the loop is timed on; its time is scaled to the pairs of the vectorised form
 COLUMNS = ("op", "case", "eager ms", "torch.compile ms", "Triton ms", "GB/s", "of copy", "launches (eager)",
            "peak MB (eager)")
-
-
-@dataclass
-class Case:
-    """One measurement: two functions of the same arguments, and the least bytes that must be moved."""
-
-    label: str
-    ref: object
-    kernel: object
-    args: tuple
-    bytes: int = 0
-    into: int = -1               # index of the argument that receives a gradient; -1: forward only
-
-
-def make_rng(device, seed=0):
-    """A generator on the device."""
-    return torch.Generator(device).manual_seed(seed)
-
-
-def cut_size(n, cut):
-    """A size, divided for a run without a GPU; at least 5."""
-    return max(5, n // cut) if cut > 1 else n
-
-
-def random_points(B, P, size, device):
-    """Random points, (B, P, 2, 2)."""
-    rng = make_rng(device)
-    return torch.stack([torch.randint(n, (B, P, 2), generator=rng, device=device) for n in size], -1)
-
-
-def pair_reward_cases(device, cut=1):
-    """B*G = 64 with P = 4096, an odd size, and 10 M pairs: one 32-byte sector per point and channel."""
-    for label, m, B, G, P, side, form, last in (
-            ("64 x 512 px, P 4096", "albedo", 8, 8, 4096, 512, "hard", False),
-            ("the same, channels_last", "albedo", 8, 8, 4096, 512, "hard", True),
-            ("the same, depth", "depth", 8, 8, 4096, 512, "soft", False),
-            ("9 x 371 px, P 1271", "irradiance", 3, 3, 1271, 371, "soft", False),
-            ("10 M pairs", "albedo", 8, 8, 156_250, 512, "hard", False)):
-        C = MODALITIES[m].channels
-        P = cut_size(P, cut)
-        side = cut_size(side, cut)
-        pred = torch.rand(B, G, C, side, side, generator=make_rng(device), device=device) / 4
-        pred = pred.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3) if last else pred
-        prob = torch.rand(B, P, generator=make_rng(device), device=device)
-        args = pred, random_points(B, P, (side, side), device), prob, torch.full_like(prob, 1 / P), m, form, 0.1, 0
-        sectors = 2 * B * G * P * 32 * (1 if last else C) + (pred.nbytes if MODALITIES[m].rule == "nearer" else 0)
-        yield Case(label, pair_reward.pair_reward_ref, pair_reward.pair_reward, args, sectors)
-
-
-def random_normal(*shape, device, seed=0):
-    """Standard normal numbers of a shape."""
-    return torch.randn(shape, generator=make_rng(device, seed), device=device)
-
-
-def log_ratio_cases(device, cut=1):
-    """512 MB of draws, 8 per state; and the latents of a group, per pixel."""
-    for label, R, state, per_pixel in (("512 MB of draws", 4, (4, 1024, 1024), False),
-                                       ("8 x 8 x 4 x 64 x 64, map", 8, (4, 64, 64), True)):
-        state = state[0], *(cut_size(n, cut) for n in state[1:])
-        x_next = random_normal(R, 8, *state, device=device)
-        states = [random_normal(R, *state, device=device, seed=i) for i in range(4)]
-        args = (x_next, *states, 0.9, -0.1, 0.4, per_pixel)
-        n = x_next.nbytes + 4 * states[0].nbytes
-        yield Case(f"{label}, forward", log_ratio.log_ratio_kl_ref, log_ratio.log_ratio_kl, args, n)
-        yield Case(f"{label}, + backward", log_ratio.log_ratio_kl_ref, log_ratio.log_ratio_kl, args, 2 * n, into=2)
-
-
-def sde_step_cases(device, cut=1):
-    """512 MB of noise, one draw per state; and 8 draws per latent."""
-    for label, R, K, state in (("512 MB of noise", 8, 1, (4, 2048, 2048)), ("8 x 8 x 4 x 64 x 64", 8, 8, (4, 64, 64))):
-        state = state[0], *(cut_size(n, cut) for n in state[1:])
-        x, v = (random_normal(R, *state, device=device, seed=i) for i in range(2))
-        eps = random_normal(R, K, *state, device=device, seed=2)
-        yield Case(label, sde_step.sde_step_ref, sde_step.sde_step, (x, v, eps, 0.9, -0.1, 0.4),
-                   3 * x.nbytes + 2 * eps.nbytes)
-
-
-def draw_markers_cases(device, cut=1):
-    """320 marked copies of 8 photos of 512 px in bf16; and an odd size."""
-    for B, P, side in ((8, 40, 512), (3, 7, 371)):
-        side = cut_size(side, cut)
-        rgb = torch.rand(B, 3, side, side, generator=make_rng(device), device=device)
-        photo = torch.arange(B, device=device).repeat_interleave(P)
-        mean, std = torch.full((2, 3, 1, 1), 0.4, device=device)
-        args = rgb, random_points(B, P, (side, side), device).flatten(0, 1), photo, mean, std, torch.bfloat16
-        yield Case(f"{B * P} x {side} px", draw_markers.mark_photos_ref, draw_markers.mark_photos, args,
-                   2 * B * P * 3 * side**2)
-
-
-OPS = dict(pair_reward=pair_reward_cases, sde_step=sde_step_cases, log_ratio=log_ratio_cases,
-           draw_markers=draw_markers_cases)
 
 
 def assert_equal(label, got, want):
@@ -296,8 +205,15 @@ def kernel_rows(ops, copy_speed):
 
 
 def rows_not_run(ops):
-    """Rows without a GPU: dict as `kernel_rows`."""
-    return dict(kernels=[dict(op=op, eager=NOT_RUN, compile=NOT_RUN, triton=NOT_RUN) for op in ops])
+    """Rows without a GPU: dict as `kernel_rows`, with what bytes and launches predict for an H100, ms."""
+    rows = []
+    for op in ops:
+        for case in OPS[op]("meta") if op != "check_points" else ():           # which waits for its values
+            predicted = dict(eager=predict_eager(bind(case, case.ref)),
+                             triton=predict_ms(case.bytes, case.launches, case.cached))
+            rows.append(dict(op=op, case=case.label, **dict.fromkeys(("eager", "compile", "triton"), NOT_RUN),
+                             predicted=predicted))
+    return dict(kernels=rows)
 
 
 def grpo_step_rows(device):
@@ -337,7 +253,11 @@ def kernel_tables(found):
         parts.append(f"copy: {found['copy_gb_per_s']:.0f} GB/s\n\n"
                      + markdown_table(COLUMNS, map(kernel_cells, found["kernels"])))
     elif found.get("kernels"):
-        parts.append(f"{', '.join(r['op'] for r in found['kernels'])}: {NOT_RUN} (no GPU)")
+        parts.append(f"{', '.join(dict.fromkeys(r['op'] for r in found['kernels']))}: {NOT_RUN} (no GPU)")
+        predicted = [(r["op"], r["case"], *(f"{NOT_RUN} ({r['predicted'][k]:.3g})" for k in ("eager", "triton")))
+                     for r in found["kernels"] if "predicted" in r]
+        if predicted:
+            parts.append(markdown_table(("op", "case", "eager ms (predicted)", "Triton ms (predicted)"), predicted))
     if "relation" in found:
         parts.append(markdown_table(
             ("relation, CPU time of one thread", "loop over pairs ms (scaled)", "vectorised ms", "times faster"),

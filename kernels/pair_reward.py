@@ -19,7 +19,7 @@ Accumulation is fp32, or fp64 when pred is.
 import torch
 from torch import Tensor
 
-from relations import LUMA, MODALITIES, RULES, SAME_ALBEDO, harden, soften
+from relations import LUMA, MODALITIES, RULES, SAME_ALBEDO, harden
 
 from . import acc_dtype, exact_div, exact_sqrt, launch, tl, triton, triton_dtype, uses_triton
 
@@ -28,6 +28,11 @@ BLOCK = 256                                            # pairs of a program; fix
 FUSED = ("nearer", "facing", "brighter", "same", "more")    # rules of relations.RULES that the kernel knows
 PARTS = 16                                             # programs that find the range of one map
 RANGE_BLOCK = 1024                                     # pixels that such a program reads at a time
+
+
+def soften(m, tau):
+    """tanh(margin / tau) in (-1, 1), 0 where the margin is not finite; differentiable, tau in the margin's unit."""
+    return torch.where(m.isfinite(), m / tau, 0.0).tanh()
 
 
 def pair_reward_ref(pred, pts, prob, weight, modality, form="soft", tau=0.1, window=0):
@@ -46,6 +51,16 @@ def pair_reward_ref(pred, pts, prob, weight, modality, form="soft", tau=0.1, win
     else:
         agree = 1 - 0.25 * (soften(m, tau) - answer).square()
     return rel, agree, (agree * weight.where(known, 0.0)[:, None]).sum(-1)
+
+
+@triton.jit
+def _points(pts_ptr, pair, ok, BLOCK: tl.constexpr):
+    """Row and column of the red points, then of the green ones: 16 bytes of int32 a pair, in one load."""
+    four = tl.load(pts_ptr + (pair[:, None] * 4 + tl.arange(0, 4)[None]), mask=ok[:, None], other=0)    # (BLOCK, 4)
+    rows, cols = tl.split(tl.reshape(four, (BLOCK, 2, 2)))             # (BLOCK, 2) each, red and green
+    y0, y1 = tl.split(rows)                                            # (BLOCK,)
+    x0, x1 = tl.split(cols)
+    return y0, x0, y1, x1
 
 
 @triton.jit
@@ -116,10 +131,7 @@ def _pair_reward_kernel(
     b = bg // G
     pair = part * BLOCK + tl.arange(0, BLOCK)                          # (BLOCK,)
     ok = pair < P
-    four = tl.load(pts_ptr + b * P * 4 + (pair[:, None] * 4 + tl.arange(0, 4)[None]), mask=ok[:, None], other=0)
-    rows, cols = tl.split(tl.reshape(four, (BLOCK, 2, 2)))             # (BLOCK, 2) each, red and green
-    y0, y1 = tl.split(rows)                                            # (BLOCK,)
-    x0, x1 = tl.split(cols)
+    y0, x0, y1, x1 = _points(pts_ptr + b * P * 4, pair, ok, BLOCK)     # (BLOCK,) each
     map_ptr = pred_ptr + b * stride_b + bg % G * stride_g
     if RULE == "facing":
         map_ptr += 2 * stride_c                                        # toward the camera; x and y are not read

@@ -33,10 +33,11 @@ def test_a_kernel_that_differs_from_its_reference_stops_the_benchmark():
 
 def test_small_cases_bind_forward_and_backward_and_agree(capsys):
     bench.main(["--check"])
-    assert "13 cases agree with their definitions" in capsys.readouterr().out
+    assert "17 cases agree with their definitions" in capsys.readouterr().out
     for op in bench.OPS:
         for case in bench.OPS[op](torch.device("cpu"), 64):
             out = bench.bind(case, case.kernel)()
+            assert op == "check_points" or out
             assert case.into < 0 or out[-1].shape == case.args[case.into].shape
 
 
@@ -45,7 +46,18 @@ def test_without_a_gpu_it_says_that_the_kernels_were_not_run(capsys, tmp_path):
     bench.main(["--op", "pair_reward", "--json", str(tmp_path / "b.json")])
     assert "pair_reward: not run (no GPU)" in capsys.readouterr().out
     found = json.loads((tmp_path / "b.json").read_text())
-    assert found["kernels"] == [dict(op="pair_reward", eager="not run", compile="not run", triton="not run")]
+    for row in found["kernels"]:
+        assert row["op"] == "pair_reward" and row["eager"] == row["compile"] == row["triton"] == "not run"
+        assert 0 < row["predicted"]["triton"] < row["predicted"]["eager"]        # ms, by bytes and launches
+
+
+def test_a_rival_is_compiled_without_a_graph_break():
+    """Both sides are on equal terms: neither checks points, which would wait."""
+    for op in set(bench.OPS) - {"check_points"}:
+        case = next(iter(bench.OPS[op](torch.device("cpu"), 64)))
+        torch._dynamo.reset()
+        found = torch._dynamo.explain(case.ref)(*case.args)
+        assert (found.graph_break_count, found.graph_count) == (0, 1), op
 
 
 def test_the_page_has_a_row_for_every_kernel():

@@ -5,7 +5,7 @@ from formulas import agreement
 
 import kernels
 from kernels import pair_reward as pr
-from relations import MODALITIES, margin, relation, soften
+from relations import MODALITIES, margin, relation
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = list(MODALITIES)
@@ -240,7 +240,7 @@ def test_arguments_that_do_not_fit_name_got_and_want():
 def test_the_brier_reward_is_best_for_a_map_as_sure_as_the_judge(m):
     """A proper score: of all answers of the map the expected reward is largest at tanh(margin / tau) = 2 p - 1."""
     pred, pts, _, weight = (z.double() if z.is_floating_point() else z for z in case(m, dtype=torch.float64))
-    vote = soften(margin(pred, pts[:, None], m), 0.1)                 # (B, G, P)
+    vote = pr.soften(margin(pred, pts[:, None], m), 0.1)                 # (B, G, P)
     sure = 0.5 + 0.5 * vote[:, 0]
     agree = pr.pair_reward(pred, pts, sure, weight, m, "brier")[1]
     torch.testing.assert_close(agree[:, 0], torch.ones_like(sure))

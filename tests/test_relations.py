@@ -5,7 +5,8 @@ import pytest
 import torch
 
 import relations
-from relations import MODALITIES, draw_markers, margin, relation, sample_pairs, soften
+from kernels.pair_reward import soften
+from relations import MODALITIES, draw_markers, margin, relation, sample_pairs
 
 NAMES = tuple(MODALITIES)
 SIZE = 512
