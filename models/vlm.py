@@ -28,8 +28,9 @@ from transformers import (
 
 from models import lora
 from models.families import FAMILIES
+from models.native import load_native, stored_weights, weight_files
 from runtime.files import DamageGuard, Tensors, read_json, refuse
-from runtime.weights import bounded_integer, check_weights, hub_folder, load_strict, plain_config
+from runtime.weights import bounded_integer, hub_folder, load_strict, plain_config
 
 TILE = 1 << 12                        # px, largest side of a tile
 PATTERNS = ["*.safetensors", "*.json", "merges.txt"]
@@ -182,29 +183,6 @@ def read_config(folder):
     return plain_config(read_json(path), path)
 
 
-def weight_files(folder):
-    """Safetensors files that hold a folder's weights, in order. raises FileNotFoundError naming what is missing."""
-    folder = Path(folder)
-    index = folder / "model.safetensors.index.json"
-    names = read_json(index).get("weight_map") if index.is_file() else {"": "model.safetensors"}
-    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-        refuse(index, "no weight_map", "the file of each tensor")
-    names = sorted(set(names.values()))
-    for name in names:
-        if Path(name).name != name or not (folder / name).is_file():
-            raise FileNotFoundError(f"vlm.py: got no {name} in {folder}; want the weights that config.json "
-                                    "belongs to, as safetensors; fetch them again")
-    return [folder / name for name in names]
-
-
-def _tensors(folder):
-    """Yield (name on disk, tensor) of all weights of a folder. raises ValueError for a damaged file."""
-    for path in weight_files(folder):
-        with Tensors(path) as f:
-            for key in f.keys():  # noqa: SIM118
-                yield key, f.get_tensor(key)
-
-
 def load_tokenizer(folder):
     """The tokenizer of a folder, from its files alone: tokenizer.json, or vocab.json and merges.txt."""
     folder = Path(folder)
@@ -256,7 +234,7 @@ def set_tile(config, size=0):
 
 def _open_internvl(folder, config, tokenizer, size):
     """Network of an InternVL folder in either layout, weights as stored."""
-    state = dict(_tensors(folder))
+    state = stored_weights(folder)
     tied = config.get("llm_config", {}).get("tie_word_embeddings", False)
     if "llm_config" in config:
         ranks = {len(v) for k, v in state.items() if k.endswith("lora_A.default.weight")}
@@ -283,22 +261,9 @@ def _open_internvl(folder, config, tokenizer, size):
 
 
 def _open_native(folder, config):
-    """Network of any other native folder that transformers knows, weights as stored.
-
-    transformers gets the config and the tensors, not the folder: there it would also load an adapter_config.json
-    """
-    state = dict(_tensors(folder))
+    """Network of any other native folder that transformers knows, weights as stored."""
     config = network_config(folder, config)
-    network = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
-    with torch.device("meta"):
-        check_weights(network._from_config(config), state, f"vlm.py: {folder}")
-    model, found = network.from_pretrained(None, config=config, state_dict=state, output_loading_info=True,
-                                           dtype="auto")
-    wrong = [str(k) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for k in found.get(kind, ())]
-    if wrong:
-        raise ValueError(f"{len(wrong)} weights in {folder} do not fit config.json (first: {wrong[0]}); "
-                         "want a complete checkpoint of that architecture")
-    return model
+    return load_native(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)], config, stored_weights(folder), folder)
 
 
 def find_folders(name):
