@@ -29,6 +29,7 @@ from data.photos import find_images, read_rgb, readable_photos, resize_long
 from data.pictures import output_name, save_maps
 from kernels.sde_step import sde_step
 from kernels.squares import fill_squares
+from models.depth import open_depth
 from models.dit import DiT
 from models.marigold import Marigold
 from models.schedule import check_times, eta_coefficients, eta_factors
@@ -221,14 +222,15 @@ class MapPredictor(Protocol):
 
 
 def load_predictor(spec):
-    """Open a predictor by its SPEC (runtime.weights.Spec): ours, a Marigold in diffusers' layout, a class of yours.
+    """Open a predictor by its SPEC (runtime.weights.Spec): ours, Marigold, a depth network of transformers, yours.
 
     raises  FileNotFoundError: no such folder, model or file;
             ValueError: another architecture, missing or surplus keys, a class that lacks a member
     """
     found = read_spec(spec)
-    if found.module:
-        return wrap(open_own(found), found.text)
+    network = open_own(found) if found.module else open_depth(found)
+    if network is not None:
+        return wrap(network, found.text)
     if found.hub or (found.folder / "model_index.json").is_file():
         return Marigold.load(found.text)
     return DiT.load(found.folder)

@@ -32,7 +32,7 @@ def stored_weights(folder):
     return state
 
 
-def load_native(kind, config, state, folder, dtype="auto", unused=None):
+def load_native(kind, config, state, folder, dtype="auto", unused=None, attention=None):
     """A network of transformers with its weights; names on disk are renamed to those in memory.
 
     transformers gets the config and the tensors, not the folder: there it would also load an adapter_config.json
@@ -40,6 +40,7 @@ def load_native(kind, config, state, folder, dtype="auto", unused=None):
     kind    its class;  config  its configuration object;  state  dict name on disk -> tensor
     dtype   of the weights ("auto": as stored)
     unused  pattern of weights that no output depends on: where a file has none they are 0
+    attention  "sdpa", "eager"; None: the class's own
     raises  Refusal: weights that do not fit the config
     """
     with torch.device("meta"):
@@ -48,7 +49,8 @@ def load_native(kind, config, state, folder, dtype="auto", unused=None):
         if name not in state and re.match(unused, name):
             state = state | {name: torch.zeros(()).expand(p.shape)}
     check_weights(outline, state, folder)
-    model, found = kind.from_pretrained(None, config=config, state_dict=state, output_loading_info=True, dtype=dtype)
+    model, found = kind.from_pretrained(None, config=config, state_dict=state, output_loading_info=True, dtype=dtype,
+                                        attn_implementation=attention)
     wrong = [str(k) for name in ("missing_keys", "unexpected_keys", "mismatched_keys") for k in found.get(name, ())]
     if wrong:
         raise Refusal(f"{len(wrong)} weights in {folder} do not fit config.json (first: {wrong[0]}); "
