@@ -1,6 +1,6 @@
 """What is special about each depth and normal class of transformers: one table, read by models/depth.py.
 
-means       disparity, inverse depth: larger is closer. metres: larger is farther
+means       disparity, inverse depth: larger is closer. metres, depth up to scale: larger is farther
 ends        the ReLU at the end of a head, which clips at 0. Its zeros tie and have no gradient
 x_sign      of normals: 1 where x points right, -1 where it points left (ours: right)
 fit         how a photo gets the size that the network takes:
@@ -25,7 +25,8 @@ BICUBIC = dict(mode="bicubic", antialias=True)
 BILINEAR = dict(mode="bilinear", antialias=True)
 ALIASED = dict(mode="bilinear")
 CORNERS = dict(mode="bilinear", align_corners=True)
-SIGN = {"disparity": -1, "inverse depth": -1, "metres": 1}                      # of a map, smaller is closer
+# times it, the smaller values of a map are closer
+SIGN = {"disparity": -1, "inverse depth": -1, "depth up to scale": 1, "metres": 1}
 # weights of the first fusion layer that nothing reaches; older checkpoints lack them
 UNUSED = r"neck\.fusion_stage\.layers\.0\.residual_layer1\."
 # ends of the paths of an attention's linear layers, under the names of any version
@@ -68,7 +69,8 @@ class DepthFamily:
 def _depth_anything(model_type, kind, size):
     """Rows of a class with Depth Anything's head: a ReLU for relative depth, a sigmoid for metres."""
     shared = dict(pixels=IMAGENET, size=size, multiple=_backbone_patch, resample=BICUBIC)
-    relative = "disparity" if model_type == "depth_anything" else "metres"      # a prompt in metres scales the other
+    # a prompt in metres scales the output of the other class and does not turn it round
+    relative = "disparity" if model_type == "depth_anything" else "depth up to scale"
     return (
         DepthFamily(model_type, kind, relative, end="head.activation2",
                     when=lambda config: config.depth_estimation_type == "relative", **shared),

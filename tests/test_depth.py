@@ -91,7 +91,7 @@ def test_the_map_is_that_of_transformers(name):
         want = torch.nn.functional.interpolate(want, rgb.shape[-2:], mode="bilinear")
     sign = -1 if name in ("anything", "dpt", "depth_pro") else 1
     torch.testing.assert_close(got, sign * want, rtol=0, atol=3e-5 * float(want.abs().max()))
-    assert got.std() > 0 and (name not in ENDS or (want == 0).float().mean() > 0.01)
+    assert got.std() > 0 and (name not in ENDS or (want == 0).any())
 
 
 def test_normals_of_tips_point_right_where_its_own_point_left():
@@ -259,7 +259,7 @@ def test_adapters_lie_in_peft_s_layout_and_the_weights_hold_them(tmp_path):
     adapter = load_file(tmp_path / "lora" / "adapter_model.safetensors")
     names = {n for n, _ in transformers.AutoModelForDepthEstimation.from_pretrained(tmp_path).named_modules()}
     paths = {k.removeprefix("base_model.model.").rsplit(".lora_", 1)[0] for k in adapter}
-    assert paths <= names and all(p.endswith("_proj") for p in paths)
+    assert paths <= names and all(p.endswith(depth_families.ATTENTION) for p in paths)
     rgb = photos("tips", 1)
     average = nets.average.network
     average.clips = False
