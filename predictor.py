@@ -30,6 +30,7 @@ from data.pictures import output_name, save_maps
 from kernels.sde_step import sde_step
 from kernels.squares import fill_squares
 from models.copies import use_half
+from models.depth import open_depth
 from models.dit import DiT
 from models.pipelines import open_pipeline
 from models.schedule import check_times, eta_coefficients, eta_factors
@@ -220,13 +221,14 @@ class MapPredictor(Protocol):
 
 
 def load_predictor(spec):
-    """Open a predictor by its SPEC (runtime.weights.Spec): ours, one in diffusers' layout, a class of yours.
+    """Open a predictor by its SPEC (runtime.weights.Spec): ours, diffusers' layout, a depth network, a class of yours.
 
     raises  FileNotFoundError: no such folder or file; ValueError: another architecture, keys or members that do not fit
     """
     found = read_spec(spec)
-    if found.module:
-        return wrap(open_own(found), found.text)
+    network = open_own(found) if found.module else open_depth(found)
+    if network is not None:
+        return wrap(network, found.text)
     if found.hub or (found.folder / "model_index.json").is_file():
         return open_pipeline(found.text)
     return DiT.load(found.folder)

@@ -214,11 +214,13 @@ def saved_source(path, args):
     return Source(label, lacks, key, read, maps, saved=True)
 
 
+NETWORK_FILES = ("predictor.json", "model_index.json", "config.json")          # one lies in a predictor's folder
+
+
 def find_source(path, args):
     """Source of a path: a predictor's folder or hub id, or a folder or tar of saved maps."""
     there = Path(path)
-    maps = there.is_file() or (there.is_dir() and not any((there / n).exists() for n in ("predictor.json",
-                                                                                         "model_index.json")))
+    maps = there.is_file() or (there.is_dir() and not any((there / n).exists() for n in NETWORK_FILES))
     return saved_source(path, args) if maps else network_source(path, args)
 
 

@@ -63,19 +63,26 @@ def read_weights(folder, stem):
     return plain if len(plain) == len(state) else state
 
 
-def build_network(kind, config, state, where, dtype):
+def build_network(kind, config, state, where, dtype, unused=None, attention=None):
     """Make a network of a class `kind` of transformers from its config and tensors. raises Refusal: they do not fit.
+
+    unused     pattern of weights that no output depends on: where a file has none they are 0
+    attention  implementation of transformers; None: its choice
 
     transformers gets config and tensors, not the folder: there it would also load an adapter_config.json. What it would
     report on many lines is one line here
     """
     with torch.device("meta"):
-        check_weights(kind._from_config(config), state, where)
+        outline = kind._from_config(config)
+    for name, p in outline.named_parameters() if unused else ():
+        if name not in state and re.match(unused, name):
+            state = state | {name: torch.zeros(()).expand(p.shape)}
+    check_weights(outline, state, where)
     loud = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)
     try:
         network, found = kind.from_pretrained(None, config=config, state_dict=state, output_loading_info=True,
-                                              dtype=dtype)
+                                              dtype=dtype, attn_implementation=attention)
     finally:
         logging.set_verbosity(loud)
     wrong = [str(k) for group in ("missing_keys", "unexpected_keys", "mismatched_keys") for k in found.get(group, ())

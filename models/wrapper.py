@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from models import lora
 from relations import MODALITIES, NAMES
-from runtime.files import write_json, write_tensors
+from runtime.files import write_json, write_tensors, write_text
 from runtime.weights import OWN_WEIGHTS
 
 ARCHITECTURE = "own"               # in predictor.json: a class of the user's, named on the command line alone
@@ -84,14 +84,19 @@ class FlowWrapper(nn.Module):
         return maps
 
     def save(self, folder, **about):
-        """Write the weights (adapters merged) and predictor.json; or as the network's own `save(folder)` does."""
+        """Write the weights (adapters merged) and predictor.json; or as the network's own `save(folder)` does.
+
+        about  of the run; a network that has `card(about)`, the text of a model card, gets a README.md
+        """
         folder.mkdir(parents=True, exist_ok=True)
         if hasattr(self.network, "save"):
             self.network.save(folder)
         else:
             write_tensors(folder / OWN_WEIGHTS, {k: v.cpu() for k, v in lora.merged_state(self.network).items()})
-        write_json(folder / "predictor.json", dict(
-            architecture=ARCHITECTURE, made_by=self.cfg.partition("=")[0], **about))
+        if hasattr(self.network, "card"):
+            write_text(folder / "README.md", self.network.card(about))
+        kind = getattr(self.network, "architecture", ARCHITECTURE)
+        write_json(folder / "predictor.json", dict(architecture=kind, made_by=self.cfg.partition("=")[0], **about))
         (folder / "model_index.json").unlink(missing_ok=True)                   # of a Marigold: it would be opened
 
 
