@@ -176,7 +176,7 @@ def test_the_gradient_reaches_the_weights_and_the_zeros_of_a_relu(name):
 def toy_config(**changes):
     return replace(Config(), **{**dict(
         precision="fp32", batch=2, group=3, pairs=8, bank_pairs=8, lora=0, credit="pair", modalities="joint",
-        noise=0.3, jitter=1, noise_blocks="1,2"), **changes})
+        noise=0.3, jitter=1, noise_blocks=(1, 2)), **changes})
 
 
 @every_network
