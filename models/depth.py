@@ -17,6 +17,7 @@ import transformers
 
 from models import checkpoint, lora
 from models.depth_families import SIGN, UNUSED, check_model_type, find_family
+from relations import MODALITIES
 from runtime.files import DamageGuard, read_json, refuse, replace_files, write_json
 from runtime.weights import bounded_integer, hub_folder, plain_config
 
@@ -100,7 +101,8 @@ class DepthNetwork(nn.Module):
         H, W = rgb.shape[-2:]
         pixels, (top, left) = self.prepare(rgb)
         out = self.model(pixel_values=pixels)
-        if modality == "normal":
+        is_normal = MODALITIES[modality].kind == "vector"
+        if is_normal:
             maps = F.normalize(out.normals.float(), dim=1)
         else:
             maps = out.predicted_depth.float()[:, None]
@@ -108,7 +110,7 @@ class DepthNetwork(nn.Module):
         if tuple(maps.shape[-2:]) != (H + 2 * top, W + 2 * left):
             maps = F.interpolate(maps, (H + 2 * top, W + 2 * left), mode="bilinear", align_corners=False)
         maps = maps[..., top:top + H, left:left + W]
-        if modality == "depth":
+        if not is_normal:
             return SIGN[self.family.means] * maps
         return F.normalize(torch.cat((self.family.x_sign * maps[:, :1], maps[:, 1:]), 1), dim=1)
 

@@ -5,6 +5,7 @@ shows the first groups, `--help-all` every one.
 """
 import argparse
 import dataclasses
+import functools
 import inspect
 import os
 import re
@@ -91,6 +92,12 @@ def read_setting(text):
     return name, (_items(kind) if isinstance(fields[name].default, tuple) else kind)(value)
 
 
+@functools.cache
+def help_texts(group):
+    """The comment behind every setting of a group's class: dict name -> text."""
+    return dict(re.findall(r"^    (\w+): [^#\n]*#\s*(.+)$", inspect.getsource(group), re.M))
+
+
 def _add_setting(group, field, text, is_shown):
     kind, choices, _ = setting_type(field)
     about = f"{text} {show_presets(field)}".replace("%", "%%") if is_shown else argparse.SUPPRESS
@@ -117,7 +124,7 @@ def _train_parser(everything=False):
     p.limits()
     for i, kind in enumerate(GROUPS):
         is_shown = everything or i < SHOWN
-        text = dict(re.findall(r"^    (\w+): [^#\n]*#\s*(.+)$", inspect.getsource(kind), re.M))
+        text = help_texts(kind)
         group = p.add_argument_group(kind.__doc__) if is_shown else p
         for field in dataclasses.fields(kind):
             _add_setting(group, field, text[field.name], is_shown)

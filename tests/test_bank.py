@@ -320,7 +320,7 @@ while time.monotonic() < end:
 def test_two_writers_and_a_packer_in_processes_of_their_own_all_live_and_lose_nothing(tmp_path):
     here = Path(__file__).resolve().parent
     code = CROWD.format(paths=[str(here), str(here.parent)])
-    crowd = [subprocess.Popen([sys.executable, "-c", code, role, str(tmp_path), "8"], stdout=subprocess.PIPE,
+    crowd = [subprocess.Popen([sys.executable, "-c", code, role, str(tmp_path), "4"], stdout=subprocess.PIPE,
                               stderr=subprocess.PIPE) for role in ("0", "3", "pack", "pack")]
     told = [process.communicate(timeout=120) for process in crowd]
     assert [process.returncode for process in crowd] == [0] * 4, [err.decode()[-2000:] for _, err in told]

@@ -349,7 +349,7 @@ def test_a_processor_that_cannot_be_reproduced_is_one_line(processor, word, tmp_
 
 
 def test_a_class_that_this_transformers_does_not_know_is_one_line(monkeypatch):
-    monkeypatch.setattr(transformers, "CONFIG_MAPPING", {})
+    monkeypatch.setattr("models.depth_families.transformers.CONFIG_MAPPING", {})
     refused(ValueError, lambda: load_predictor(tiny_depth.folder("anything")), "does not know", "pip install")
 
 

@@ -42,7 +42,7 @@ def test_ci_finds_the_set_up_and_the_tests():
     code = re.search(r"<<'PY'\n(.*?)\nPY", (ROOT / ".ci" / "run").read_text(), re.S)[1]
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert found.splitlines() == ["python3 -m venv .venv && source .venv/bin/activate",
-                                  "pip install -r requirements.txt", "python -m pytest -q"]
+                                  "pip install -r requirements.txt", "python -m pytest -q -n auto"]
 
 
 def without_code(text):
