@@ -163,8 +163,8 @@ class Score:
 
 
 def normalize_rows(weight):
-    """Weights (B, P) >= 0 scaled to rows that sum to 1; a row of zeros stays."""
-    return weight / weight.sum(1, keepdim=True).clamp_min(1e-6)
+    """Weights (B, P) >= 0 scaled to rows that sum to 1, without their NaN; a row of zeros stays."""
+    return weight / weight.nansum(1, keepdim=True).clamp_min(1e-6)
 
 
 def pair_weights(prob, modality, cfg):
@@ -175,7 +175,7 @@ def pair_weights(prob, modality, cfg):
     known = prob.isfinite()
     weight = known / known.sum(1, keepdim=True).clamp_min(1)
     if cfg.balance and MODALITIES[modality].yes_no:                             # both answers carry half of the reward
-        weight = 0.5 * sum(normalize_rows(p.where(known, 0.0)) for p in (prob, 1 - prob))
+        weight = (0.5 * (normalize_rows(prob) + normalize_rows(1 - prob))).where(known, 0.0)
     if cfg.reward == "confidence":
         weight = normalize_rows(weight * (2 * prob - 1).abs().where(known, 0.0))
     return weight
