@@ -171,10 +171,11 @@ class Bank:
         for i in bar:
             key = _digest(photos[i].contiguous().numpy().tobytes(), list(photos[i].shape))
             entry = packs.get(key)
-            if _missing(entry, n, wanted).any():                                # a single file may hold more
+            missing = _missing(entry, n, wanted)                                # (n, M)
+            if missing.any():                                                   # a single file may hold more
                 single = self._load(self.folder / f"{key}.safetensors")
                 entry = merge_entries(entry, single and (single["pts"], single["prob"]))
-            missing = _missing(entry, n, wanted)                                # (n, M)
+                missing = _missing(entry, n, wanted)
             asked = int(missing.any(1).sum())
             if entry is None or len(entry[1]) < n:
                 entry = merge_entries(entry, (self._pairs(key, n), torch.full((n, len(NAMES)), torch.nan)))

@@ -15,7 +15,6 @@ from runtime.files import Tensors, read_json, refuse
 from runtime.weights import check_weights, plain_name
 
 VARIANTS = ("", ".fp16")
-ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def weight_files(folder, stem):

@@ -87,10 +87,8 @@ def prepare_policy(policy, cfg):
     if cfg.lora:
         rng = generator(cfg.seed, STREAMS["lora"])
         lora.inject(policy.network, policy.lora_targets, cfg.lora, cfg.lora, rng=rng)
-    if hasattr(policy.network, "begin_training"):                               # what only copies that train change
-        policy.network.begin_training()
-    if hasattr(policy, "start_network"):                                        # of a MapWrapper: its scale
-        policy.start_network = frozen_copy(policy.network)
+    if hasattr(policy, "begin_training"):
+        policy.begin_training()
     policy.checkpointing(cfg.checkpointing)
     return policy
 

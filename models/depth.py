@@ -16,6 +16,7 @@ import torch.nn.functional as F
 import transformers
 
 from models import checkpoint, lora
+from models.card import Card, model_card
 from models.depth_families import SIGN, UNUSED, check_model_type, find_family
 from relations import MODALITIES
 from runtime.files import DamageGuard, read_json, refuse, replace_files, write_json
@@ -61,7 +62,7 @@ class DepthNetwork(nn.Module):
     def checkpointing(self, on):
         """Recompute the layers of the photo encoder in the backward pass. raises ValueError: the class cannot."""
         if on and not self.model.supports_gradient_checkpointing:
-            raise ValueError(f"depth: {self.family.kind} cannot recompute activations; want --checkpointing 0")
+            raise ValueError(f"depth: {self.family.kind} cannot recompute activations; use --no-checkpointing")
         if on:
             enable = getattr(self.model, "activation_checkpointing_enable", self.model.gradient_checkpointing_enable)
             enable(dict(use_reentrant=False))
@@ -117,11 +118,7 @@ class DepthNetwork(nn.Module):
     def save(self, folder):
         """Write what transformers opens (adapters merged), and the adapters alone in PEFT layout. raises OSError."""
         replace_files(folder, self._write, last="config.json", obsolete=checkpoint.set_files(folder, "model"))
-        if lora.adapters(self.model):
-            lora.save_adapter(self.model, folder / "lora", base=str(self.model.config.name_or_path))
-        else:
-            for name in checkpoint.ADAPTER:                                     # of what was saved here before
-                (folder / "lora" / name).unlink(missing_ok=True)
+        lora.write_adapters(self.model, folder / "lora", base=str(self.model.config.name_or_path))
 
     def _write(self, folder):
         state = {k: v.detach().cpu() for k, v in lora.merged_state(self.model).items()}
@@ -130,18 +127,16 @@ class DepthNetwork(nn.Module):
             write_json(folder / "preprocessor_config.json", self.processor)
 
     def card(self, about):
-        """Text of the model card, in the hub's format. about: base, trained_on, ... of the run."""
-        facts = "".join(f"- {k.replace('_', ' ')}: {v}\n" for k, v in about.items() if v)
-        base = f"base_model: {about['base']}\n" if about.get("base") else ""
-        license = f"license: {self.license}\n" if self.license else ""
+        """Text of the model card. about: base, trained_on, ... of the run."""
+        kind = self.family.kind
         kept = self.license or "not known here; that of the base model holds"
-        means = {
-            "depth": f"depth: {self.family.means}, larger is {'closer' if SIGN[self.family.means] < 0 else 'farther'}",
-            "normal": f"normals: x {'right' if self.family.x_sign > 0 else 'left'}, y up, z toward the camera"}
-        return (
-            f"---\n{license}library_name: transformers\n{base}---\n# {self.family.kind}, fine-tuned by ReasonX GRPO\n\n"
-            f"- opens with transformers.{self.family.kind}.from_pretrained\n"
-            f"{''.join(f'- {means[m]}{chr(10)}' for m in self.modalities)}{facts}- license of the weights: {kept}\n")
+        card = Card(kind, self.license, f"- license of the weights: {kept}\n", f"transformers.{kind}.from_pretrained",
+                    "transformers")
+        closer = "closer" if SIGN[self.family.means] < 0 else "farther"
+        right = "right" if self.family.x_sign > 0 else "left"
+        means = {"depth": ("depth", f"{self.family.means}, larger is {closer}"),
+                 "normal": ("normals", f"x {right}, y up, z toward the camera")}
+        return model_card(card, dict(means[m] for m in self.modalities), about)
 
 
 def read_pixels(processor, family, config):

@@ -34,16 +34,6 @@ class Prompts:
     tokens: int = 0      # each is padded to so many; 0: not padded
 
 
-@dataclass(frozen=True)
-class Card:
-    """What the model card of a family says beside the facts of a run."""
-
-    title: str
-    licence: str         # `license` of the hub's metadata
-    weights: str         # a sentence: the licence of the weights
-    opens: str           # what opens the folder, beside predictor.py
-
-
 EMPTY = Prompts("empty_text_embedding.safetensors", {"empty_text_embedding": ""})
 
 
@@ -148,15 +138,3 @@ def copy_components(source, target):
                 copied.add(plain)
         for old in set(checkpoint.set_files(target / name, "model")) - copied:  # of what was saved here before
             (target / name / old).unlink(missing_ok=True)
-
-
-def model_card(card, lines, facts):
-    """README.md in the hub's format.
-
-    lines  of the network: targets, colour space, ...;  facts  of the run: base, trained_on, command, commit, ...
-    """
-    base = f"base_model: {facts['base']}\n" if facts.get("base") else ""
-    both = lines | {k.replace("_", " "): v for k, v in facts.items() if v}
-    return (f"---\nlicense: {card.licence}\nlibrary_name: diffusers\n{base}---\n"
-            f"# {card.title}, fine-tuned by ReasonX GRPO\n\n- opens with {card.opens}\n"
-            + "".join(f"- {k}: {v}\n" for k, v in both.items()) + f"\nWeights: {card.weights}\n")

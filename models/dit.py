@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from data.maps import center_map
 from models import lora
 from models.positions import grid_positions
+from models.schedule import uniform_times
 from relations import MODALITIES, NAMES
 from runtime.files import read_json, read_tensors, refuse, write_json, write_tensors
 from runtime.ranks import mean_over_ranks
@@ -141,7 +142,7 @@ class DiT(nn.Module):
 
     def times(self, T):
         """Uniform grid of T + 1 times from 1 to 0."""
-        return [1 - i / T for i in range(T)] + [0.0]
+        return uniform_times(T)
 
     def start(self, noise, T):
         """State at the first time from standard normal noise: the noise itself."""

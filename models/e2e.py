@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from models.diffusers_files import FAMILY, Card, pipeline_folder, read_part
+from models.card import Card
+from models.diffusers_files import FAMILY, pipeline_folder, read_part
 from models.latent_flow import LatentFlow, kind_of
 from runtime import files
 
@@ -30,7 +31,8 @@ class E2E(LatentFlow):
     """An E2E-FT network as a predictor; arguments as of LatentFlow. target: one of TARGETS."""
 
     forced = dict(timestep_spacing="trailing", set_alpha_to_one=True)
-    card = Card("Marigold E2E-FT", "other", "those of the base model; see its page. The authors' code is Apache-2.0.",
+    card = Card("Marigold E2E-FT", "other",
+                "\nWeights: those of the base model; see its page. The authors' code is Apache-2.0.\n",
                 "diffusers; one step from a zero latent at timestep 999, x0 = -sqrt(1 - abar) v is decoded")
 
     def __init__(self, unet, vae, schedule, text, about, source=None, target=""):

@@ -21,13 +21,13 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from models import checkpoint, lora
+from models import lora
+from models.card import model_card
 from models.diffusers_files import (
     EMPTY,
     INDEX,
     copy_components,
     embed_prompts,
-    model_card,
     pipeline_folder,
     read_networks,
     read_part,
@@ -63,7 +63,7 @@ class LatentFlow(nn.Module):
     photo_first = True                 # order of the U-Net's input: photo, state
     default_size = 768                 # px, longer side that the network sees, where the index does not say
     default_steps = 4
-    card = None                        # diffusers_files.Card
+    card = None                        # models.card.Card
 
     def __init__(self, unet, vae, schedule, text, about, source, runs, properties):
         super().__init__()
@@ -316,11 +316,7 @@ class LatentFlow(nn.Module):
         files.write_json(folder / "scheduler" / "scheduler_config.json", self.schedule.config)
         if self.source:
             copy_components(Path(self.source), folder)
-        if lora.adapters(self.unet):
-            lora.save_adapter(self.unet, folder / "lora", base=str(facts.get("base", "")))
-        else:
-            for name in checkpoint.ADAPTER:                                     # of what was saved here before
-                (folder / "lora" / name).unlink(missing_ok=True)
+        lora.write_adapters(self.unet, folder / "lora", base=str(facts.get("base", "")))
         files.write_text(folder / "README.md", model_card(self.card, self._card_lines(), facts))
         files.write_json(folder / INDEX, self.about)                            # last: a folder without it is refused
 

@@ -22,6 +22,7 @@ KEY = re.compile(rf"(?:{re.escape(PREFIX)})?(.+)\.lora_([AB])(?:\.default)?\.wei
 # options that change what the network computes, beside every use_...
 REFUSED = ("rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform", "layer_replication", "lora_bias",
            "alora_invocation_tokens", "arrow_config", "target_parameters", "trainable_token_indices")
+FILES = ("adapter_config.json", "adapter_model.safetensors")
 INITS = (None, True, False, "gaussian", "eva", "orthogonal")    # that leave the base as it is; pissa, olora, ... do not
 
 
@@ -125,6 +126,15 @@ def merged_state(network):
     return state
 
 
+def write_adapters(network, folder, base=""):
+    """Write the adapters of a network by save_adapter; where it has none, remove those that a save before left."""
+    if adapters(network):
+        save_adapter(network, folder, base)
+    else:
+        for name in FILES:
+            (Path(folder) / name).unlink(missing_ok=True)
+
+
 def save_adapter(network, folder, base="", task=None):
     """Write the adapters in PEFT layout; `base` names the base model, `task` is PEFT's task_type. raises OSError."""
     folder = Path(folder)
@@ -146,7 +156,7 @@ def load_adapter(network, folder, older=str):
     """
     folder = Path(folder)
     where = f"lora.load_adapter: {folder}"
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
+    for name in FILES:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"lora.load_adapter: got no {name} in {folder}; want a PEFT adapter folder")
     cfg = read_json(folder / "adapter_config.json")

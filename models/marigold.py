@@ -6,7 +6,8 @@ appearance albedo: sRGB). All else is latent_flow.py.
 Source: Marigold (Ke et al. 2024; arXiv 2505.09358 for IID), Stable Diffusion 2 (Rombach et al. 2022), zero-terminal
 SNR (Lin et al. 2023). Weights: OpenRAIL++-M.
 """
-from models.diffusers_files import INDEX, Card
+from models.card import Card
+from models.diffusers_files import INDEX
 from models.latent_flow import LatentFlow
 
 PIPELINES = {"MarigoldIntrinsicsPipeline": None, "MarigoldDepthPipeline": ("depth",),
@@ -33,5 +34,5 @@ class Marigold(LatentFlow):
     @property
     def card(self):
         """See LatentFlow."""
-        return Card("Marigold", "openrail++", "CreativeML OpenRAIL++-M, as the base model.",
+        return Card("Marigold", "openrail++", "\nWeights: CreativeML OpenRAIL++-M, as the base model.\n",
                     f"diffusers.{self.about['_class_name']}.from_pretrained")

@@ -11,7 +11,8 @@ Source: RGB<->X (Zeng et al. 2024). Weights: Adobe Research License, noncommerci
 """
 import torch.nn.functional as F
 
-from models.diffusers_files import Card, Prompts
+from models.card import Card
+from models.diffusers_files import Prompts
 from models.latent_flow import LatentFlow
 
 PIPELINE = "StableDiffusionAOVMatEstPipeline"
@@ -30,8 +31,8 @@ class RGBX(LatentFlow):
     default_size = 1000
     default_steps = 50
     card = Card("RGB-X (rgb2x)", "other",
-                "Adobe Research License, as the base model: noncommercial research only. Whoever passes these weights "
-                "on passes the licence on with them (github.com/zheng95z/rgbx).",
+                "\nWeights: Adobe Research License, as the base model: noncommercial research only. Whoever passes "
+                "these weights on passes the licence on with them (github.com/zheng95z/rgbx).\n",
                 f"{PIPELINE} of github.com/zheng95z/rgbx")
 
     def __init__(self, unet, vae, schedule, text, about, source=None):

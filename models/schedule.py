@@ -90,6 +90,11 @@ def flow_time(abar):
     return sigma / (alpha + sigma)
 
 
+def uniform_times(T):
+    """T + 1 times from 1 to 0, equally far apart."""
+    return [1 - i / T for i in range(T)] + [0.0]
+
+
 def eta_coefficients(t, s, eta):
     """A, B, std of the DDIM step with noise eta on a rectified flow (signal 1 - t, noise level t): floats.
 

@@ -277,7 +277,7 @@ def find_folders(name):
 
 def files_of_a_judge(folder):
     """Names of files that must not stay in a folder beside a judge that is saved there: sets, adapter, tokenizer."""
-    return *checkpoint.set_files(folder, STEM), *checkpoint.ADAPTER, *TOKENIZER_FILES
+    return *checkpoint.set_files(folder, STEM), *lora.FILES, *TOKENIZER_FILES
 
 
 def read_about(folder, family):

@@ -11,6 +11,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from models import lora
+from models.copies import frozen_copy
+from models.schedule import uniform_times
 from relations import MODALITIES, NAMES
 from runtime.files import write_json, write_tensors, write_text
 from runtime.weights import OWN_WEIGHTS
@@ -33,6 +35,11 @@ class FlowWrapper(nn.Module):
         self.exploration = getattr(network, "exploration", "flow")
         self.lora_targets = getattr(network, "lora_targets", _linear_layers(network))
 
+    def begin_training(self):
+        """Told once, to the copy that trains; its own copies follow it."""
+        if hasattr(self.network, "begin_training"):
+            self.network.begin_training()
+
     def checkpointing(self, on):
         """Recompute activations in the backward pass, where the network can. raises ValueError: it cannot."""
         if hasattr(self.network, "checkpointing"):
@@ -46,7 +53,7 @@ class FlowWrapper(nn.Module):
 
     def times(self, T):
         """T + 1 descending times from 1 to 0."""
-        return self.network.times(T) if hasattr(self.network, "times") else [1 - i / T for i in range(T)] + [0.0]
+        return self.network.times(T) if hasattr(self.network, "times") else uniform_times(T)
 
     def start(self, noise, T):
         """State at times(T)[0] from standard normal noise."""
@@ -108,6 +115,11 @@ class MapWrapper(FlowWrapper):
         self.exploration = "map"
         self.channels = max(MODALITIES[m].channels for m in self.modalities)
         self.start_network = None                                               # frozen; in training alone
+
+    def begin_training(self):
+        """As FlowWrapper's; what the network is now gives the scale from now on."""
+        super().begin_training()
+        self.start_network = frozen_copy(self.network)
 
     def shape(self, rgb):
         """Shape (c, h, w) of the state: a map of the photo's size."""

@@ -14,19 +14,16 @@ import pytest
 import test_marigold as tiny
 import torch
 from expect import edit, refused, seeded
-from PIL import Image
 from torch.nn import functional as F
 
 import eval as evaluation_command
 import predictor
 import train
-from judge import build_mini_judge
 from models import lora
 from models.copies import frozen_copy
 from models.diffusers_files import EMPTY, embed_prompts
 from models.e2e import E2E, PUBLISHED
 from models.marigold import Marigold
-from models.mini_judge import MiniSizes
 from models.schedule import Schedule
 from models.sd2 import VAE, UNet
 from predictor import load_predictor, predict_photo, sample_ode
@@ -187,11 +184,7 @@ def policy_mean(policy, batch, step):
 @pytest.fixture(scope="module")
 def run(folders, tmp_path_factory):
     """train.py --stage grpo --policy on three photos: a function of further flags, and the folder of results."""
-    root = tmp_path_factory.mktemp("run")
-    build_mini_judge(MiniSizes(32, 8, 32, 1, 1, 2), seeded()).eval().save(root / "judge")
-    (root / "photos").mkdir()
-    for i in range(3):
-        Image.fromarray(tiny.photo(40 + i, 50)).save(root / "photos" / f"{i}.png")
+    root = tiny.write_inputs(tmp_path_factory.mktemp("run"))
 
     def go(name, *flags, policy=folders["depth"]):
         train.main([*TINY, "--policy", str(policy), "--judge", str(root / "judge"), "--images", str(root / "photos"),

@@ -96,13 +96,13 @@ def double(folder, stem="model"):
 
 def test_a_judge_saved_over_shards_and_an_adapter_reopens_as_what_was_saved(tmp_path):
     chat.write_original(tmp_path, shards=3)
-    for name in checkpoint.ADAPTER:                                             # transformers would add it
+    for name in lora.FILES:                                             # transformers would add it
         (tmp_path / name).write_text("{}")
     other = build_mini_judge(TINY, seeded(3)).eval()
     other.save(tmp_path)
     assert torch.equal(answers(load_judge(tmp_path)), answers(other))
     assert [p.name for p in find_files(tmp_path, "*.safetensors*")] == ["model.safetensors"]
-    assert not [p for p in tmp_path.iterdir() if p.name in checkpoint.ADAPTER]
+    assert not [p for p in tmp_path.iterdir() if p.name in lora.FILES]
 
 
 def test_a_judge_saved_in_shards_over_one_file_reopens_as_what_was_saved(original, tmp_path, monkeypatch):

@@ -981,7 +981,11 @@ def test_a_few_steps_with_a_reward_for_bright_maps_brighten_the_maps(folders, mo
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     """A tiny judge and three photos."""
-    root = tmp_path_factory.mktemp("inputs")
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def write_inputs(root):
+    """A judge and three photos in a folder, which it returns."""
     build_mini_judge(MiniSizes(32, 8, 32, 1, 1, 2), seeded()).eval().save(root / "judge")
     (root / "photos").mkdir()
     for i in range(3):

@@ -20,11 +20,9 @@ from torch.nn import functional as F
 import eval as evaluation_command
 import predictor
 import train
-from judge import build_mini_judge
 from models import lora
 from models.copies import frozen_copy
 from models.diffusers_files import embed_prompts
-from models.mini_judge import MiniSizes
 from models.rgbx import RGBX
 from models.schedule import Schedule
 from models.sd2 import VAE, UNet
@@ -229,11 +227,7 @@ def test_the_modalities_train_together_and_only_the_unet_has_a_gradient(folder):
 @pytest.fixture(scope="module")
 def run(folder, tmp_path_factory):
     """train.py --stage grpo --policy with adapters on three photos; the folder of the run."""
-    root = tmp_path_factory.mktemp("run")
-    build_mini_judge(MiniSizes(32, 8, 32, 1, 1, 2), seeded()).eval().save(root / "judge")
-    (root / "photos").mkdir()
-    for i in range(3):
-        Image.fromarray(tiny.photo(40 + i, 50)).save(root / "photos" / f"{i}.png")
+    root = tiny.write_inputs(tmp_path_factory.mktemp("run"))
     train.main([*TINY, "--policy", str(folder), "--judge", str(root / "judge"), "--images", str(root / "photos"),
                 "--out", str(root / "out"), "--lora", "2"])
     return root

@@ -102,7 +102,7 @@ def test_the_rules_in_their_order(tmp_path):
     assert own.at("out/x") == "mine:Depth=out/x" and read_spec("org/name").at("out/x") == "out/x"
 
 
-@pytest.mark.parametrize("text", ["out/mimi/grpo", "./name", "../a/b", "name", "/tmp/nowhere/at/all", "a:b:c", ""])
+@pytest.mark.parametrize("text", ["out/mimi/grpo", "./name", "../a/b", "name", "/nowhere/at/all", "a:b:c", ""])
 def test_a_name_that_fits_no_rule_is_refused_with_the_rules(text):
     if text == "":
         assert read_spec(text).folder                                           # the working directory
