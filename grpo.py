@@ -12,8 +12,6 @@ agreement   of a map with the judge at a pair, p the judge's probability of the 
 credit      the reward is a sum of known per-pair terms, so it can be given back whole or in place:
                 global  A[g] = centred reward of sample g, one number (paper)
                 pair    A[g, y, x]: each pair's centred agreement, splatted around its two points (kernels/pair_credit)
-consistency needs no judge (ReasonX names both as future work): normals of the depth map against the normals;
-            albedo x irradiance, linear, against the photo, up to scale
 log-ratio   = d (2 (x_next - mean_old) - d) / (2 std^2), d = mean - mean_old, the MEAN over elements, in fp32 or fp64:
             exactly 0 while the policy is the old one
 KL          = (mean - mean_ref)^2 / (2 std^2), mean over elements: contains |dt| (Flow-GRPO's published code omits it)
@@ -24,9 +22,7 @@ Source: ReasonX (arXiv 2512.04222) sec. 3.2, Flow-GRPO (arXiv 2505.05470), DDPO 
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
-from data.maps import consistency
 from kernels.log_ratio import log_ratio_kl
 from kernels.pair_credit import pair_credit
 from kernels.pair_reward import pair_reward
@@ -159,7 +155,6 @@ class Score:
     agree: torch.Tensor      # (B, G, P) agreement of each pair in [0, 1]
     weight: torch.Tensor     # (B, P) share of each pair in the reward, rows sum to 1 (or are all 0)
     reward: torch.Tensor     # (B, G) their weighted sum
-    consistency: list        # (name, weight, agreement (B, G, H, W)) with another map of the same photo
 
 
 def normalize_rows(weight):
@@ -208,8 +203,7 @@ def score(maps, batch, modality):
     """
     cfg = batch.cfg
     prob = batch.prob[..., NAMES.index(modality)]
-    return Score(*agreement(maps[modality], batch.pts, prob, modality, cfg),
-                 consistency(maps, batch.rgb, modality, cfg))
+    return Score(*agreement(maps[modality], batch.pts, prob, modality, cfg))
 
 
 def is_unanimous(reward):
@@ -252,16 +246,12 @@ def advantage(scored, batch, transitions):
     rows = []
     for one in scored.values():
         if cfg.credit == "global":
-            credit = group_advantage(one.reward, cfg.norm)
-            extra = [weight * group_advantage(agree.mean((2, 3)), cfg.norm) for _, weight, agree in one.consistency]
+            rows.append(group_advantage(one.reward, cfg.norm))
         else:
             size = transitions[0].x.shape[-2:]
             pts = batch.pts * size[1] // batch.rgb.shape[-1]                    # photo pixels -> pixels of the state
             local = pair_credit(one.agree, one.weight, pts, size, max(1.0, CREDIT_WIDTH * size[1]))
-            credit = scale_credit(local, cfg.norm)
-            extra = [weight * scale_credit(F.adaptive_avg_pool2d(agree - agree.mean(1, keepdim=True), size), cfg.norm)
-                     for _, weight, agree in one.consistency]
-        rows.append(sum(extra, credit))
+            rows.append(scale_credit(local, cfg.norm))
     return torch.cat(rows) if rows else None
 
 

@@ -17,7 +17,6 @@ import grpo
 import kernels
 from data import questions
 from data.bank import Bank, Judgements
-from data.maps import COUPLES
 from data.oracle import Oracle
 from data.photos import read_first_rgb
 from data.pools import ScenePool, list_scenes, scene_pool, training_photos
@@ -252,10 +251,6 @@ def check_inputs(cfg):
             read_first_rgb(cfg.images, cfg.out)
         if cfg.policy:
             policy = load_predictor(cfg.policy)
-            for flag, maps in COUPLES.items():
-                if getattr(cfg, flag) and set(maps) - set(policy.modalities):
-                    raise UserError(f"train.py: --{flag.replace('_', '-')} wants {' and '.join(maps)}; "
-                                    f"{cfg.policy} predicts {', '.join(policy.modalities)}")
             if cfg.replay and not policy.replays:
                 raise UserError(f"train.py: --replay {cfg.replay} needs ground truth for every map that {cfg.policy} "
                                 "predicts, which the procedural scenes have not; use --replay 0")

@@ -1,13 +1,6 @@
-"""Maps in the range that networks learn, and how maps of one photo agree: depth and normals, colours and the photo."""
+"""Maps in the range that networks learn, and the normals of a depth map."""
 import torch
 import torch.nn.functional as F
-
-from relations import srgb_decode
-
-COUPLES = {  # setting of runtime.config.Config that weighs their agreement: two modalities
-    "depth_normal": ("depth", "normal"),
-    "shading": ("albedo", "irradiance"),
-}
 
 
 def relative_depth(depth, mask):
@@ -44,41 +37,3 @@ def normals_from_depth(z, fx, fy, cx, cy):
     right = point[..., 1:-1, 2:] - point[..., 1:-1, :-2]
     up = point[..., :-2, 1:-1] - point[..., 2:, 1:-1]
     return F.normalize(torch.linalg.cross(right, up, dim=-3), dim=-3, eps=1e-30)
-
-
-def depth_normal_agreement(depth, normal):
-    """Agreement of depth (..., 1, H, W) and normals (..., 3, H, W) at each pixel: (..., H, W), (1 + cos) / 2 in [0, 1].
-
-    The border, where depth has no normal, takes its neighbour's value.
-    """
-    made = normals_from_depth(*assumed_camera(depth[..., 0, :, :]))             # (..., 3, H - 2, W - 2)
-    cos = (made * normal[..., 1:-1, 1:-1]).sum(-3)
-    return F.pad((0.5 + 0.5 * cos).flatten(0, -3)[:, None], (1, 1, 1, 1), "replicate").view(
-        *depth.shape[:-3], *depth.shape[-2:])
-
-
-def photo_agreement(albedo, irradiance, rgb):
-    """Agreement of albedo x irradiance with the photo at each pixel, linear, up to one scale per sample.
-
-    albedo, irradiance (..., 3, H, W), rgb broadcast to them, all sRGB-encoded [0, 1]
-    returns  (..., H, W) in [0, 1]: 1 - |a - b| / (a + b), mean over channels
-    """
-    made = srgb_decode(albedo) * srgb_decode(irradiance)
-    photo = srgb_decode(rgb)
-    axes = (-3, -2, -1)
-    made = made * ((made * photo).sum(axes, keepdim=True) / made.square().sum(axes, keepdim=True).clamp_min(1e-12))
-    return 1 - ((made - photo).abs() / (made + photo).clamp_min(1e-6)).mean(-3)
-
-
-def consistency(maps, rgb, modality, cfg):
-    """Rewards of maps that fit each other, which need no judge: list of (name, weight, agreement (B, G, H, W)).
-
-    maps  dict modality -> (B, G, C, H, W): sample g of one modality is held against sample g of the other
-    rgb   (B, 3, H, W);  cfg  weights depth_normal and shading of runtime.config.Config: [] while they are 0
-    """
-    found = []
-    if cfg.depth_normal and modality in COUPLES["depth_normal"]:
-        found.append(("depth_normal", cfg.depth_normal, depth_normal_agreement(maps["depth"], maps["normal"])))
-    if cfg.shading and modality in COUPLES["shading"]:
-        found.append(("shading", cfg.shading, photo_agreement(maps["albedo"], maps["irradiance"], rgb[:, None])))
-    return found

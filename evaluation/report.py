@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 
 from data import questions
-from data.maps import COUPLES
 from data.pictures import panel, picture_of, save_png
 from data.pools import ScenePool
 from evaluation import reliability
@@ -188,7 +187,7 @@ def report_photos(cfg, device, judgements, start, result):
             photos = known.any(1)                                               # of which the judge knows something
             rows[f"reward/{m}"] = [agreement(p[m][:, None], judgements.pts[:n], prob, m, cfg)[2][photos, 0].numpy()
                                    for p in pred]
-    if set(COUPLES["depth_normal"]) <= pred[0].keys():
+    if {"depth", "normal"} <= pred[0].keys():
         rows["depth-normal RMSE"] = [photo_scores(p) for p in pred]
     figures = {"n": len(rgb), "judge/confidence": confidences}
     lines = []

@@ -28,8 +28,6 @@ def reward_statistics(scored):
     for m, one in scored.items():
         stats |= {f"reward/{m}": one.reward.mean(), f"reward/{m}_spread": one.reward.std(1, correction=0).mean(),
                   f"reward/{m}_unanimous": is_unanimous(one.reward).float().mean()}
-    for one in scored.values():
-        stats |= {f"reward/{name}": agree.mean() for name, _, agree in one.consistency}
     if scored:
         stats["reward"] = sum(stats[f"reward/{m}"] for m in scored) / len(scored)
     return stats

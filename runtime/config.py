@@ -96,8 +96,6 @@ class Departures:
     modalities: Literal["one", "joint"] = "one"             # one drawn per step, or all at every step
     balance: bool = False            # both answers to a yes/no question carry half of the reward
     jitter: Count = 1                # px, side of the square around a judged point in which the map is read
-    depth_normal: Weight = 0.0       # weight of the depth-normal consistency reward, without judge; wants joint
-    shading: Weight = 0.0            # weight of albedo x irradiance against the photo, without judge; wants joint
     replay: Weight = 0.0             # weight of the supervised loss on synthetic scenes
     ema: Weight = 0.99               # decay of the averaged policy that is evaluated and kept
     lora: Natural = 0                # rank (= alpha) of adapters on the attention layers; 0: all weights train
@@ -208,9 +206,9 @@ GROUPS = Config.__bases__
 # jitter under `pair`, which is the side of a judge's token
 ESTIMATORS = {
     "paper": dict(credit="global", rollout="full", tail=0, noise_blocks=(1,), reward="hard", norm="group",
-                  modalities="one", balance=False, jitter=1, depth_normal=0.0, shading=0.0, exploration="flow"),
+                  modalities="one", balance=False, jitter=1, exploration="flow"),
     "pair": dict(credit="pair", rollout="branch", tail=1, noise_blocks=(1, 2, 4, 8), reward="brier", norm="global",
-                 modalities="joint", balance=True, depth_normal=0.0, shading=0.0, exploration="auto"),
+                 modalities="joint", balance=True, exploration="auto"),
 }
 PRESETS = {
     # 2 CPU cores, procedural scenes, everything trained from scratch
@@ -338,8 +336,6 @@ def sum_problem(cfg):
     if not 0 < cfg.noisy_steps < cfg.sample_steps:
         return (f"--rollout {cfg.rollout} of --sample-steps {cfg.sample_steps}: want at least one noisy step, and the "
                 "last step is deterministic")
-    if (cfg.depth_normal or cfg.shading) and cfg.modalities != "joint":
-        return "--depth-normal and --shading hold two maps of a photo against each other: want --modalities joint"
     if 0 < cfg.band <= 1:
         return f"--band {cfg.band}: want a factor above 1, or 0"
     for name, given in (("patch", cfg.policy), ("judge_patch", cfg.judge)):     # of networks that are built here

@@ -154,7 +154,7 @@ def test_presets_that_need_no_weights_have_no_problem():
 
 
 PAPER = dict(credit="global", rollout="full", tail=0, noise_blocks=(1,), reward="hard", norm="group", modalities="one",
-             balance=False, jitter=1, depth_normal=0.0, shading=0.0, exploration="flow")
+             balance=False, jitter=1, exploration="flow")
 
 
 def test_the_paper_preset_is_the_paper():

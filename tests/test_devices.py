@@ -22,7 +22,6 @@ import train
 from bench import baselines, measure, policy
 from bench import system as bench
 from data import scenes
-from data.maps import consistency
 from data.pools import ScenePool, scene_pool
 from evaluation import report
 from evaluation.scores import predict_maps
@@ -33,7 +32,6 @@ from models.copies import frozen_copy
 from models.dit import DiT, DiTConfig
 from models.finetune import add_lora, sentence_loss
 from predictor import load_predictor, photo_maps
-from relations import NAMES
 from runtime import files, ranks
 from runtime.flags import parse
 
@@ -113,7 +111,7 @@ def tiny(flags=""):
 @pytest.mark.parametrize("flags", [
     "", "--reward confidence --rollout full --tail 0 --norm group",
     "--rollout 2 --tail 0 --reward soft",
-    "--depth-normal 0.1 --shading 0.1 --micro 3 --checkpointing", "--estimator paper"])
+    "--micro 3 --checkpointing", "--estimator paper"])
 def test_a_step_of_grpo_stays_on_its_device(watch, flags):
     cfg, policy, ref, bank = tiny(flags)
     rng, run = seeded(3), Gather()
@@ -222,13 +220,6 @@ def test_a_pool_that_does_not_fit_stays_on_the_cpu(watch, monkeypatch):
     small, large = (ScenePool("wild", "train", n, 16, device=CUDA) for n in (3, 4))
     assert all(map(marked, small.maps.values())) and not any(map(marked, large.maps.values()))
     assert all(map(marked, large.pick(torch.tensor([1]), CUDA).values()))
-
-
-def test_consistency_rewards_read_maps_where_they_are(watch):
-    cfg = parse(["--depth-normal", "1", "--shading", "1"])[1]
-    pred = {m: torch.rand(2, 3, relations.MODALITIES[m].channels, 8, 8).to(CUDA) for m in NAMES}
-    found = [one for m in NAMES for one in consistency(pred, torch.rand(2, 3, 8, 8).to(CUDA), m, cfg)]
-    assert {name for name, *_ in found} == {"depth_normal", "shading"} and all(marked(agree) for *_, agree in found)
 
 
 def test_the_benchmark_keeps_to_the_gpu(watch, monkeypatch):

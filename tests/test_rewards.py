@@ -1,4 +1,4 @@
-"""Rewards of grpo.py and maps.py: agreement with the judge, who is credited, and the rewards that need no judge."""
+"""Rewards of grpo.py: agreement with the judge, and who is credited."""
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -7,12 +7,11 @@ import pytest
 import torch
 
 import grpo
-from data import maps
-from data.maps import assumed_camera, consistency, normals_from_depth
+from data.maps import assumed_camera, normals_from_depth
 from data.pools import ScenePool
 from evaluation import surface
-from grpo import Score, advantage, agreement, pair_weights, score
-from relations import MODALITIES, relation, sample_pairs, srgb_decode
+from grpo import Score, advantage, agreement, pair_weights
+from relations import MODALITIES, relation, sample_pairs
 from runtime.config import Config
 
 NAMES = list(MODALITIES)
@@ -92,9 +91,9 @@ def test_a_confidence_weight_follows_how_sure_the_judge_is_and_the_answer_stays_
 
 # credit -----------------------------------------------------------------------------------------------------------
 
-def credit_of(agree, weight, pts, size, cfg, consistency=()):
+def credit_of(agree, weight, pts, size, cfg):
     """Advantage of one modality whose state has as many pixels as its photos."""
-    one = Score(agree, weight, (agree * weight[:, None]).sum(-1), list(consistency))
+    one = Score(agree, weight, (agree * weight[:, None]).sum(-1))
     batch = SimpleNamespace(cfg=cfg, pts=pts, rgb=torch.zeros(len(pts), 3, *size))
     return advantage({"depth": one}, batch, [SimpleNamespace(x=torch.zeros(1, 3, *size))])
 
@@ -129,7 +128,7 @@ def test_credit_is_scaled_to_unit_variance(norm):
 
 def test_points_of_the_photo_are_pixels_of_a_smaller_state():
     agree, weight = torch.tensor([[[1.0], [0.0]]]), torch.ones(1, 1)
-    one = Score(agree, weight, agree[..., 0], [])
+    one = Score(agree, weight, agree[..., 0])
     cfg = replace(CFG, credit="pair", norm="none")
     batch = SimpleNamespace(cfg=cfg, rgb=torch.zeros(1, 3, 32, 32),
                             pts=torch.tensor([[[[8, 20], [8, 20]]]]))
@@ -137,7 +136,7 @@ def test_points_of_the_photo_are_pixels_of_a_smaller_state():
     assert divmod(int(credit.argmax()), 8) == (2, 5)
 
 
-# consistency ------------------------------------------------------------------------------------------------------
+# normals of depth --------------------------------------------------------------------------------------------------
 
 def depth_normals(depth):
     return normals_from_depth(*assumed_camera(depth[..., 0, :, :]))
@@ -163,58 +162,6 @@ def test_normals_of_depth_are_those_of_the_metric(scenes):
             np.testing.assert_allclose(want, np.array(loop).transpose(2, 0, 1), atol=1e-12)
 
 
-def test_maps_that_fit_each_other_beat_maps_of_other_scenes(scenes):
-    depth = torch.rand(3, 1, 1, 1, 1) + torch.linspace(0, 0.5, 16).view(1, 1, 1, 16, 1) * torch.rand(3, 1, 1, 1, 16)
-    normal = torch.nn.functional.pad(depth_normals(depth), (1, 1, 1, 1))
-    own, other = (maps.depth_normal_agreement(depth, n)[..., 1:-1, 1:-1] for n in (normal, -normal))
-    torch.testing.assert_close(own, torch.ones_like(own))
-    torch.testing.assert_close(other, torch.zeros_like(other), atol=1e-6, rtol=0)
-    assert maps.depth_normal_agreement(depth, normal).shape == (3, 1, 16, 16)
-
-
-def test_the_photo_agreement_is_one_for_the_true_maps_up_to_a_scale_and_symmetric_about_it():
-    rng = torch.Generator().manual_seed(1)
-    albedo, irradiance = torch.rand(2, 2, 3, 8, 8, generator=rng).unbind(0)
-    linear = srgb_decode(albedo) * srgb_decode(irradiance)
-
-    def encode(x):
-        return torch.where(x <= 0.0031308, 12.92 * x, 1.055 * x.pow(1 / 2.4) - 0.055)
-
-    got = maps.photo_agreement(albedo, irradiance, encode(0.3 * linear))
-    torch.testing.assert_close(got, torch.ones(2, 8, 8), rtol=0, atol=1e-3)
-    worse = maps.photo_agreement(albedo, irradiance, torch.rand(2, 3, 8, 8, generator=rng))
-    assert ((worse >= 0) & (worse <= 1)).all() and worse.mean() < 0.9
-
-
-@pytest.mark.parametrize("credit", ["global", "pair"])
-def test_a_consistency_advantage_is_centred_in_its_group_and_points_the_right_way(credit):
-    agree = torch.rand(2, 4, 16, 16, generator=torch.Generator().manual_seed(2))
-    agree[:, 0] = 1.0
-    cfg = replace(CFG, credit=credit)
-    nothing = torch.full((2, 4, 3), 0.5), torch.full((2, 3), 1 / 3), torch.zeros(2, 3, 2, 2, dtype=torch.int64), (8, 8)
-    adv = credit_of(*nothing, cfg, [("depth_normal", 1.0, agree)])
-    assert adv.shape == ((2, 4) if credit == "global" else (2, 4, 8, 8))
-    torch.testing.assert_close(adv.sum(1), torch.zeros_like(adv.sum(1)), rtol=0, atol=1e-5)
-    assert (adv[:, 0] > 0).all()
-    same = torch.rand(2, 1, 16, 16).expand(2, 4, 16, 16)
-    assert (credit_of(*nothing, cfg, [("depth_normal", 1.0, same)]).abs() < 1e-6).all()
-
-
-def test_consistency_rewards_are_off_by_default():
-    assert not consistency({}, None, "depth", CFG)
-
-
-def test_each_of_two_modalities_is_scored_with_the_other(scenes):
-    cfg = replace(CFG, depth_normal=0.3, shading=0.2)
-    pred = {m: case(m)[0] for m in NAMES}
-    batch = SimpleNamespace(cfg=cfg, pts=case("depth")[1], prob=torch.rand(3, 12, 4), rgb=torch.rand(3, 3, 16, 16))
-    found = {m: score(pred, batch, m).consistency for m in NAMES}
-    assert {m: [(name, weight) for name, weight, _ in one] for m, one in found.items()} == {
-        "depth": [("depth_normal", 0.3)], "normal": [("depth_normal", 0.3)], "albedo": [("shading", 0.2)],
-        "irradiance": [("shading", 0.2)]}
-    assert torch.equal(found["depth"][0][2], found["normal"][0][2])
-
-
 # pairs that the judge does not know ---------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("m", NAMES)
@@ -237,7 +184,7 @@ def test_photos_of_which_the_judge_knows_nothing_teach_nothing():
     prob[0] = torch.nan
     for credit in ("global", "pair"):
         cfg = replace(CFG, credit=credit, norm="global")
-        scored = {"depth": Score(*agreement(pred, pts, prob, "depth", cfg), [])}
+        scored = {"depth": Score(*agreement(pred, pts, prob, "depth", cfg))}
         batch = SimpleNamespace(cfg=cfg, pts=pts, rgb=torch.zeros(3, 3, 16, 16))
         given = advantage(scored, batch, [SimpleNamespace(x=torch.zeros(3, 3, 16, 16))])
         assert (given[0] == 0).all() and given[1:].abs().amax() > 0 and given.isfinite().all()

@@ -392,7 +392,6 @@ def test_an_oracle_is_as_often_right_as_the_papers_judge():
 @pytest.mark.parametrize("flags, words", [
     (["--judge", "oracle", "--images", "p"], "--judge oracle; use procedural photos"),
     (["--judge", "oracle", "--images", "p"], "has no true maps"),
-    (["--depth-normal", "1", "--modalities", "one"], "want --modalities joint"),
     (["--rollout", "8", "--sample-steps", "8"], "the last step is deterministic"),
     (["--noise-blocks", "1,x"], "'1,x'"), (["--band", "0.5"], "want a factor above 1")])
 def test_flags_of_the_estimator_that_do_not_add_up_are_refused(capsys, flags, words):
