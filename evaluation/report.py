@@ -16,6 +16,7 @@ from evaluation.scores import (
     HEURISTICS,
     METRICS,
     PAIRS,
+    SURFACE,
     eval_pairs,
     judge_scores,
     photo_scores,
@@ -187,7 +188,7 @@ def report_photos(cfg, device, judgements, start, result):
             photos = known.any(1)                                               # of which the judge knows something
             rows[f"reward/{m}"] = [agreement(p[m][:, None], judgements.pts[:n], prob, m, cfg)[2][photos, 0].numpy()
                                    for p in pred]
-    if {"depth", "normal"} <= pred[0].keys():
+    if all(m in pred[0] for m in SURFACE):
         rows["depth-normal RMSE"] = [photo_scores(p) for p in pred]
     figures = {"n": len(rgb), "judge/confidence": confidences}
     lines = []

@@ -14,6 +14,7 @@ from runtime.ranks import generator
 
 PAIRS = 24                        # per image and modality
 DEPTH_RANGE = (0.1, 100.0)        # metres, to which aligned predictions are clipped
+SURFACE = ("depth", "normal")       # two maps of one surface, which must fit each other
 ERRORS = {  # kind of map: metric: (text, sign of the good direction)
     "distance": {"abs_rel": ("AbsRel, least-squares scale and shift", -1), "delta1": ("delta1, same alignment", 1)},
     "vector": {"angle": ("mean angle, degrees", -1)},
@@ -183,7 +184,7 @@ def photo_scores(pred):
     The paper names no camera: ours is maps.assumed_camera.
     """
     figures = []
-    for depth, normal in zip(pred["depth"], pred["normal"], strict=True):
+    for depth, normal in zip(*(pred[m] for m in SURFACE), strict=True):
         z, *camera = assumed_camera(depth[0].double().numpy())
         figures.append(surface.depth_normal_consistency(z, normal.double().numpy(), *camera))
     return np.array(figures)
