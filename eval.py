@@ -13,7 +13,7 @@ from pathlib import Path
 
 from data.pools import ScenePool, scene_batch
 from evaluation import benchmark_report
-from evaluation.benchmark_table import DATASETS, MissingData
+from evaluation.benchmark_table import ALIGNMENTS, DATASETS, MissingData
 from evaluation.report import compared_paths, report_judge, report_scenes
 from evaluation.scores import PAIRS, eval_pairs, judge_scores, predict_maps, score_maps
 from judge import load_judge
@@ -92,6 +92,8 @@ def arguments(argv):
     for name in ("task", "limit", "pred_dir", "pred_space", "panels", "check_data"):
         if getattr(args, name) and not public:
             p.error(f"--{name.replace('_', '-')} belongs to a benchmark, not to --dataset {args.dataset}")
+    if args.align != "depth" and not public:
+        p.error(f"--align {args.align} belongs to a benchmark of depth, not to --dataset {args.dataset}")
     if args.dataset == "judge" and not args.scenes:
         p.error("--dataset judge needs --scenes DIR, a folder with ground truth (docs/files.md)")
     if args.dataset == "scenes" and not args.data:
@@ -133,6 +135,10 @@ def _add_predictor_flags(p):
                         "[OUT/base when neither --checkpoint nor --pred-dir is given]")
     p.add_argument("--pred-dir", default="",
                    help="score saved maps in Marigold's naming, e.g. test/kitchen_0004/pred_0001.npy")
+    p.add_argument("--align", default="depth", choices=tuple(ALIGNMENTS),
+                   help="how a benchmark's depth is brought to metres: least squares in depth, in disparity (of "
+                        "networks and folders of disparities), or RANSAC in log depth; printed with every number "
+                        "[depth]")
     p.add_argument("--pred-space", default="", choices=("", "linear", "srgb"),
                    help="colour space of saved albedo and shading [srgb; hypersim: linear]")
     p.add_argument("--judge", default="", help="judge to score on the same pairs [OUT/judge if there]; none: no judge")
