@@ -2,7 +2,8 @@
 
     depth        truth      ~ scale x + shift   least squares
     disparity    1 / truth  ~ scale x + shift   least squares where x > 0; clipped at 1e-3, inverted
-    log-ransac   log truth  ~ scale x + shift   RANSAC, then least squares on the pixels that its best line explains
+    log-ransac   log truth  ~ scale x + shift   RANSAC, then least squares on the pixels that its best line explains;
+                                                clipped at 1 km
 
 and then the clip to the data set's range, and to 1e-6. x is the map in that space, as far as its meaning is known:
 
@@ -16,7 +17,7 @@ Maps arrive here as everywhere, larger is farther: a disparity as -d. A negative
 other way. Numbers of two alignments are not comparable.
 Source: Marigold's script/depth/eval.py (depth, disparity).
 differs: of Marigold V2 no code was at hand. Ours in log-ransac: plain logarithms, two pixels a line, no early end, a
-fixed seed, and a count on SAMPLE pixels. The number of lines and the threshold, the median absolute deviation of the
+fixed seed, a count on SAMPLE pixels, and the clip at 1 km, without which one pixel decides ETH3D's mean. The number of lines and the threshold, the median absolute deviation of the
 true values, are those of scikit-learn's RANSACRegressor as depth papers call it
 """
 import math
@@ -26,12 +27,11 @@ import numpy as np
 from evaluation import metrics
 from models.depth_families import SIGN
 
-MIN_DISPARITY = 1e-3              # floor before the inversion (Marigold)
+MIN_DISPARITY = 1e-3              # 1/m, floor before the inversion (Marigold); log-ransac gives no larger depth either
 TRIALS = 1000                     # lines that RANSAC tries
 SAMPLE = 10_000                   # pixels, evenly spaced, on which the lines are compared
 BLOCK = 50                        # lines at a time
 SEED = 0
-FAR = 1e30                        # metres, ceiling before the clip: exp of more overflows float32
 AFFINE = "depth up to scale"      # what a depth means where nothing else is said
 
 
@@ -105,5 +105,5 @@ def fit_depth(bench, pred, sample):
     if bench.align == "disparity":
         fitted = 1 / np.maximum(fitted, np.float32(MIN_DISPARITY))
     elif bench.align == "log-ransac":
-        fitted = np.exp(fitted.clip(math.log(metrics.MIN_DEPTH), math.log(FAR)))
+        fitted = np.exp(fitted.clip(math.log(metrics.MIN_DEPTH), -math.log(MIN_DISPARITY)))
     return np.clip(fitted, max(bench.range[0], metrics.MIN_DEPTH), bench.range[1], out=fitted), scale

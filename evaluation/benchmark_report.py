@@ -10,6 +10,7 @@ from evaluation.benchmark_table import (
     ABOUT,
     ALIGNMENTS,
     BENCHMARKS,
+    DA2K,
     MissingData,
     align_benchmark,
     choose_benchmarks,
@@ -90,6 +91,7 @@ def report_benchmark(bench, source, rows, base, base_rows, lines, n_expected):
     if base:
         print(f"  base: {base.label}; change relative, paired bootstrap 95 % interval")
     how = ALIGNMENTS[bench.align][0] if bench.task == "depth" else ""
+    title = ", ".join(filter(None, (bench.dataset, bench.task, how)))
     result = {}
     table_rows = []
     for name, v in values.items():
@@ -103,14 +105,14 @@ def report_benchmark(bench, source, rows, base, base_rows, lines, n_expected):
         row |= dict(align=bench.align) if how else {}
         result[name] = {k: "inf" if isinstance(x, float) and x == np.inf else x for k, x in row.items()}
     head = ("base", "X", "change", "95 %", "") if base else ("value", "95 %")
-    print_table(", ".join(filter(None, (bench.dataset, bench.task, how))), table_rows, ("metric", "", *head, "the paper's base -> X"))
+    print_table(title, table_rows, ("metric", "", *head, "the paper's base -> X"))
     for line in lines:
         print(f"  !! {line}")
     if partial:
         print(f"  !! PARTIAL: {n} of {n_expected} images; do not compare with published numbers")
     return dict(dataset=bench.dataset, task=bench.task, n=n, expected=n_expected, partial=partial,
-                protocol=bench.protocol, align=bench.align if how else None, predictions=source.label, base=base.label if base else None, warnings=lines,
-                metrics=result)
+                protocol=bench.protocol, align=bench.align if how else None, predictions=source.label,
+                base=base.label if base else None, warnings=lines, metrics=result)
 
 
 def save_benchmark_panel(bench, source, files, items, rows, n, path):
@@ -157,8 +159,8 @@ def open_benchmark(bench, path, limit, out=None):
 def report_benchmarks(args):
     """The tables of a public benchmark. Missing files are reported before a network is opened.
 
-    args     of the command line: dataset, task, align, data, limit, out, checkpoint, compare, pred_dir, panels, and what
-             predictions.py reads
+    args     of the command line: dataset, task, align, data, limit, out, checkpoint, compare, pred_dir, panels, and
+             what predictions.py reads
     returns  every printed number
     raises   MissingData; ValueError: damaged files, predictions that do not fit
     """
@@ -217,7 +219,7 @@ def check_data(args):
 def list_datasets(procedural):
     """Print every data set with its task, count, licence and source."""
     print("dataset         task      images  needs                source; licence")
-    for b in BENCHMARKS:
+    for b in (*BENCHMARKS, DA2K):
         source, licence, _ = ABOUT[b.dataset, b.task]
         print(f"{b.dataset:15} {b.task:9} {b.count or '-':>6}  {', '.join(b.needs):20} {source}; {licence}")
     print(f"{'scenes':15} {'all four':9} {'-':>6}  {'all four':20} your folder of ID_rgb.png, ID_depth.png, ...")

@@ -146,6 +146,11 @@ BENCHMARKS = (
         "(n + 1) / 2 where every normal of its window has a depth > 0",
         ("your folder of photos",)),
 )
+DA2K = Benchmark(             # read by da2k.py: pairs of points, no maps
+    "da2k", "pairs", ("depth",), 0,
+    "share of pairs whose closer point is told; red and green are drawn at random; bootstrap over images; no alignment",
+    ("annotations.json", "images/indoor/0001.jpg   and the other images that it names"), ("DA-2K", "DA-2K/DA-2K"),
+    processing_res=768)
 DATASETS = tuple(dict.fromkeys(b.dataset for b in BENCHMARKS))
 MARIGOLD_DEPTH = "share.phys.ethz.ch/~pf/bingkedata/marigold/evaluation_dataset (named in prs-eth/Marigold's README)"
 MARIGOLD_NORMAL = ("share.phys.ethz.ch/~pf/bingkedata/marigold/marigold_normals/evaluation_dataset.zip "
@@ -176,6 +181,7 @@ ABOUT = {  # (dataset, task): (source, licence, size)
                                "research, on application", ""),
     ("photos", "surface"): ("your own photos (the paper: COCO, ETH3D)", "yours", ""),
 }
+ABOUT["da2k", "pairs"] = ("huggingface.co/datasets/depth-anything/DA-2K: DA-2K.zip", "Apache-2.0", "681 MB")
 ABOUT["mit", "lights"] = ABOUT["mit", "lmse"]
 
 
@@ -201,7 +207,8 @@ def align_benchmark(bench, align):
     if align == bench.align:
         return bench
     if bench.task != "depth":
-        raise ValueError(f"--align {align} aligns depth; got --dataset {bench.dataset}, task {bench.task}; leave it out")
+        raise ValueError(f"--align {align}: got --dataset {bench.dataset}, task {bench.task}; want a benchmark of "
+                         "depth; leave it out")
     return replace(bench, align=align, protocol=bench.protocol.replace(FIT, ALIGNMENTS[align][1]))
 
 

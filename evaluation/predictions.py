@@ -177,7 +177,10 @@ def read_prediction(files, name, modality):
 
 
 def saved_source(path, args):
-    """Predictions that another method saved, in Marigold's naming (prediction_file). args: pred_space, align are read."""
+    """Predictions that another method saved, in Marigold's naming (prediction_file).
+
+    args  of the command line: pred_space, align. With --align disparity the depth files hold disparities
+    """
     saved = formats.Files(path)
 
     def names(bench, item):
@@ -256,7 +259,8 @@ CODE = sorted(project_source().items())   # read at import: the code that runs, 
 def results_file(bench, source, files, items, out):
     """Path of the JSONL file of values per image; its name is a digest (see the module docstring)."""
     stamps = [[files.stamp(f) for f in benchmarks.item_files(item)] for item in items]
-    key = hashlib.sha256(repr((CODE, stamps, files.where("x"), source.key(bench, items), bench.align)).encode()).hexdigest()[:16]
+    parts = CODE, stamps, files.where("x"), source.key(bench, items), bench.align
+    key = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
     return Path(out, "eval", f"{bench.dataset}-{bench.task}-{key}.jsonl")
 
 
