@@ -16,9 +16,10 @@ and then the clip to the data set's range, and to 1e-6. x is the map in that spa
 Maps arrive here as everywhere, larger is farther: a disparity as -d. A negative scale means that the map runs the
 other way. Numbers of two alignments are not comparable.
 Source: Marigold's script/depth/eval.py (depth, disparity).
-differs: of Marigold V2 no code was at hand. Ours in log-ransac: plain logarithms, two pixels a line, no early end, a
-fixed seed, a count on SAMPLE pixels, and the clip at 1 km, without which one pixel decides ETH3D's mean. The number of lines and the threshold, the median absolute deviation of the
-true values, are those of scikit-learn's RANSACRegressor as depth papers call it
+differs: log-ransac is named after what Marigold V2 reports, of which no code was at hand. Ours are: plain logarithms,
+no early end, a fixed seed, a count on SAMPLE pixels, and the clip at 1 km, without which one pixel decides ETH3D's
+mean. TRIALS and the threshold, the median absolute deviation of the truth, are those of scikit-learn's RANSACRegressor
+as depth papers call it
 """
 import math
 

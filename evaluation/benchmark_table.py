@@ -37,9 +37,9 @@ ALIGNMENTS = {  # --align (alignment.py): what is printed with every number, and
                   "scale and shift by least squares in disparity (1 / truth) where the predicted disparity is above 0, "
                   "clip at .001, invert, clip to the range, unweighted mean over images"),
     "log-ransac": ("aligned by RANSAC in log depth",
-                   "scale and shift of log depth by RANSAC (1000 lines through two pixels, threshold: the median "
-                   "absolute deviation of true log depth; seed and sampling OURS), least squares on its inliers, "
-                   "clip to the range, unweighted mean over images"),
+                   "data and mask, unweighted mean over images; OURS: scale and shift of log depth by RANSAC (1000 "
+                   "lines through two pixels, threshold: the median absolute deviation of true log depth), least "
+                   "squares on its inliers, clip at 1 km and to the range"),
 }
 ANGLES = ("Marigold: both maps renormalised, x right, y up, z to the viewer, zero truth is invalid; mean of the "
           "images' means, and over all pixels pooled (DSINE)")
@@ -146,12 +146,12 @@ BENCHMARKS = (
         "(n + 1) / 2 where every normal of its window has a depth > 0",
         ("your folder of photos",)),
 )
+DATASETS = tuple(dict.fromkeys(b.dataset for b in BENCHMARKS))
 DA2K = Benchmark(             # read by da2k.py: pairs of points, no maps
     "da2k", "pairs", ("depth",), 0,
     "share of pairs whose closer point is told; red and green are drawn at random; bootstrap over images; no alignment",
     ("annotations.json", "images/indoor/0001.jpg   and the other images that it names"), ("DA-2K", "DA-2K/DA-2K"),
     processing_res=768)
-DATASETS = tuple(dict.fromkeys(b.dataset for b in BENCHMARKS))
 MARIGOLD_DEPTH = "share.phys.ethz.ch/~pf/bingkedata/marigold/evaluation_dataset (named in prs-eth/Marigold's README)"
 MARIGOLD_NORMAL = ("share.phys.ethz.ch/~pf/bingkedata/marigold/marigold_normals/evaluation_dataset.zip "
                    "(named in prs-eth/Marigold's README)")

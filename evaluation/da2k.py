@@ -115,7 +115,7 @@ def check_inside(place, pairs, size):
 
 
 def ask_both(judge, rgb, pts, name):
-    """Probability that red is closer, as drawn and with the colours exchanged: two (P,) float64 numpy.
+    """Probability that red is closer, as drawn and with the colours exchanged: two (P,) float64 numpy, NaN: unknown.
 
     rgb  (3, S, S);  pts  (P, 2, 2) in its pixels;  name  path of the photo
     """
