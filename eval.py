@@ -3,6 +3,7 @@
     python eval.py --dataset wild                                       OUT/grpo against OUT/base, and the judge
     python eval.py --dataset scenes --data DIR --checkpoint X --compare BASE
     python eval.py --dataset judge --scenes DIR --judge MODEL           a judge against ground truth
+    python eval.py --dataset da2k --data DIR --judge MODEL              point pairs of DA-2K, a judge or a predictor
     python eval.py --dataset eth3d --data DIR --checkpoint X            a public benchmark (--list-datasets)
     python eval.py --dataset nyuv2 --data DIR --pred-dir MAPS           another method's saved maps
 Procedural sets use test scenes, which no stage trains or is tuned on. Numbers are unweighted means over images.
@@ -13,7 +14,8 @@ from pathlib import Path
 
 from data.pools import ScenePool, scene_batch
 from evaluation import benchmark_report
-from evaluation.benchmark_table import DATASETS, MissingData
+from evaluation.benchmark_table import ALIGNMENTS, DATASETS, MissingData
+from evaluation.da2k import report_pairs
 from evaluation.report import compared_paths, report_judge, report_scenes
 from evaluation.scores import PAIRS, eval_pairs, judge_scores, predict_maps, score_maps
 from judge import load_judge
@@ -32,14 +34,14 @@ def main(argv=None):
     args = arguments(argv)
     if args.list_datasets:
         return benchmark_report.list_datasets(PROCEDURAL)
+    report = dict(judge=report_judge, da2k=report_pairs).get(args.dataset, evaluate_scenes)
     if args.dataset in DATASETS:
-        try:
-            result = (benchmark_report.check_data if args.check_data else benchmark_report.report_benchmarks)(args)
-        except MissingData as error:
-            print(f"eval.py: {error}\n{error.page}", file=sys.stderr)
-            raise SystemExit(2) from None
-    else:
-        result = report_judge(args) if args.dataset == "judge" else evaluate_scenes(args)
+        report = benchmark_report.check_data if args.check_data else benchmark_report.report_benchmarks
+    try:
+        result = report(args)
+    except MissingData as error:
+        print(f"eval.py: {error}\n{error.page}", file=sys.stderr)
+        raise SystemExit(2) from None
     if args.json:
         write_json(args.json, result)
 
@@ -89,9 +91,12 @@ def arguments(argv):
     if args.checkpoint and args.pred_dir:
         p.error("--checkpoint and --pred-dir: want one of them")
     public = args.dataset in DATASETS
+    pairs = args.dataset == "da2k"
     for name in ("task", "limit", "pred_dir", "pred_space", "panels", "check_data"):
-        if getattr(args, name) and not public:
+        if getattr(args, name) and not public and not (pairs and name in ("limit", "pred_dir", "check_data")):
             p.error(f"--{name.replace('_', '-')} belongs to a benchmark, not to --dataset {args.dataset}")
+    if args.align != "depth" and not public and not (pairs and args.pred_dir and args.align == "disparity"):
+        p.error(f"--align {args.align} belongs to a benchmark of depth, not to --dataset {args.dataset}")
     if args.dataset == "judge" and not args.scenes:
         p.error("--dataset judge needs --scenes DIR, a folder with ground truth (docs/files.md)")
     if args.dataset == "scenes" and not args.data:
@@ -102,10 +107,11 @@ def arguments(argv):
 
 def _add_data_flags(p):
     p.add_argument("--dataset", default="", metavar="NAME",
-                   choices=(*PROCEDURAL, "scenes", "judge", *DATASETS),
+                   choices=(*PROCEDURAL, "scenes", "judge", "da2k", *DATASETS),
                    help="synthetic, broad, wild: procedural test scenes; scenes: a folder with ID_rgb.png, "
                         "ID_depth.png, ID_normal.png, ID_albedo.png, ID_irradiance.png; judge: --judge against the "
-                        "ground truth of --scenes; photos: depth-normal "
+                        "ground truth of --scenes; da2k: which of two points is closer, for judges and predictors; "
+                        "photos: depth-normal "
                         f"consistency on any folder; benchmarks: {', '.join(DATASETS[:-1])}")
     p.add_argument("--scenes", default="", help="scene folder, or .jsonl of the judge release, of --dataset judge")
     p.add_argument("--split", choices=("all", "train", "val"), default="all",
@@ -133,6 +139,10 @@ def _add_predictor_flags(p):
                         "[OUT/base when neither --checkpoint nor --pred-dir is given]")
     p.add_argument("--pred-dir", default="",
                    help="score saved maps in Marigold's naming, e.g. test/kitchen_0004/pred_0001.npy")
+    p.add_argument("--align", default="depth", choices=tuple(ALIGNMENTS),
+                   help="how a benchmark's depth is brought to metres: least squares in depth, in disparity (of "
+                        "networks and folders of disparities), or RANSAC in log depth; printed with every number "
+                        "[depth]")
     p.add_argument("--pred-space", default="", choices=("", "linear", "srgb"),
                    help="colour space of saved albedo and shading [srgb; hypersim: linear]")
     p.add_argument("--judge", default="", help="judge to score on the same pairs [OUT/judge if there]; none: no judge")

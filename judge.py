@@ -21,7 +21,7 @@ import torch.nn as nn
 from transformers.utils import logging
 
 from data.bank import fill_bank
-from data.photos import read_rgb, resize
+from data.photos import read_rgb, resize, square_points
 from data.pictures import save_png
 from kernels.draw_markers import mark_photos
 from models import vlm
@@ -306,7 +306,7 @@ def main(argv=None):
         judge.text = len(judge.prompt.answers) < len(MODALITIES)                # only where its words cannot be scored
     small = resize(rgb, judge.size, judge.size)[None].to(device)
     xy = torch.tensor([args.red, args.green])                                   # (2, 2) x, y
-    pts = (xy.flip(-1) * judge.size // torch.tensor([H, W])) // judge.grid * judge.grid + judge.grid // 2
+    pts = square_points(xy.flip(-1), (H, W), judge.size, judge.grid)
     if pts[0].equal(pts[1]):
         p.error(f"--red and --green are one point to the judge: it sees {judge.size} x {judge.size} px, in cells of "
                 f"{judge.grid}; want two farther apart")

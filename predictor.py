@@ -197,7 +197,7 @@ class Predictor(Protocol):
 
     What it may add: encode(rgb) -> cond, called once a photo (else cond is the photo); shape(rgb) -> (c, h, w) of the
     state (3, H, W); times(T); start(noise, T); multiple, px, of which photo sides are multiples (1); exploration
-    ("flow"); lora_targets (every linear layer); checkpointing(on); save(folder) with load(folder)
+    ("flow"); lora_targets (every linear layer); checkpointing(on); save(folder) with load(folder); depth_means
     """
 
     modalities: tuple        # of relations.NAMES

@@ -230,6 +230,11 @@ def fit_square(x, size, mode="antialias"):
     return resize(x[:, top:top + side, left:left + side], size, size, mode)
 
 
+def square_points(pts, size, side, grid=1):
+    """Points (..., 2) of a photo of size (H, W) px in its copy of side x side px: centres of grid x grid cells."""
+    return pts * side // torch.tensor(size) // grid * grid + grid // 2
+
+
 def resize_long(rgb, long_edge, multiple=1):
     """(3, H, W) in [0, 1] -> longer side about long_edge, aspect kept, sides multiples of `multiple`."""
     scale = long_edge / max(rgb.shape[1:])

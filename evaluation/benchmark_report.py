@@ -6,7 +6,16 @@ from tqdm import tqdm
 
 from data.pictures import panel, save_png
 from evaluation import benchmarks, predictions, protocols
-from evaluation.benchmark_table import ABOUT, BENCHMARKS, MissingData, choose_benchmarks, missing_page
+from evaluation.benchmark_table import (
+    ABOUT,
+    ALIGNMENTS,
+    BENCHMARKS,
+    DA2K,
+    MissingData,
+    align_benchmark,
+    choose_benchmarks,
+    missing_page,
+)
 from evaluation.intervals import bootstrap_interval, verdict
 from evaluation.report import compared_paths, format_interval, format_number, print_table
 
@@ -14,11 +23,13 @@ from evaluation.report import compared_paths, format_interval, format_number, pr
 def check_problems(bench, source, rows, items):
     """Warnings to print with the numbers.
 
-    raises  ValueError: most saved depth maps are inverted, or saved normals have other axes
+    raises  ValueError: most saved depth maps run the other way, or saved normals have other axes
     """
     lines = protocols.find_problems(bench, rows, [item["name"] for item in items])
     if source.saved and sum(r.get("scale", 1) < 0 for r in rows) > len(rows) / 2:
-        raise ValueError(f"{source.label}: {lines[0]}; want depth, larger is farther; save 1 / disparity")
+        want = ("disparity, larger is closer; score depths with --align depth" if bench.align == "disparity" else
+                "depth, larger is farther; score disparities with --align disparity")
+        raise ValueError(f"{source.label}: {lines[0]}; want {want}")
     if source.saved and bench.task == "normal" and lines:
         raise ValueError(f"{source.label}: {lines[0]}")
     return lines
@@ -79,25 +90,29 @@ def report_benchmark(bench, source, rows, base, base_rows, lines, n_expected):
     print(f"  protocol: {bench.protocol}\n  predictions: {source.label}")
     if base:
         print(f"  base: {base.label}; change relative, paired bootstrap 95 % interval")
+    how = ALIGNMENTS[bench.align][0] if bench.task == "depth" else ""
+    title = ", ".join(filter(None, (bench.dataset, bench.task, how)))
     result = {}
     table_rows = []
     for name, v in values.items():
         text, better, times = protocols.MEASURES[bench.task][name]
-        paper = protocols.PAPER.get((bench.dataset, bench.task), {}).get(name, [])
+        text = ", ".join(filter(None, (text, how)))
+        paper = protocols.paper_numbers(bench, name)
         old = olds.get(name, np.full(len(v), np.nan)) if base else None
         row = benchmark_figures(v, protocols.image_weights(name, rows), times, old, better)
         table_rows.append((name, text if row["n"] in (0, n) else f"{text} ({row['n']} images)", *_cells(row, paper)))
         row["paper"] = [dict(base=who, value=a, x=b) for who, a, b in paper]
+        row |= dict(align=bench.align) if how else {}
         result[name] = {k: "inf" if isinstance(x, float) and x == np.inf else x for k, x in row.items()}
     head = ("base", "X", "change", "95 %", "") if base else ("value", "95 %")
-    print_table(f"{bench.dataset}, {bench.task}", table_rows, ("metric", "", *head, "the paper's base -> X"))
+    print_table(title, table_rows, ("metric", "", *head, "the paper's base -> X"))
     for line in lines:
         print(f"  !! {line}")
     if partial:
         print(f"  !! PARTIAL: {n} of {n_expected} images; do not compare with published numbers")
     return dict(dataset=bench.dataset, task=bench.task, n=n, expected=n_expected, partial=partial,
-                protocol=bench.protocol, predictions=source.label, base=base.label if base else None, warnings=lines,
-                metrics=result)
+                protocol=bench.protocol, align=bench.align if how else None, predictions=source.label,
+                base=base.label if base else None, warnings=lines, metrics=result)
 
 
 def save_benchmark_panel(bench, source, files, items, rows, n, path):
@@ -144,13 +159,13 @@ def open_benchmark(bench, path, limit, out=None):
 def report_benchmarks(args):
     """The tables of a public benchmark. Missing files are reported before a network is opened.
 
-    args     of the command line: dataset, task, data, limit, out, checkpoint, compare, pred_dir, panels, and what
-             predictions.py reads
+    args     of the command line: dataset, task, align, data, limit, out, checkpoint, compare, pred_dir, panels, and
+             what predictions.py reads
     returns  every printed number
     raises   MissingData; ValueError: damaged files, predictions that do not fit
     """
-    opened = [(bench, *open_benchmark(bench, args.data, args.limit, args.out))
-              for bench in choose_benchmarks(args.dataset, args.task)]
+    chosen = [align_benchmark(bench, args.align) for bench in choose_benchmarks(args.dataset, args.task)]
+    opened = [(bench, *open_benchmark(bench, args.data, args.limit, args.out)) for bench in chosen]
     new, old = compared_paths(args)
     sources = [(predictions.saved_source if args.pred_dir else predictions.find_source)(new, args)]
     sources += [predictions.find_source(old, args)] if old else []
@@ -204,7 +219,7 @@ def check_data(args):
 def list_datasets(procedural):
     """Print every data set with its task, count, licence and source."""
     print("dataset         task      images  needs                source; licence")
-    for b in BENCHMARKS:
+    for b in (*BENCHMARKS, DA2K):
         source, licence, _ = ABOUT[b.dataset, b.task]
         print(f"{b.dataset:15} {b.task:9} {b.count or '-':>6}  {', '.join(b.needs):20} {source}; {licence}")
     print(f"{'scenes':15} {'all four':9} {'-':>6}  {'all four':20} your folder of ID_rgb.png, ID_depth.png, ...")

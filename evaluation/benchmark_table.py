@@ -3,7 +3,7 @@
 Sources of the rules: prs-eth/Marigold (src/dataset, script) for depth, normals and IID; whdr.py of Bell et al. 2014;
 MeasuredAlbedo/code; intrinsic.py of Grosse et al. Nothing is downloaded.
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 MIT_LIGHTS = [f"light{k:02d}" for k in range(1, 11)]
 
@@ -26,10 +26,21 @@ class Benchmark:
     processing_res: int = 0   # px, long edge that the official inference uses; 0: the photo's own
     max_res: int = 0          # of the alignment grid (metrics.align_depth)
     also: tuple = ()          # modalities that are scored where the prediction has them
+    align: str = "depth"      # of a depth: a key of ALIGNMENTS
     prediction: str = ""      # how Marigold names a saved depth map: rgb_id (pred_0001.npy) or id (pred_STEM.npy)
 
 
 FIT = "scale and shift by least squares in depth over the mask, clip to the range, unweighted mean over images"
+ALIGNMENTS = {  # --align (alignment.py): what is printed with every number, and the rule
+    "depth": ("aligned in depth", FIT),
+    "disparity": ("aligned in disparity",
+                  "scale and shift by least squares in disparity (1 / truth) where the predicted disparity is above 0, "
+                  "clip at .001, invert, clip to the range, unweighted mean over images"),
+    "log-ransac": ("aligned by RANSAC in log depth",
+                   "data and mask, unweighted mean over images; OURS: scale and shift of log depth by RANSAC (1000 "
+                   "lines through two pixels, threshold: the median absolute deviation of true log depth), least "
+                   "squares on its inliers, clip at 1 km and to the range"),
+}
 ANGLES = ("Marigold: both maps renormalised, x right, y up, z to the viewer, zero truth is invalid; mean of the "
           "images' means, and over all pixels pooled (DSINE)")
 NORMAL = dict(task="normal", needs=("normal",), files=(("normal", "_img.png", "_normal.npy"),))
@@ -136,6 +147,11 @@ BENCHMARKS = (
         ("your folder of photos",)),
 )
 DATASETS = tuple(dict.fromkeys(b.dataset for b in BENCHMARKS))
+DA2K = Benchmark(             # read by da2k.py: pairs of points, no maps
+    "da2k", "pairs", ("depth",), 0,
+    "share of pairs whose closer point is told; red and green are drawn at random; bootstrap over images; no alignment",
+    ("annotations.json", "images/indoor/0001.jpg   and the other images that it names"), ("DA-2K", "DA-2K/DA-2K"),
+    processing_res=768)
 MARIGOLD_DEPTH = "share.phys.ethz.ch/~pf/bingkedata/marigold/evaluation_dataset (named in prs-eth/Marigold's README)"
 MARIGOLD_NORMAL = ("share.phys.ethz.ch/~pf/bingkedata/marigold/marigold_normals/evaluation_dataset.zip "
                    "(named in prs-eth/Marigold's README)")
@@ -165,6 +181,7 @@ ABOUT = {  # (dataset, task): (source, licence, size)
                                "research, on application", ""),
     ("photos", "surface"): ("your own photos (the paper: COCO, ETH3D)", "yours", ""),
 }
+ABOUT["da2k", "pairs"] = ("huggingface.co/datasets/depth-anything/DA-2K: DA-2K.zip", "Apache-2.0", "681 MB")
 ABOUT["mit", "lights"] = ABOUT["mit", "lmse"]
 
 
@@ -183,6 +200,16 @@ def choose_benchmarks(dataset, task=""):
         tasks = ", ".join(b.task for b in BENCHMARKS if b.dataset == dataset)
         raise ValueError(f"--task {task} does not fit --dataset {dataset}; want one of: {tasks}")
     return rows if task or dataset == "mit" else rows[:1]
+
+
+def align_benchmark(bench, align):
+    """The row with another alignment of its depth. raises ValueError: it scores no depth."""
+    if align == bench.align:
+        return bench
+    if bench.task != "depth":
+        raise ValueError(f"--align {align}: got --dataset {bench.dataset}, task {bench.task}; want a benchmark of "
+                         "depth; leave it out")
+    return replace(bench, align=align, protocol=bench.protocol.replace(FIT, ALIGNMENTS[align][1]))
 
 
 def missing_page(bench, missing=()):

@@ -360,10 +360,11 @@ def _load_iid(bench, files, item):
     return dict(photos=[rgb], size=tuple(rgb.shape[1:]), **truth, **masks)
 
 
-def _load_surface(bench, files, item):
+def _load_photo(bench, files, item):
     rgb = read_rgb(files.path / item["rgb"])
     return dict(photos=[rgb], size=tuple(rgb.shape[1:]))
 
 
 _LOADERS = {"depth": _load_depth, "normal": _load_normal, "whdr": _load_whdr, "maw": _load_maw, "lmse": _load_lmse,
-            "lights": _load_lights, "iid": _load_iid, "surface": _load_surface}
+            "lights": _load_lights, "iid": _load_iid, "surface": _load_photo,
+            "pairs": _load_photo}

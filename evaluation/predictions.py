@@ -23,7 +23,9 @@ import relations
 from data import formats
 from data.photos import resize_long
 from evaluation import benchmarks, protocols
+from evaluation.alignment import AFFINE
 from evaluation.benchmark_table import MIT_LIGHTS
+from models.depth_families import SIGN
 from predictor import load_predictor, predict_photo
 from relations import srgb_decode
 from runtime.files import read_log, write_rows
@@ -75,16 +77,17 @@ def maps_at_size(policy, rgb, processing_res, args, wanted, size):
                 for m in wanted}
 
 
-def linear_arrays(maps, space):
+def linear_arrays(maps, space, sign=1):
     """Maps in the form that protocols.py reads: albedo and irradiance linear, depth without its channel axis.
 
     space  "srgb" or "linear": the space of the albedo and irradiance in `maps`
+    sign   of the depth: -1 turns a disparity, so that larger is farther
     """
     out = {}
     for m, x in maps.items():
         if m in ("albedo", "irradiance") and space == "srgb":
             x = srgb_decode(torch.from_numpy(np.asarray(x, np.float64))).numpy()
-        out[m] = x[0] if m == "depth" else x
+        out[m] = x if m != "depth" else x[0] if sign > 0 else -x[0]
     return out
 
 
@@ -95,6 +98,7 @@ def network_source(path, args):
     enlarged from there, so a 4032 x 6048 photo and its maps are never in memory together.
     """
     policy = load_predictor(path).to(pick_device("auto", "eval.py"))
+    means = getattr(policy, "depth_means", AFFINE)
     trained = None if hasattr(policy, "photo_maps") else policy.size            # px; None: the protocol's
     edge = trained if args.processing_res is None else args.processing_res
 
@@ -103,10 +107,13 @@ def network_source(path, args):
 
     def lacks(bench, items):
         less = [m for m in bench.needs if m not in policy.modalities]
+        if not less and bench.align == "disparity" and bench.task == "depth" and means == AFFINE:
+            return (f"{path} predicts depth up to scale and shift, which --align disparity cannot fit; want --align "
+                    "depth for all that is compared")
         return less and f"{path} predicts {', '.join(policy.modalities)}; want {', '.join(less)} too"
 
     def read(bench, files, item):
-        sample = benchmarks.load_sample(bench, files, item, axes=True)
+        sample = benchmarks.load_sample(bench, files, item, axes=True) | dict(means=means)
         res = resolution(bench)
         sample["photos"] = [resize_long(x, res) if 0 < res < max(x.shape[1:]) else x for x in sample["photos"]]
         return sample
@@ -121,7 +128,7 @@ def network_source(path, args):
     settings += "long edge " + ("of the protocol" if edge is None else f"{edge} px" if edge else "of the photo")
 
     def key(bench, items):
-        return weights_key(policy) + settings
+        return weights_key(policy) + settings + means
 
     return Source(f"{path}: {settings}", lacks, key, read, maps)
 
@@ -170,7 +177,10 @@ def read_prediction(files, name, modality):
 
 
 def saved_source(path, args):
-    """Predictions that another method saved, in Marigold's naming (prediction_file). args: pred_space is read."""
+    """Predictions that another method saved, in Marigold's naming (prediction_file).
+
+    args  of the command line: pred_space, align. With --align disparity the depth files hold disparities
+    """
     saved = formats.Files(path)
 
     def names(bench, item):
@@ -194,7 +204,8 @@ def saved_source(path, args):
         return args.pred_space or ("linear" if bench.dataset == "hypersim" else "srgb")
 
     def read(bench, files, item):
-        sample = benchmarks.load_sample(bench, files, item, axes=True)
+        means = "disparity" if bench.align == "disparity" else AFFINE
+        sample = benchmarks.load_sample(bench, files, item, axes=True) | dict(means=means)
         own = {files.place(f) for f in benchmarks.item_files(item)}
         sample["saved"] = []
         for maps in names(bench, item):
@@ -204,13 +215,14 @@ def saved_source(path, args):
                     raise ValueError(f"{saved.where(f)}: got a file of {bench.dataset} itself as a prediction, want "
                                      "another folder in --pred-dir")
             sample["saved"].append(linear_arrays({m: read_prediction(saved, f, m) for m, f in maps.items()},
-                                                 space(bench)))
+                                                 space(bench), SIGN[means]))
         return sample
 
     def maps(bench, sample):
         return sample["saved"]
 
     label = f"maps in {path} (colours {args.pred_space or 'sRGB-encoded, linear for hypersim'})"
+    label += {"disparity": ", disparities", "log-ransac": ", taken as log depth"}.get(args.align, "")
     return Source(label, lacks, key, read, maps, saved=True)
 
 
@@ -247,7 +259,8 @@ CODE = sorted(project_source().items())   # read at import: the code that runs, 
 def results_file(bench, source, files, items, out):
     """Path of the JSONL file of values per image; its name is a digest (see the module docstring)."""
     stamps = [[files.stamp(f) for f in benchmarks.item_files(item)] for item in items]
-    key = hashlib.sha256(repr((CODE, stamps, files.where("x"), source.key(bench, items))).encode()).hexdigest()[:16]
+    parts = CODE, stamps, files.where("x"), source.key(bench, items), bench.align
+    key = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
     return Path(out, "eval", f"{bench.dataset}-{bench.task}-{key}.jsonl")
 
 
@@ -256,7 +269,11 @@ def read_results(bench, path):
     if not path.is_file():
         return {}
     n = len(path.read_bytes().splitlines())
-    rows = protocols.whole_rows(bench, read_log(path))
+    rows = read_log(path)
+    other = [r["align"] for r in rows if isinstance(r, dict) and r.get("align", bench.align) != bench.align]
+    if other:
+        raise ValueError(f"{path}: got numbers of --align {other[0]}, want {bench.align}; remove the file")
+    rows = protocols.whole_rows(bench, rows)
     if len(rows) < n:
         print(f"{path}: got {n} lines, the first {len(rows)} whole; going on after them")
     write_rows(path, rows)

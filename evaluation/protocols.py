@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw
 from data.maps import assumed_camera
 from data.pictures import colour_map
 from evaluation import benchmarks, metrics, surface
+from evaluation.alignment import fit_depth
 from evaluation.colour import ADOBE_TO_SRGB
 from relations import srgb_encode
 
@@ -64,19 +65,12 @@ def encode_clipped(linear):
     return srgb_encode(torch.from_numpy(np.clip(np.asarray(linear, np.float64), 0, 1))).numpy()
 
 
-def fit_depth(bench, pred, sample):
-    """Prediction aligned and clipped as the benchmark wants it -> ((H, W) float32 metres, fitted scale)."""
-    scale, shift = metrics.align_depth(pred, sample["depth"], sample["mask"], bench.max_res or None)
-    fitted = np.float32(scale) * np.asarray(pred, np.float32) + np.float32(shift)
-    return np.clip(fitted, max(bench.range[0], metrics.MIN_DEPTH), bench.range[1], out=fitted), scale
-
-
 def score_depth(bench, pred, sample):
-    """Affine-invariant depth errors, and the fitted scale (negative: inverse depth; 0: a constant prediction)."""
+    """Depth errors, how it was aligned, and the fitted scale (negative: the other way round; 0: a constant)."""
     fitted, scale = fit_depth(bench, pred[0]["depth"], sample)
     if scale < 0 and np.ptp(fitted[sample["mask"]]) <= 1e-5 * np.abs(fitted).max():
         scale = 0.0
-    return dict(metrics.depth_metrics(fitted, sample["depth"], sample["mask"]), scale=scale)
+    return dict(metrics.depth_metrics(fitted, sample["depth"], sample["mask"]), scale=scale, align=bench.align)
 
 
 def score_normal(bench, pred, sample):
@@ -197,8 +191,8 @@ def score_prediction(bench, pred, sample):
 
 def whole_rows(bench, rows):
     """Rows up to the first one that belongs to another benchmark or lacks a value that another row has."""
-    known = MEASURES[bench.task].keys() | {"name", "scale", "pixels", "axes"}
-    wanted = {"depth": known - {"pixels", "axes"}, "normal": known - {"pooled", "scale"},
+    known = MEASURES[bench.task].keys() | {"name", "scale", "align", "pixels", "axes"}
+    wanted = {"depth": known - {"pixels", "axes"}, "normal": known - {"pooled", "scale", "align"},
               "iid": {"name", "albedo_psnr", "albedo_ssim"}}.get(bench.task, MEASURES[bench.task].keys() | {"name"})
     wanted = wanted.union(*(known & row.keys() for row in rows if isinstance(row, dict)))
 
@@ -215,6 +209,11 @@ def metric_values(bench, rows):
             for k in MEASURES[bench.task] if any(r.get(k) is not None for r in rows)}
 
 
+def paper_numbers(bench, name):
+    """ReasonX's numbers of a metric, [(base, number of base, of base-X)]; none beside another alignment than theirs."""
+    return PAPER.get((bench.dataset, bench.task), {}).get(name, []) if bench.align == "depth" else []
+
+
 def image_weights(name, rows):
     """Weight of each image in the mean of a metric: its pixels in the pooled one, else 1."""
     return np.array([r["pixels"] if name == "pooled" else 1.0 for r in rows])
@@ -225,8 +224,9 @@ def find_problems(bench, rows, names):
     out = []
     negative = [n for n, r in zip(names, rows, strict=True) if r.get("scale", 1) < 0]
     if negative:
+        other = "depth, not disparity" if bench.align == "disparity" else "inverse depth"
         out.append(f"{len(negative)} of {len(rows)} fitted scales are negative: there the prediction looks like "
-                   f"inverse depth (first: {negative[0]})")
+                   f"{other} (first: {negative[0]})")
     holes = [(n, r["valid"]) for n, r in zip(names, rows, strict=True) if r.get("valid", 1) < MIN_VALID]
     if holes:
         out.append(f"{len(holes)} of {len(rows)} depth maps give normals on less than {100 * MIN_VALID:.0f} % of their "

@@ -16,7 +16,8 @@ PAIRS = 24                        # per image and modality
 DEPTH_RANGE = (0.1, 100.0)        # metres, to which aligned predictions are clipped
 SURFACE = ("depth", "normal")       # two maps of one surface, which must fit each other
 ERRORS = {  # kind of map: metric: (text, sign of the good direction)
-    "distance": {"abs_rel": ("AbsRel, least-squares scale and shift", -1), "delta1": ("delta1, same alignment", 1)},
+    "distance": {"abs_rel": ("AbsRel, least-squares scale and shift in depth", -1),
+                 "delta1": ("delta1, same alignment", 1)},
     "vector": {"angle": ("mean angle, degrees", -1)},
     "colour": {"si_mse": ("scale-invariant MSE, linear", -1)},
     "scalar": {"abs_err": ("mean absolute error", -1)},

@@ -44,6 +44,7 @@ class DepthNetwork(nn.Module):
         self.processor = processor
         self.license = license
         self.modalities = family.modalities
+        self.depth_means = family.means
         self.multiple = family.multiple(model.config)
         mean, std, self.size = read_pixels(processor, family, model.config)
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)

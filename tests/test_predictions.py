@@ -400,7 +400,7 @@ def test_a_bad_saved_map_is_refused_by_name(tmp_path, capsys, change, word):
 def test_saved_disparity_is_refused(tmp_path, capsys):
     _, flags = damaged(bench_of("nyuv2"), tmp_path, lambda k, path: np.save(path, -np.load(path)))
     line = refusal(capsys, *flags)
-    assert "3 of 3 fitted scales are negative" in line and "inverse depth" in line and "1 / disparity" in line
+    assert "3 of 3 fitted scales are negative" in line and "inverse depth" in line and "--align disparity" in line
 
 
 def test_one_inverted_map_is_reported_loudly(tmp_path, capsys):
