@@ -18,7 +18,7 @@ import torch
 import torch.nn as nn
 from transformers.utils import logging
 
-from data.bank import fill_bank
+from data.orders import BothOrders, fill_banks
 from data.photos import read_rgb, resize
 from data.pictures import save_png
 from kernels.draw_markers import mark_photos
@@ -204,6 +204,8 @@ def arguments(argv):
     p.add_argument("--modality", choices=NAMES, default="depth", help="the question to ask [depth]")
     p.add_argument("--all", action="store_true", help="ask all questions")
     p.add_argument("--model", default="out/mini/judge", metavar="SPEC", help=f"judge: {RULES} [out/mini/judge]")
+    p.add_argument("--both-orders", action="store_true",
+                   help="ask again with the colours exchanged: the mean is the answer, the difference the colour bias")
     p.add_argument("--text", action="store_true",
                    help="generate the answer as text as well: slow, to check the score, or for a model without scores")
     p.add_argument("--save", default="", help="file for the photo as the judge sees it, with its markers (.png)")
@@ -220,13 +222,25 @@ def arguments(argv):
     return p, args
 
 
+def describe_answer(modality, prob):
+    """An answer as text; prob: probabilities of the first answer, in one order of the colours or in both."""
+    mean = sum(prob) / len(prob)
+    if math.isnan(mean):
+        return "not known to this judge"
+    answer = MODALITIES[modality].answers[0 if mean >= 0.5 else 1]
+    known, *each = (f"{p if mean >= 0.5 else 1 - p:.3f}" for p in (mean, *prob))
+    both = f"; {' as marked, '.join(each)} with the colours exchanged, colour bias {prob[0] - prob[-1]:+.3f}"
+    return f"{answer} (p = {known}{both if len(prob) > 1 else ''})"
+
+
 def main(argv=None):
     """Command line: one answer, or all, for two points of a photo; or a bank for a folder of photos."""
     p, args = arguments(argv)
     device = pick_device(args.device, "judge.py")
     if args.bank:
-        bank = fill_bank(args.bank, args.image, open_judge(args.model, device), args.pairs, device)
-        print(f"bank: {bank.asked} pairs asked, {bank.known} already known; {bank.folder}")
+        judge = open_judge(args.model, device)
+        bank = fill_banks(args.bank, args.image, judge, args.pairs, device, args.both_orders)
+        print(f"bank: {bank.describe()}; {bank.folder}")
         return
     rgb = read_rgb(args.image)
     H, W = rgb.shape[-2:]
@@ -250,11 +264,10 @@ def main(argv=None):
     if args.save:
         save_png(args.save, marked[0].cpu().numpy())
     asked = NAMES if args.all else (args.modality,)
-    prob = dict(zip(NAMES, judge.ask(small, pts, [args.image], asked)[0, 0].tolist(), strict=True))
+    orders = BothOrders(judge).orders if args.both_orders else (judge,)
+    prob = torch.stack([one.ask(small, pts, [args.image], asked)[0, 0] for one in orders], 1)   # (M, orders)
     for m in asked:
-        first = prob[m] >= 0.5
-        known = f"{MODALITIES[m].answers[0 if first else 1]} (p = {prob[m] if first else 1 - prob[m]:.3f})"
-        print(f"{m}: not known to this judge" if math.isnan(prob[m]) else f"{m}: {known}")
+        print(f"{m}: {describe_answer(m, prob[NAMES.index(m)].tolist())}")
         if args.text:
             print(f"{m}, generated: {judge.say(marked, m)[0]}")
 
