@@ -5,11 +5,9 @@ of the two words that can follow are compared (relations.MODALITIES):
 
     p = sigmoid(logit["red"] - logit["green"])        albedo: "Yes" against "No"
 
-so no answer is unparsable and each comes with a confidence. The questions of all modalities are packed behind one
-image: one vision pass, one image prefix, the questions blind to each other (position ids restart after the image).
-
-The network is one of transformers' own (families.FAMILIES). Images are sRGB-encoded [0, 1], always one square tile,
-normalised and cut into patches by hand: no processor. Whatever offers AnyJudge is a judge, a class of yours too.
+so no answer is unparsable and each comes with a confidence. How the network is run: models/reader.py, where the
+questions of all modalities share one image. The network is one of transformers' own (families.FAMILIES), without its
+processor. Whatever offers AnyJudge is a judge, a class of yours too.
 Source: ReasonX (arXiv 2512.04222) and its released judge (questions, answers, prompt format).
 """
 import math
@@ -20,13 +18,14 @@ import torch
 import torch.nn as nn
 from transformers.utils import logging
 
-from data.bank import fill_bank
+from data.orders import BothOrders, fill_banks
 from data.photos import read_rgb, resize, square_points
 from data.pictures import save_png
 from kernels.draw_markers import mark_photos
 from models import vlm
-from models.families import END, FAMILIES, SYSTEM, Prompt, read_answer
+from models.families import FAMILIES, SYSTEM, Prompt, read_answer
 from models.mini_judge import mini_network, mini_tokenizer
+from models.reader import Reader
 from relations import MODALITIES, NAMES, check_points, draw_markers
 from runtime.command import run_command
 from runtime.files import replace_files, write_json
@@ -52,7 +51,7 @@ class AnyJudge(Protocol):
         """A text that differs when its answers may: the judgement bank keys answers by it."""
 
 
-class Judge(nn.Module):
+class Judge(Reader):
     """A vision-language model that compares two marked points.
 
     model      a network of families.FAMILIES;  tokenizer  its own;  system  text of the system turn ("": none)
@@ -62,63 +61,10 @@ class Judge(nn.Module):
     """
 
     def __init__(self, model, tokenizer, system=SYSTEM, grid=1, origin="", text=False):
-        super().__init__()
-        self.model = model
-        self.tokenizer = tokenizer
-        self.system = system
+        super().__init__(model, tokenizer, system, text)
         self.grid = grid
         self.origin = origin
         self.text = text
-        self.family = FAMILIES[model.config.model_type]
-        self.size, image_tokens = self.family.tile_shape(model.config)
-        mean, std = self.family.pixels
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
-        self.prompt = Prompt(tokenizer, system, self.family, image_tokens, text)
-        self.prompt.check_model(model)
-
-    def vision(self, images, normalised=False):
-        """Features of marked photos, (N, 3, S, S) sRGB in [0, 1]; normalised: by mean and std, already.
-
-        returns  tokens (N, L_img, D), and a list of (N * L_img, D) that are added in the first layers (Family.see)
-        """
-        if tuple(images.shape[1:]) != (3, self.size, self.size):
-            raise ValueError(f"judge.vision: got images {tuple(images.shape)}; want (N, 3, {self.size}, {self.size})")
-        return self.family.see(self.model, images if normalised else self._normalise(images))
-
-    def _normalise(self, images):
-        return ((images - self.mean) / self.std).to(self.model.dtype)
-
-    def hidden(self, images, modalities=NAMES, features=None):
-        """Last hidden states at the deciding token of every question, the image seen once.
-
-        images    (N, 3, S, S) marked sRGB [0, 1], S = self.size
-        features  output of `vision` if it was already computed
-        returns   (N, M, D)
-        """
-        features = self.vision(images) if features is None else features
-        N = len(features[0])
-        if len(modalities) == 1:                                                # a plain causal mask is faster
-            return self.prefill(images, modalities * N, features)[:, None]
-        ids, position, sees, last = self.prompt.pack(modalities, features[0].device)
-        position = position[:, None].expand(-1, N, -1)
-        sees = sees.expand(N, 1, -1, -1)
-        return self.family.hidden_states(self.model, features, ids.expand(N, -1), position, sees)[:, last]
-
-    def logits(self, images, modalities=NAMES, features=None):
-        """Logits of the whole vocabulary at the deciding tokens, for training: as `hidden`, (N, M, vocab)."""
-        return self.model.lm_head(self.hidden(images, modalities, features))
-
-    def prefill(self, images, modalities, features=None):
-        """The plain form of `hidden`: one question (of N) per image, one prefill, padded on the left -> (N, D)."""
-        features = self.vision(images) if features is None else features
-        ids, position, mask = self.prompt.pad([self.prompt.blocks[m] for m in modalities], features[0].device)
-        mask = None if len(set(modalities)) == 1 else mask
-        return self.family.hidden_states(self.model, features, ids, position, mask)[:, -1]
-
-    def decide(self, images, modalities=NAMES, features=None):
-        """Difference of the two answer logits, fp32: as `hidden`, (N, M), positive = first answer."""
-        return self.prompt.compare_answers(self.model.lm_head, self.hidden(images, modalities, features), modalities)
 
     @torch.no_grad()
     def score(self, images, modality):
@@ -157,17 +103,6 @@ class Judge(nn.Module):
         for part in places.split(batch or max(1, TOKENS // len(self.prompt))) if B * P else ():
             prob[part[:, None], index] = self._answers(rgb, pts.flatten(0, 1)[part], part // P, asked).float()
         return prob.view(B, P, len(NAMES))
-
-    @torch.no_grad()
-    def say(self, images, modality, tokens=40):
-        """The answer as generated text, greedily: (N, 3, S, S) -> list of N strings. Slow; only to check `score`."""
-        ids = torch.tensor([self.prompt.head + self.prompt.asked[modality]], device=images.device)
-        ids = ids.expand(len(images), -1)
-        given = self.family.generate_inputs(self.model, self._normalise(images), ids)
-        end = self.tokenizer.convert_tokens_to_ids(END)
-        out = self.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens,
-                                  do_sample=False, use_cache=True, eos_token_id=end, pad_token_id=end, **given)
-        return [self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in out[:, ids.shape[1]:]]
 
     def digest(self):
         """Hex digest of weights, tokenizer and prompt: what the judgement bank keys its answers by."""
@@ -269,6 +204,8 @@ def arguments(argv):
     p.add_argument("--modality", choices=NAMES, default="depth", help="the question to ask [depth]")
     p.add_argument("--all", action="store_true", help="ask all questions")
     p.add_argument("--model", default="out/mini/judge", metavar="SPEC", help=f"judge: {RULES} [out/mini/judge]")
+    p.add_argument("--both-orders", action="store_true",
+                   help="ask again with the colours exchanged: the mean is the answer, the difference the colour bias")
     p.add_argument("--text", action="store_true",
                    help="generate the answer as text as well: slow, to check the score, or for a model without scores")
     p.add_argument("--save", default="", help="file for the photo as the judge sees it, with its markers (.png)")
@@ -285,13 +222,25 @@ def arguments(argv):
     return p, args
 
 
+def describe_answer(modality, prob):
+    """An answer as text; prob: probabilities of the first answer, in one order of the colours or in both."""
+    mean = sum(prob) / len(prob)
+    if math.isnan(mean):
+        return "not known to this judge"
+    answer = MODALITIES[modality].answers[0 if mean >= 0.5 else 1]
+    known, *each = (f"{p if mean >= 0.5 else 1 - p:.3f}" for p in (mean, *prob))
+    both = f"; {' as marked, '.join(each)} with the colours exchanged, colour bias {prob[0] - prob[-1]:+.3f}"
+    return f"{answer} (p = {known}{both if len(prob) > 1 else ''})"
+
+
 def main(argv=None):
     """Command line: one answer, or all, for two points of a photo; or a bank for a folder of photos."""
     p, args = arguments(argv)
     device = pick_device(args.device, "judge.py")
     if args.bank:
-        bank = fill_bank(args.bank, args.image, open_judge(args.model, device), args.pairs, device)
-        print(f"bank: {bank.asked} pairs asked, {bank.known} already known; {bank.folder}")
+        judge = open_judge(args.model, device)
+        bank = fill_banks(args.bank, args.image, judge, args.pairs, device, args.both_orders)
+        print(f"bank: {bank.describe()}; {bank.folder}")
         return
     rgb = read_rgb(args.image)
     H, W = rgb.shape[-2:]
@@ -315,11 +264,10 @@ def main(argv=None):
     if args.save:
         save_png(args.save, marked[0].cpu().numpy())
     asked = NAMES if args.all else (args.modality,)
-    prob = dict(zip(NAMES, judge.ask(small, pts, [args.image], asked)[0, 0].tolist(), strict=True))
+    orders = BothOrders(judge).orders if args.both_orders else (judge,)
+    prob = torch.stack([one.ask(small, pts, [args.image], asked)[0, 0] for one in orders], 1)   # (M, orders)
     for m in asked:
-        first = prob[m] >= 0.5
-        known = f"{MODALITIES[m].answers[0 if first else 1]} (p = {prob[m] if first else 1 - prob[m]:.3f})"
-        print(f"{m}: not known to this judge" if math.isnan(prob[m]) else f"{m}: {known}")
+        print(f"{m}: {describe_answer(m, prob[NAMES.index(m)].tolist())}")
         if args.text:
             print(f"{m}, generated: {judge.say(marked, m)[0]}")
 

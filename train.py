@@ -16,8 +16,9 @@ import torch
 import grpo
 import kernels
 from data import questions
-from data.bank import Bank, Judgements
+from data.bank import Judgements
 from data.oracle import Oracle
+from data.orders import open_bank
 from data.photos import read_first_rgb
 from data.pools import ScenePool, list_scenes, scene_pool, training_photos
 from evaluation import report
@@ -141,10 +142,10 @@ def judgements(cfg, device, modalities, together=True):
     if judge.size != cfg.size:
         raise UserError(f"train.py: the judge sees {judge.size} px photos and --size is {cfg.size}; "
                         "use one size for both")
-    bank = Bank(cfg.bank or Path(cfg.out) / "bank", judge)
+    bank = open_bank(cfg.bank or Path(cfg.out) / "bank", judge, cfg.both_orders)
     fill = bank.fill_together if together else bank.fill
     pts, prob = fill(photos, cfg.bank_pairs, device, names, modalities)
-    ranks.say(f"grpo: {what}; judgement bank: {bank.asked} pairs asked, {bank.known} already known")
+    ranks.say(f"grpo: {what}; judgement bank: {bank.describe()}")
     return Judgements(photos, pts, prob, names)
 
 

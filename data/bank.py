@@ -125,6 +125,19 @@ class Bank:
                     self._packed[key] = merge_entries(self._packed.get(key), entry)
         return self._packed
 
+    def entries(self):
+        """All that is known: dict key of a photo -> (pts (P, 2, 2), prob (P, M)) as on disk."""
+        single = [(p.stem, self._load(p)) for p in find_files(self.folder, "*.safetensors") if KEY.fullmatch(p.stem)]
+        known = dict(self._read_packs())                                        # read last: a packer removes files
+        for key, entry in single:
+            if entry is not None:
+                known[key] = merge_entries(known.get(key), (entry["pts"], entry["prob"]))
+        return known
+
+    def describe(self):
+        """How many pairs were asked and known, as text."""
+        return f"{self.asked} pairs asked, {self.known} already known"
+
     def pack(self):
         """Put all single entries into one new pack. Safe when other processes write or pack, and when it is killed."""
         single = [p for p in find_files(self.folder, "*.safetensors") if KEY.fullmatch(p.stem)]

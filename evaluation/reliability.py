@@ -5,12 +5,14 @@ accuracy     share of right answers over *all* questions; an undecided answer (p
              release's figure, which leaves undecided answers out of the denominator
 confidence   c = max(p, 1 - p); expected calibration error = sum over ten bins of [0.5, 1] of n / N |accuracy - c|
 swap         the same pair with red and green swapped: a judge that says "red" both times answers by colour alone
+both orders  the mean of p and q of data/orders.py, against p alone: accuracy, Brier score and calibration error
 """
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from data import questions
+from evaluation.intervals import bootstrap_interval
 from evaluation.scores import device_of
 from relations import MODALITIES, NAMES
 
@@ -105,6 +107,7 @@ def judge_figures(judge, rows, folder, rules, swap_average=False):
     known = np.isfinite(prob if swapped is None else prob + swapped)
     first = np.array([r["first"] for r in rows])
     size = np.abs([r["margin"] for r in rows])
+    scenes = np.array([r["scene"] for r in rows])
     out = {}
     for m, row in MODALITIES.items():
         own = np.array([r["modality"] == m for r in rows])
@@ -116,6 +119,7 @@ def judge_figures(judge, rows, folder, rules, swap_average=False):
             right = right_guesses(rules[m][1], [r for r, k in zip(rows, on, strict=True) if k], folder, judge.size)
             out[m]["heuristic"] = float(right.mean())
             out[m] |= swap_figures(single[on], swapped[on], row.yes_no)
+            out[m]["orders"] = order_figures(single[on], swapped[on], row.yes_no, first[on], scenes[on])
     return out
 
 
@@ -142,3 +146,22 @@ def swap_figures(prob, swapped, symmetric):
     two = swapped > 0.5
     return dict(inconsistent=float((one != two if symmetric else one == two).mean()),
                 always_first=float((one & two).mean()), always_second=float((~one & ~two).mean()))
+
+
+def order_figures(prob, swapped, symmetric, first, scenes):
+    """What the mean over both orders of the colours is worth against one order.
+
+    prob, swapped, symmetric  as swap_figures;  first (N,) bool, the truth;  scenes (N,) their names
+    returns  dict: bias, bias_size: mean of p - q and of |p - q|
+                   accuracy, brier: one, both, change, low, high: paired bootstrap 95 % interval over scenes
+                   ece: one, both
+    """
+    mean = average_orders(prob, swapped, symmetric)
+    gap = 2 * (prob - mean)
+    _, scene, counts = np.unique(scenes, return_inverse=True, return_counts=True)
+    out = dict(bias=float(gap.mean()), bias_size=float(np.abs(gap).mean()))
+    for name, figure in (("accuracy", right_answers), ("brier", lambda p, truth: (p - truth) ** 2)):
+        one, both = (figure(p, first) for p in (prob, mean))
+        change, low, high = bootstrap_interval(*(np.bincount(scene, x) / counts for x in (one, both)), weights=counts)
+        out[name] = dict(one=float(one.mean()), both=float(both.mean()), change=change, low=low, high=high)
+    return out | dict(ece=dict(one=float(calibration(prob, first)[0]), both=float(calibration(mean, first)[0])))

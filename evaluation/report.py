@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from data import questions
+from data.orders import BothOrders
 from data.pictures import panel, picture_of, save_png
 from data.pools import ScenePool
 from evaluation import reliability
@@ -135,19 +136,36 @@ def report_judge(args):
                            for b in r["bins"])) for m, r in result.items()]
     print_table("reliability (confidence bin, lower edge: accuracy at mean confidence, n)", lines,
                 ("modality", "confidence"))
+    report_orders({m: r["orders"] for m, r in result.items() if "orders" in r})
     return dict(dataset="judge", n=n, rooms=rooms, swap_average=args.swap_average, judge=result)
+
+
+def report_orders(figures):
+    """Print what both orders of the colours are worth: dict modality -> reliability.order_figures."""
+    if not figures:
+        return
+    lines = [(m, f"{r['bias']:+.3f}, {r['bias_size']:.3f}",
+              *(text for k in ("accuracy", "brier") for text in (
+                  f"{r[k]['one']:.4f}", f"{r[k]['both']:.4f}", f"{r[k]['change']:+.4f}",
+                  f"[{r[k]['low']:+.4f}, {r[k]['high']:+.4f}]")),
+              f"{r['ece']['one']:.4f}", f"{r['ece']['both']:.4f}") for m, r in figures.items()]
+    print_table("one order of the colours against the mean of both; bias: mean p - q, mean |p - q|; change with paired "
+                "bootstrap 95 % over scenes", lines,
+                ("modality", "bias", "accuracy", "both", "change", "95 %", "Brier", "both", "change", "95 %", "ECE",
+                 "both"))
 
 
 def report_wild(cfg, device, start, result):
     """Before/after table on held-out scenes, the judge beside it, a picture; writes OUT/report.json, OUT/panel.png.
 
-    cfg            of the run: out, judge, size, eval_images, eval_steps, micro, seed
+    cfg            of the run: out, judge, both_orders, size, eval_images, eval_steps, micro, seed
     start, result  SPEC of the predictor that GRPO started from, and of what it has become
     """
     out = Path(cfg.out)
     before, after = (load_predictor(spec).to(device) for spec in (start, result))
     oracle = cfg.judge == ORACLE
     judge_model = None if oracle else load_judge(cfg.judge or out / "judge", device)
+    judge_model = BothOrders(judge_model) if cfg.both_orders else judge_model
     results = []
     for name in ("wild", "synthetic", "broad"):
         maps = ScenePool(name, "test", cfg.eval_images, cfg.size).all()

@@ -3,8 +3,9 @@
 FAMILIES   the table: a row holds a family's chat format, pixel statistics and tile; the row's class computes what
            differs between families (tile, vision features, positions, inputs of `generate`)
 Prompt     the chat format as token ids: one image, then the question of every modality; packed or padded into sequences
+NO_JUDGES  known families that no row can describe, and why
 To add a family, add a row here, and a class if it is neither InternVL nor Qwen-VL.
-Source: chat formats and pixel statistics of OpenGVLab's InternVL2.5 and Alibaba's Qwen2.5-VL and Qwen3-VL.
+Source: chat formats and pixel statistics of OpenGVLab's InternVL2.5 and Alibaba's Qwen2.5-VL, Qwen3-VL, Qwen3.5.
 """
 import json
 import math
@@ -47,6 +48,9 @@ class Family:
     closing: str     # between image and question
     pixels: tuple    # mean, std
     size: int = 0    # px, side of the tile where config.json does not fix it
+    answer: str = ""           # what the chat format writes at the start of the assistant's turn
+    packed: bool = True        # False: layers carry a state along the sequence, which holds one question then
+    linears: tuple = ()        # names of linear layers of such layers, which get adapters too
 
     def hidden_states(self, network, features, ids, position, mask):
         """Last hidden states (N, L, D) of sequences with one image each.
@@ -105,7 +109,7 @@ class InternVL(Family):
 
 
 class QwenVL(Family):
-    """Qwen2.5-VL and Qwen3-VL: any tile, pixels in patches, positions of time, row and column."""
+    """Qwen2.5-VL, Qwen3-VL and Qwen3.5: any tile, pixels in patches, positions of time, row and column."""
 
     internvl_files = False
 
@@ -151,11 +155,19 @@ class QwenVL(Family):
         return network.model.visual
 
 
+HALF = ((0.5,) * 3, (0.5,) * 3)
+DELTA_NET = ("in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "out_proj")
 QWEN = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
 FAMILIES = {  # model_type: row. The judge compares the answer words of relations.MODALITIES in every family
     "internvl": InternVL(SYSTEM, "<img>", "<IMG_CONTEXT>", "</img>\n", IMAGENET),
     "qwen2_5_vl": QwenVL("You are a helpful assistant.", *QWEN, CLIP, 504),
-    "qwen3_vl": QwenVL("", *QWEN, ((0.5,) * 3, (0.5,) * 3), 512),
+    "qwen3_vl": QwenVL("", *QWEN, HALF, 512),
+    "qwen3_5": QwenVL("", *QWEN, HALF, 512, "<think>\n\n</think>\n\n", packed=False, linears=DELTA_NET),
+}
+NO_JUDGES = {  # model_type: why no row describes it
+    "gemma4": "its layers differ in whether the tokens of an image see each other, and its patches come with positions",
+    "molmo2": "its photos are cut in overlapping tiles whose features are added to the text, by a processor that needs "
+              "torchvision",
 }
 
 
@@ -176,7 +188,7 @@ class Prompt:
     """The prompt as token ids, and the sequences made of it.
 
     head       list: system turn, user turn, image
-    asked      dict modality -> list: its question and the opening of the assistant's turn
+    asked      dict modality -> list: its question and the opening of the assistant's turn (Family.answer included)
     blocks     dict modality -> list: `asked` and the words that both answers share
     answers    dict modality -> [first, second]: the tokens of the two deciding words
     sentences  dict modality -> the two lists that follow `asked` in training: a whole answer and its end mark
@@ -193,7 +205,8 @@ class Prompt:
 
         self.family = family
         self.image_id = tokenizer.convert_tokens_to_ids(family.image)
-        for mark in (family.image, family.opening, family.closing.rstrip("\n"), TURN, END):
+        marks = (family.image, family.opening, family.closing.rstrip("\n"), TURN, END, *family.answer.split())
+        for mark in marks:
             number = tokenizer.convert_tokens_to_ids(mark)
             if encode(mark) != [number] or number == getattr(tokenizer, "unk_token_id", None):
                 raise ValueError(f"judge: the tokenizer does not know {mark!r} as one token; want that of a "
@@ -205,7 +218,7 @@ class Prompt:
         self.answers = {}
         self.sentences = {}
         for name, m in MODALITIES.items():
-            question = f"{m.question}{END}\n{TURN}assistant\n"
+            question = f"{m.question}{END}\n{TURN}assistant\n{family.answer}"
             self.asked[name] = encode(question)
             if tokenizer.convert_tokens_to_ids(UNKNOWN) in self.asked[name]:
                 raise ValueError(f"judge: the tokenizer does not know all words of {m.question!r}; want a judge that "

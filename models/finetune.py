@@ -26,7 +26,7 @@ def add_lora(judge, rng, r=RANK, alpha=ALPHA, dropout=DROPOUT, checkpointing=Fal
     text = judge.model.model.language_model
     if checkpointing:
         getattr(text, "activation_checkpointing_enable", text.gradient_checkpointing_enable)(dict(use_reentrant=False))
-    return lora.inject(text, LORA_TARGETS, r, alpha, dropout, rng)
+    return lora.inject(text, (*LORA_TARGETS, *judge.family.linears), r, alpha, dropout, rng)
 
 
 def sentence_loss(judge, images, modalities, first):

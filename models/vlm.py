@@ -1,7 +1,7 @@
 """Opens a judge's weights as transformers' native network: no remote code, no pickle, no prompt on stdin.
 
 folders   original InternVL chat (config.json has llm_config; merged, or with unmerged LoRA keys), native InternVL,
-          Qwen2.5-VL, Qwen3-VL; files as in checkpoint.py; a hub id is downloaded first
+          Qwen2.5-VL, Qwen3-VL, Qwen3.5; files as in checkpoint.py; a hub id is downloaded first
 traps     the original does not tie embedding and head, the native default does; a position table has 1025 rows at
           448 px, 1297 at 512 px; VLM processors need torchvision, so families.py prepares the pixels, one square tile
 Source: OpenGVLab/InternVL2_5-4B's config.json and tensor names; transformers' InternVL classes.
@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from models import checkpoint, lora
-from models.families import FAMILIES
+from models.families import FAMILIES, NO_JUDGES
 from models.tokenizer import TOKENIZER_FILES, load_tokenizer
 from runtime.files import DamageGuard, Tensors, read_json, refuse
 from runtime.weights import bounded_integer, hub_folder, load_strict, plain_config
@@ -157,7 +157,8 @@ def native_config(old, where="config.json"):
     for name, got, want in checks:
         if got != want:
             raise ValueError(f"vlm.py: {where}: got {name} {got!r}, want {want!r}; "
-                             "use an InternVL2.5 chat checkpoint with a Qwen2 language model (1B or 4B)")
+                             "use an InternVL2.5 chat checkpoint with a Qwen2 language model (1B or 4B), or InternVL3 "
+                             "or 3.5 in transformers' layout (-HF)")
     scaling = dict(llm.get("rope_scaling") or {})
     kind = scaling.pop("type", scaling.pop("rope_type", "default"))
     rope = scaling | dict(rope_theta=llm.get("rope_theta", 1e6), rope_type=kind)
@@ -195,6 +196,9 @@ def family_of(folder, config):
     """The row of FAMILIES for a folder's config.json (a dict). raises ValueError for another kind of model."""
     kind = config.get("model_type")
     kind = "internvl" if kind == "internvl_chat" and "llm_config" in config else kind
+    if kind in NO_JUDGES:
+        raise ValueError(f"vlm.py: got model_type {kind!r} in {folder}, which cannot be asked here: {NO_JUDGES[kind]}; "
+                         f"want {', '.join(map(repr, FAMILIES))} or 'internvl_chat'")
     if kind not in FAMILIES:
         raise ValueError(f"vlm.py: got model_type {config.get('model_type')!r} in {folder}; want "
                          f"{', '.join(map(repr, FAMILIES))} or 'internvl_chat'; a judge needs images: add a row to "

@@ -56,6 +56,7 @@ class WhatToLearnFrom:
     images: str = ""                 # folder of unlabeled photos for GRPO; empty: procedural ones (paper: COCO)
     policy: str = ""                 # SPEC of the predictor to tune; empty: OUT/base (paper: PRISM, Marigold)
     judge: str = ""                  # SPEC of the judge, or of the model to tune; empty: OUT/judge
+    both_orders: bool = False        # ask the judge twice, colours exchanged: the mean counts, the difference is told
     size: Count = 512                # px, side of the square training photos (judge: 512)
     photos: Count = 10000            # photos used by GRPO (paper: 10000 of COCO train)
     base_scenes: Count = 20000       # synthetic scenes of the base stage and of --replay
@@ -324,6 +325,8 @@ def stage_problem(cfg, preset):
         return "--fsdp with --compile: weights that are spread are gathered layer by layer, which is not compiled"
     if cfg.images and cfg.judge == "oracle":
         return f"--images {cfg.images} has no true maps for --judge oracle; use procedural photos"
+    if cfg.both_orders and cfg.judge == "oracle":
+        return "--both-orders with --judge oracle: it prefers no colour; leave one of them out"
     return ""
 
 

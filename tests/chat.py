@@ -1,21 +1,25 @@
-"""Tiny random judges in the true layouts: the original InternVL chat format, and native Qwen-VL."""
+"""Tiny random judges in the true layouts: the original InternVL chat format, native InternVL3.5 and Qwen-VL."""
 import json
 
+import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    CONFIG_MAPPING,
     InternVLConfig,
     InternVLForConditionalGeneration,
     InternVLVisionConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen3Config,
 )
 
 from relations import MODALITIES
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>",
-           "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
+           "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<think>", "</think>"]
 
 
 def byte_pairs():
@@ -180,10 +184,14 @@ def write_original(folder, size=56, lora=False, shards=1, state=None, seed=0, **
     return model
 
 
+def need(kind):
+    """Skip a test when the installed transformers has no such network."""
+    if kind not in CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {kind}")
+
+
 def write_qwen(folder, kind):
-    """A native Qwen2.5-VL or Qwen3-VL folder; returns the network."""
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-    from transformers.models.qwen3_vl import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+    """A native Qwen2.5-VL, Qwen3-VL or Qwen3.5 folder; returns the network."""
     folder.mkdir(parents=True, exist_ok=True)
     vocab = write_tokenizer(folder)
     ids = {name: vocab - len(SPECIAL) + SPECIAL.index(token) for name, token in
@@ -191,27 +199,52 @@ def write_qwen(folder, kind):
             ("vision_end_token_id", "<|vision_end|>"))}
     text = dict(vocab_size=vocab, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2,
                 num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=False)
+    axes = dict(rope_type="default", rope_theta=1e6, mrope_section=[4, 2, 2], mrope_interleaved=True)
+    eye = dict(depth=2, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=32)
     if kind == "qwen2_5_vl":
-        config = Qwen2_5_VLConfig(
-            text_config=text | dict(rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[2, 3, 3])),
-            vision_config=dict(depth=2, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=32,
-                               fullatt_block_indexes=[1], window_size=56),
-            video_token_id=0, tie_word_embeddings=False, **ids)
-        make = Qwen2_5_VLForConditionalGeneration
-    else:
-        config = Qwen3VLConfig(
-            text_config=text | dict(head_dim=16, rope_parameters=dict(
-                rope_type="default", rope_theta=1e6, mrope_section=[4, 2, 2], mrope_interleaved=True)),
-            vision_config=dict(depth=3, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=32,
-                               patch_size=16, num_position_embeddings=16, deepstack_visual_indexes=[0, 1]),
-            video_token_id=0, tie_word_embeddings=False, **ids)
-        make = Qwen3VLForConditionalGeneration
-    with torch.random.fork_rng(devices=[]):
+        name = "Qwen2_5_VL"
+        text |= dict(rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[2, 3, 3]))
+        eye |= dict(fullatt_block_indexes=[1], window_size=56)
+    elif kind == "qwen3_vl":
+        name = "Qwen3VL"
+        text |= dict(head_dim=16, rope_parameters=axes)
+        eye |= dict(depth=3, patch_size=16, num_position_embeddings=16, deepstack_visual_indexes=[0, 1])
+    else:                                                                       # three layers are recurrent
+        name = "Qwen3_5"
+        text |= dict(num_hidden_layers=4, head_dim=32, linear_key_head_dim=8, linear_value_head_dim=8,
+                     linear_num_key_heads=2, linear_num_value_heads=4,
+                     rope_parameters=axes | dict(mrope_section=[2, 1, 1], partial_rotary_factor=0.25))
+        eye |= dict(patch_size=16, num_position_embeddings=16)
+    config = getattr(transformers, f"{name}Config")(text_config=text, vision_config=eye, video_token_id=0,
+                                                    tie_word_embeddings=False, **ids)
+    model = randomise(getattr(transformers, f"{name}ForConditionalGeneration"), config)
+    model.save_pretrained(folder)
+    return model
+
+
+def randomise(kind, config):
+    """A network of a class of transformers whose weights are all random, at the size at which answers differ."""
+    with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = make(config).eval()
+        model = kind(config).eval()
         with torch.no_grad():
             for name, p in model.named_parameters():
                 p.copy_(torch.randn_like(p) * 0.2 + ("norm" in name and name.endswith("weight")))
+    return model
+
+
+def write_internvl3(folder):
+    """A native InternVL3.5 folder: its language model is Qwen3, whose heads are wider than width / heads."""
+    folder.mkdir(parents=True, exist_ok=True)
+    vocab = write_tokenizer(folder)
+    vision = InternVLVisionConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, attention_bias=True,
+                                  intermediate_size=48, image_size=[56] * 2, patch_size=[14] * 2)
+    text = Qwen3Config(vocab_size=vocab, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                       num_attention_heads=2, num_key_value_heads=1, head_dim=24, tie_word_embeddings=False)
+    config = InternVLConfig(vision_config=vision.to_dict(), text_config=text.to_dict(), image_seq_length=4,
+                            image_token_id=vocab - len(SPECIAL) + SPECIAL.index("<IMG_CONTEXT>"),
+                            tie_word_embeddings=False)
+    model = randomise(InternVLForConditionalGeneration, config)
     model.save_pretrained(folder)
     return model
 

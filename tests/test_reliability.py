@@ -63,6 +63,17 @@ def test_the_mean_of_both_orders():
     np.testing.assert_allclose(got, [.8, .6])
 
 
+def test_what_both_orders_are_worth(rows, rooms):
+    """Left is nearer; this judge knows that and leans to red by .2 of probability: one order errs, both do not."""
+    def leans(red, green, m):
+        return {"depth": 0.6 if red[1] < green[1] else 0.4}.get(m, 0.5) + 0.2
+    got = reliability.judge_figures(Rule(leans), rows, rooms, RULES)["depth"]["orders"]
+    assert abs(got["bias"] - 0.4) < 1e-6 and abs(got["bias_size"] - 0.4) < 1e-6
+    assert got["accuracy"] == dict(one=0.5, both=1.0, change=0.5, low=0.5, high=0.5)     # half of each scene's answers
+    assert abs(got["brier"]["one"] - (.2**2 + .6**2) / 2) < 1e-6 and abs(got["brier"]["both"] - .4**2) < 1e-6
+    assert abs(got["ece"]["both"] - 0.4) < 1e-6
+
+
 def test_calibration_is_the_textbook_s():
     prob = np.array([.55, .55, .95, .95, .05, .8])
     first = np.array([True, False, True, True, True, True])
@@ -93,11 +104,11 @@ def test_the_command_prints_and_writes_every_figure(rooms, tmp_path, capsys):
                      "--json", str(tmp_path / "j.json"), "--swap-average"])
     out = capsys.readouterr().out
     got = json.loads((tmp_path / "j.json").read_text())
-    words = ("ECE", "inconsistent", "every question that it knows counts", "both orders", "reliability")
+    words = ("ECE", "inconsistent", "every question that it knows counts", "both orders", "reliability", "mean p - q")
     assert all(word in out for word in words)
     assert set(got["judge"]) == set(RULES) and f"judge: {got['n']} questions of {got['n']}" in out
     for row in got["judge"].values():
-        assert f"{row['accuracy']:.3f}" in out
+        assert f"{row['accuracy']:.3f}" in out and f"{row['orders']['brier']['both']:.4f}" in out
 
 
 def test_scenes_are_asked_for_by_name(capsys):

@@ -244,7 +244,7 @@ def test_a_name_that_is_no_folder_and_no_hub_id_is_refused():
 
 # scores -----------------------------------------------------------------------------------------------------------
 
-FOLDERS = ["internvl", "qwen2_5_vl", "qwen3_vl"]
+FOLDERS = ["internvl", "internvl3_5", "qwen2_5_vl", "qwen3_vl", "qwen3_5"]
 
 
 @pytest.fixture(scope="module", params=FOLDERS)
@@ -254,6 +254,11 @@ def judge(request, original, tmp_path_factory):
         yield load_judge(original[0])
         return
     folder = tmp_path_factory.mktemp(request.param)
+    if request.param == "internvl3_5":
+        chat.write_internvl3(folder)
+        yield load_judge(folder)
+        return
+    chat.need(request.param)
     chat.write_qwen(folder, request.param)
     with pytest.MonkeyPatch.context() as patch:
         row = families.FAMILIES[request.param]
@@ -304,7 +309,7 @@ def test_generated_text_begins_with_the_most_likely_word(judge):
     images = images_of(judge.size, 2)
     for m in ("albedo", "normal"):                                              # albedo: no words before the answer
         said = judge.say(images, m, tokens=1)
-        asked = f"{MODALITIES[m].question}<|im_end|>\n<|im_start|>assistant\n"
+        asked = f"{MODALITIES[m].question}<|im_end|>\n<|im_start|>assistant\n{judge.family.answer}"
         ids = judge.tokenizer(asked, add_special_tokens=False).input_ids
         stem = judge.prompt.blocks[m]
         judge.prompt.blocks[m] = ids
