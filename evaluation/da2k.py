@@ -118,6 +118,7 @@ def ask_both(judge, rgb, pts, name):
     """Probability that red is closer, as drawn and with the colours exchanged: two (P,) float64 numpy, NaN: unknown.
 
     rgb  (3, S, S);  pts  (P, 2, 2) in its pixels;  name  path of the photo
+    The one place that exchanges the colours here: a judge that asks in both orders by itself needs one question
     """
     rgb = rgb[None].to(device_of(judge))
     depth = NAMES.index("depth")
