@@ -68,16 +68,6 @@ class OrdersBank:
         """The folders of both, as text."""
         return " and ".join(str(bank.folder) for bank in self.banks)
 
-    @property
-    def asked(self):
-        """Pairs that the judge was asked about, in each order."""
-        return sum(bank.asked for bank in self.banks)
-
-    @property
-    def known(self):
-        """Pairs that were found on disk, in each order."""
-        return sum(bank.known for bank in self.banks)
-
     def fill(self, *args, **kwargs):
         """As Bank.fill, with the mean answers."""
         (pts, p), (_, q) = [bank.fill(*args, **kwargs) for bank in self.banks]
@@ -101,8 +91,9 @@ class OrdersBank:
 
     def describe(self):
         """What was asked and known, as Bank.describe, and the bias."""
+        asked, known = (sum(getattr(bank, name) for bank in self.banks) for name in ("asked", "known"))
         said = "; ".join(f"{m} {mean:+.3f}, {size:.3f} ({n})" for m, (n, mean, size) in self.bias().items())
-        return (f"{self.asked} pairs asked, {self.known} already known, each in one of two orders; "
+        return (f"{asked} pairs asked, {known} already known, each in one of two orders; "
                 f"colour bias, mean p - q, mean |p - q| (pairs in the bank): {said or 'not known'}")
 
 

@@ -171,11 +171,12 @@ def test_marigold_learns_and_predicts_on_its_device(watch, tmp_path, flags):
     assert not any(map(marked, predict_maps(policy, torch.rand(2, 3, 32, 32), 2, 0).values()))
 
 
-@pytest.mark.parametrize("kind", ["internvl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("kind", ["internvl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"])
 def test_judges_answer_on_their_device_and_learn(watch, monkeypatch, tmp_path, kind):
     if kind == "internvl":
         chat.write_original(tmp_path / "judge")
     else:
+        chat.need(kind)
         chat.write_qwen(tmp_path / "judge", kind)
         row = families.FAMILIES[kind]
         monkeypatch.setitem(families.FAMILIES, kind, dataclasses.replace(row, size=128))
