@@ -26,6 +26,7 @@ from models import vlm
 from models.families import FAMILIES, SYSTEM, Prompt, read_answer
 from models.mini_judge import mini_network, mini_tokenizer
 from models.reader import Reader
+from models.served import ServedJudge, is_served
 from relations import MODALITIES, NAMES, check_points, draw_markers
 from runtime.command import run_command
 from runtime.files import replace_files, write_json
@@ -130,21 +131,22 @@ def load_judge(spec, device="cpu", dtype=None, size=0, text=False):
     """Open a judge by its SPEC (runtime.weights.Spec).
 
     A folder or hub id holds a mini judge, an InternVL chat model (merged or unmerged LoRA), a native model of
-    models/families.py, or a PEFT adapter of one. A class of yours is AnyJudge.
+    models/families.py, or a PEFT adapter of one. A class of yours is AnyJudge; so is a server (http://HOST:PORT#MODEL).
 
     dtype   of the weights; None: fp32 on a CPU, as stored (bf16 for the published ones) on a GPU
     size    px of the tile, if not the checkpoint's own (InternVL only)
     raises  FileNotFoundError, ValueError: one line that names the file or key
     """
+    if is_served(spec):
+        return ServedJudge(spec)
     found = read_spec(spec)
     if found.module:
         return own_judge(found, device)
-    folder = found.text
-    with vlm.refuse_damage(folder):
-        model, tokenizer, about = vlm.open_network(folder, size)
+    with vlm.refuse_damage(found.text):
+        model, tokenizer, about = vlm.open_network(found.text, size)
         dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else None)
         model = model.to(device, dtype) if dtype else model.to(device)
-        return Judge(model, tokenizer, **about, origin="" if size else str(folder), text=text).to(device).eval()
+        return Judge(model, tokenizer, **about, origin="" if size else found.text, text=text).to(device).eval()
 
 
 def own_judge(spec, device):
@@ -157,8 +159,8 @@ def own_judge(spec, device):
 
 
 def open_judge(spec, device="cpu"):
-    """A judge whose weights are read at the first question, or an object of the user's class."""
-    return load_judge(spec, device) if read_spec(spec).module else LazyJudge(spec, device)
+    """A judge whose weights are read at the first question, a server, or an object of the user's class."""
+    return load_judge(spec, device) if is_served(spec) or read_spec(spec).module else LazyJudge(spec, device)
 
 
 def build_mini_judge(sizes, rng):

@@ -97,6 +97,7 @@ def tune_judge(cfg, device):
     its dropout from its own place in the run, so any number of processes takes the same steps.
     """
     folder = Path(cfg.out) / "judge"
+    weights = weights_digest(cfg.judge)                                         # of files: a server cannot be tuned
     model = load_judge(cfg.judge, device, size=cfg.size)
     add_lora(model, generator(cfg.seed, STREAMS["lora"]), checkpointing=True)
     rows = questions.training_questions(cfg, model.grid)
@@ -104,7 +105,7 @@ def tune_judge(cfg, device):
     steps = math.ceil(cfg.judge_passes * len(rows) / cfg.judge_batch)
     learnt = trained_part(model.model)
     opts = optimizers([learnt], cfg.judge_lr, 0, weight_decay=0.01, betas=(0.9, 0.999))
-    fixed = fixed_settings(cfg, "tuned judge") | dict(questions=len(rows), judge_weights=weights_digest(cfg.judge))
+    fixed = fixed_settings(cfg, "tuned judge") | dict(questions=len(rows), judge_weights=weights)
     run = Run(folder, fixed, cfg.seed, steps, dict(adapters=learnt), opts, cfg.save_every)
     ranks.say(f"judge: {len(rows)} questions, {steps} steps of {cfg.judge_batch}; "
               f"{sum(p.numel() for p in learnt.parameters())} weights train")

@@ -224,11 +224,11 @@ class DamageGuard:
             raise Refusal(f"{where}: got {got} ({one_line(error)}), want {want}; {do}") from error
 
 
-def decode_json(content, where):
-    """JSON bytes -> the value they hold. raises Refusal: not JSON, too large, nested too deeply."""
+def decode_json(content, where, words=("a file that is not JSON", "the official one", "fetch it again")):
+    """JSON bytes -> the value they hold. raises Refusal (in these words): not JSON, too large, nested too deeply."""
     if len(content) > JSON_BYTES:
         refuse(where, f"{len(content)} bytes of JSON", f"at most {JSON_BYTES}", "shorten it")
-    with DamageGuard(where, "a file that is not JSON", "the official one"):
+    with DamageGuard(where, *words):
         return json.loads(content)
 
 
