@@ -169,7 +169,7 @@ def place(run, tmp_path_factory):
     """A folder with what the commands name: a finished run, photos, a benchmark, tiny weights under the hub's names."""
     here = tmp_path_factory.mktemp("readme")
     shutil.copytree(run, here / "out" / "mini")
-    rgb = ScenePool("wild", "val", 2, 16).all()["rgb"]
+    rgb = ScenePool("wild", "val", 10, 16).all()["rgb"]
     for folder in ("photos", "coco/train2017"):
         (here / folder).mkdir(parents=True)
         for i, x in enumerate(rgb):
