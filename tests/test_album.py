@@ -146,7 +146,7 @@ def test_a_judge_of_another_size_is_asked_at_its_own_and_its_points_move(tmp_pat
     known = learn.prob[..., 0].isfinite()
     rows = learn.pts[..., 0]
     assert known.any() and torch.equal(known, (learn.pts[..., 0, :] != learn.pts[..., 1, :]).any(-1))
-    up = (rows[..., 0] > rows[..., 1]) & known                                  # where rows stay apart, the answer holds
+    up = (rows[..., 0] > rows[..., 1]) & known                                  # rows that stay apart keep their answer
     assert (learn.prob[..., 0][up] == 1).all() and (size > 8 or not known.all())
     if source == "folder":
         for part in (learn, held):

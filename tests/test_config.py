@@ -91,7 +91,7 @@ def test_without_flags_it_is_all_stages_of_mini():
 
 @pytest.mark.parametrize("argv, preset", [
     (["--stage", "grpo", *WEIGHTS], "tune"), (["--stage", "grpo", *WEIGHTS, "--preset", "mini"], "mini"),
-    (["--stage", "grpo", *WEIGHTS, "--steps", "7", "--lr", "1e-3"], "tune"), (["--stage", "grpo", *WEIGHTS[:4]], "mini"),
+    (["--stage", "grpo", *WEIGHTS, "--steps", "7"], "tune"), (["--stage", "grpo", *WEIGHTS[:4]], "mini"),
     (["--stage", "grpo", *WEIGHTS[2:]], "mini"), (WEIGHTS, "mini"), (["--stage", "base", *WEIGHTS], "mini")])
 def test_a_network_a_judge_and_photos_of_ones_own_are_the_preset_tune(argv, preset):
     found, cfg, _ = parse(argv)
