@@ -2,6 +2,7 @@
 
     python train.py                                      preset mini: 2 CPU cores, no downloads
     python train.py --stage grpo --images DIR            GRPO on your own photos
+    python train.py --stage grpo --policy NET --judge J --images DIR    the same for a network of yours (preset tune)
     python train.py --stage judge --scenes DIR --judge MODEL    LoRA on a published judge, from ground truth
     torchrun --nproc_per_node=8 train.py --stage grpo    a share of the photos on each process
 
@@ -9,6 +10,7 @@ Each stage is one loop; the same command again resumes. A group stays on one ran
 """
 import functools
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,11 +18,9 @@ import torch
 import grpo
 import kernels
 from data import questions
-from data.bank import Judgements
-from data.oracle import Oracle
-from data.orders import open_bank
+from data.album import check_count, held_out_digest, judgements, read_album
 from data.photos import read_first_rgb
-from data.pools import ScenePool, list_scenes, scene_pool, training_photos
+from data.pools import ScenePool, list_scenes, scene_pool
 from evaluation import report
 from evaluation.watch import Watch, reward_statistics
 from judge import ORACLE, build_mini_judge, load_judge, open_judge
@@ -30,7 +30,7 @@ from models.dit import DiT, DiTConfig, flow_loss
 from models.finetune import WARMUP, add_lora, tuning_gradient
 from models.mini_judge import MiniSizes, Probe, judge_loss
 from predictor import load_predictor
-from relations import NAMES, sample_pairs
+from relations import NAMES
 from runtime import ranks
 from runtime.command import run_command, run_stage
 from runtime.config import MICRO, UserError, fixed_settings, plan
@@ -124,30 +124,19 @@ def tune_judge(cfg, device):
               flush=True)
 
 
-def judgements(cfg, device, modalities, together=True):
-    """Unlabeled training photos and what the judge says of them, asked once and kept in the judgement bank.
+def named_judge(cfg, device="cpu"):
+    """The judge of a run, opened at its first question (judge.AnyJudge); None: the oracle."""
+    return None if cfg.judge == ORACLE else open_judge(cfg.judge or Path(cfg.out) / "judge", device)
 
-    modalities  of the predictor: no others are asked about
-    together  True when all ranks call: each asks about its share;  False: this one asks what is left
-    returns   data.bank.Judgements
+
+def settle(cfg, policy, judge):
+    """The settings with what they leave to the networks: --size 0 and --jitter 0.
+
+    returns  runtime.config.Config: size px, jitter in px of it (until here in px of the judge's photos)
     """
-    if cfg.judge == ORACLE:
-        scenes = scene_pool("wild", "train", cfg.photos, cfg.size, device=device).all()
-        names = [f"wild {i}" for i in range(len(scenes["rgb"]))]
-        rng = generator(cfg.seed, STREAMS["oracle"])
-        pts = sample_pairs(len(names), (cfg.size, cfg.size), cfg.bank_pairs, rng, mask=scenes["mask"])
-        prob = Oracle(scenes, rng).ask(scenes["rgb"], pts, names, modalities)
-        return Judgements((scenes["rgb"] * 255).round().byte(), pts, prob, names)
-    photos, names, what = training_photos(cfg, device, together)
-    judge = open_judge(cfg.judge or Path(cfg.out) / "judge", device)            # in memory only if the bank asks it
-    if judge.size != cfg.size:
-        raise UserError(f"train.py: the judge sees {judge.size} px photos and --size is {cfg.size}; "
-                        "use one size for both")
-    bank = open_bank(cfg.bank or Path(cfg.out) / "bank", judge, cfg.both_orders)
-    fill = bank.fill_together if together else bank.fill
-    pts, prob = fill(photos, cfg.bank_pairs, device, names, modalities)
-    ranks.say(f"grpo: {what}; judgement bank: {bank.describe()}")
-    return Judgements(photos, pts, prob, names)
+    size = cfg.size or max(1, policy.size // policy.multiple) * policy.multiple
+    seen, cell = (size, 1) if judge is None else (judge.size, judge.grid)
+    return replace(cfg, size=size, jitter=max(1, round((cfg.jitter or cell) * size / seen)))
 
 
 def train_grpo(cfg, device, sample=grpo.sample_groups, gradient=grpo.policy_gradient):
@@ -159,12 +148,17 @@ def train_grpo(cfg, device, sample=grpo.sample_groups, gradient=grpo.policy_grad
     anchors   0.2 times the supervised loss on synthetic scenes, an early end when a figure drifts; paper: neither
     result    the exponential average of the policy; the paper does not say
     settings  clip, beta, updates per rollout and the dead zone are ours; the paper leaves them open
+    returns   data.bank.Judgements of the photos held out, None of procedural ones
     """
     nets = Networks(functools.partial(load_predictor, cfg.start), cfg, device)
+    judge = named_judge(cfg, device)
+    cfg = settle(cfg, nets.policy, judge)
+    album = read_album(cfg, judge)
     opts = optimizers([nets.policy], cfg.lr, 0, weight_decay=0.0, betas=(0.9, 0.95))
-    run = Run(cfg.grpo_folder, resume_key(cfg), cfg.seed, cfg.steps, nets.modules, opts, cfg.save_every)
-    watch = Watch(nets, run, cfg, base=str(cfg.start), trained_on=cfg.images or "procedural wild photos")
-    photos = judgements(cfg, device, nets.policy.modalities) if run.has_steps else None
+    run = Run(cfg.grpo_folder, resume_key(cfg, judge, album), cfg.seed, cfg.steps, nets.modules, opts, cfg.save_every)
+    photos, held = judgements(cfg, judge, device, nets.policy.modalities, album, run.has_steps)
+    del judge, album                                                            # their memory is free from here on
+    watch = Watch(nets, run, cfg, held, base=str(cfg.start), trained_on=cfg.images or "procedural wild photos")
     replay = scene_pool("synthetic", "train", cfg.base_scenes, cfg.size, device=device) if (
         run.has_steps and cfg.replay) else None
     for step, draw in run.steps("grpo", cfg.stop_at, STREAMS["grpo"], cfg.batch):
@@ -188,6 +182,7 @@ def train_grpo(cfg, device, sample=grpo.sample_groups, gradient=grpo.policy_grad
         nets.follow(step)                                                       # average <- EMA of policy
         run.log(step, stats | {"time/step": run.seconds}, show=("reward", "policy/kl"), **watch.evaluate(step))
     watch.close()
+    return held
 
 
 def supervised_loss(policy, maps, batch):
@@ -196,11 +191,12 @@ def supervised_loss(policy, maps, batch):
         return policy.loss(maps, batch.modalities, batch.draw)
 
 
-def resume_key(cfg):
-    """What a GRPO run may not change when it resumes: settings, and digests of both weights."""
+def resume_key(cfg, judge, album):
+    """What a GRPO run may not change when it resumes: settings, sizes, digests of both weights, the held-out photos."""
     ranks.divide_batch(cfg.batch, "batch")
-    judge = cfg.judge if cfg.judge == ORACLE else open_judge(cfg.judge or Path(cfg.out) / "judge").digest()
-    return fixed_settings(cfg, "grpo") | dict(policy_weights=weights_digest(cfg.start), judge=judge)
+    asked = dict(judge=ORACLE) if judge is None else dict(judge=judge.digest(), judge_size=judge.size)
+    return fixed_settings(cfg, "grpo") | asked | dict(policy_weights=weights_digest(cfg.start),
+                                                      held_out=held_out_digest(album))
 
 
 STAGES = dict(base=train_base, judge=train_judge, grpo=train_grpo)
@@ -217,7 +213,7 @@ def main(argv=None):
               f"run folder {cfg.out}")
     check_inputs(cfg)
     for name in needed_stages(cfg):
-        run_stage(STAGES[name], cfg, device)
+        held = run_stage(STAGES[name], cfg, device)
         ranks.barrier()
         if cfg.stop_at and name != cfg.stage:                                   # of several stages
             ranks.say(f"train.py: stopped after {cfg.stop_at} steps of {name} (--stop-at); without it the same goes on")
@@ -225,8 +221,7 @@ def main(argv=None):
     if ranks.rank() == 0 and cfg.stage in ("all", "grpo") and not cfg.stop_at:
         result = read_spec(cfg.start).at(cfg.grpo_folder)
         if cfg.images:
-            judged = judgements(cfg, device, load_predictor(result).modalities, together=False)
-            report.report_photos(cfg, device, judged, cfg.start, result)
+            report.report_photos(cfg, device, held, cfg.start, result)
         else:
             report.report_wild(cfg, device, cfg.start, result)
 
@@ -250,6 +245,7 @@ def check_inputs(cfg):
     """Open all that the user named: a wrong path fails now, not after hours. raises UserError, OSError, ValueError."""
     if cfg.stage in ("all", "grpo"):
         if cfg.images:
+            check_count(cfg.images, cfg.out)
             read_first_rgb(cfg.images, cfg.out)
         if cfg.policy:
             policy = load_predictor(cfg.policy)

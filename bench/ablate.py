@@ -21,6 +21,7 @@ import torch
 import train
 from bench import baselines
 from bench.arithmetic import count_flops
+from data.album import judgements
 from data.pools import scene_pool
 from evaluation import report, scores, watch
 from evaluation.plots import Line, figure
@@ -100,7 +101,7 @@ def prepare(args, seed):
     torch.set_num_threads(args.threads)
     for stage in train.needed_stages(shared)[:-1]:
         train.STAGES[stage](replace(shared, stage=stage), device)
-    train.judgements(cfg, device, NAMES)
+    judgements(cfg, train.named_judge(cfg, device), device, NAMES)
     path = out / "flops.json"
     known = read_json(path) if path.is_file() else {}
     for row in {"all", *args.rows}:

@@ -4,6 +4,7 @@ rgb       (3, H, W) float32, sRGB-encoded in [0, 1], upright
 errors    ValueError (bad content) or FileNotFoundError (missing), one line: got, want, do. Paths are printed with repr,
           so a newline in a name stays inside the line
 """
+import hashlib
 import itertools
 import os
 import sys
@@ -247,26 +248,40 @@ def as_bytes(rgb, size):
     return (fit_square(rgb, size) * 255).round().to(torch.uint8)
 
 
+def pixel_digest(rgb):
+    """Digest of a photo's pixels, (3, H, W) in [0, 1], at 8 bits: 16 hex digits. Names and files do not matter."""
+    pixels = (rgb * 255).round().to(torch.uint8)
+    return hashlib.blake2b(pixels.numpy().tobytes() + str(tuple(rgb.shape)).encode(), digest_size=8).hexdigest()
+
+
 class Photos:
     """All photos of a folder in memory, uint8, each read once: `size`^2 x 3 bytes per photo.
 
     folder    searched by find_images; size: side of the square that `fit_square` cuts, pixels
     limit     stop after this many readable ones; 0: all;  out: of find_images
+    seen      side, pixels, at which a judge sees them; 0: size
     .names    paths relative to the folder, in the order of the rows of .images (n, 3, size, size) uint8
+    .seen     (n, 3, seen, seen) uint8, the same squares; where the sides are equal it is .images itself
+    .digests  pixel_digest of each
     .skipped  [(path, reason)] of files that could not be read; each is also named on stderr
     raises    FileNotFoundError (find_images); ValueError when none is readable
     """
 
-    def __init__(self, folder, size, limit=0, out=None):
+    def __init__(self, folder, size, limit=0, out=None, seen=0):
         paths = find_images(folder, out)
         root = Path(folder)
         root = root.parent if root.is_file() else root
-        self.images = torch.zeros(min(limit or len(paths), len(paths)), 3, size, size, dtype=torch.uint8)
+        most = min(limit or len(paths), len(paths))
+        self.images, self.seen = (torch.zeros(most, 3, side, side, dtype=torch.uint8) for side in (size, seen or size))
         self.names = []
+        self.digests = []
         self.skipped = []
         bar = tqdm(paths, desc="photos", leave=False, disable=len(paths) < 50)
-        for path, rgb in itertools.islice(readable_photos(bar, self.skipped), len(self.images)):
+        for path, rgb in itertools.islice(readable_photos(bar, self.skipped), most):
             self.images[len(self.names)] = as_bytes(rgb, size)
+            if seen not in (0, size):
+                self.seen[len(self.names)] = as_bytes(rgb, seen)
+            self.digests.append(pixel_digest(rgb))
             self.names.append(str(path.relative_to(root)))
         if not self.names:
             raise ValueError(f"photos.py: none of {len(paths)} images in {str(folder)!r} could be read "
@@ -274,6 +289,7 @@ class Photos:
         if self.skipped:
             print(f"photos.py: skipped {len(self.skipped)} of {len(paths)} in {str(folder)!r}", file=sys.stderr)
         self.images = self.images[:len(self.names)]
+        self.seen = self.images if self.seen.shape[1:] == self.images.shape[1:] else self.seen[:len(self.names)]
 
     def __len__(self):
         return len(self.names)

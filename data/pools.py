@@ -11,12 +11,10 @@ import torch
 from tqdm import tqdm
 
 from data import scenes
-from data.photos import Photos, fit_square, open_image
+from data.photos import fit_square, open_image
 from data.pictures import row_of
 from relations import MODALITIES
-from runtime.config import UserError
 from runtime.files import find_files
-from runtime.ranks import combine_numbers
 
 MAPS = ("rgb", *MODALITIES)
 
@@ -149,23 +147,3 @@ class ScenePool:
 def scene_pool(*args, **kwargs):
     """ScenePool of the same arguments, rendered once per process."""
     return ScenePool(*args, **kwargs)
-
-
-def training_photos(cfg, device, together=True):
-    """Unlabeled photos for GRPO: those of --images, or procedural wild ones.
-
-    cfg       images, photos, size, out of runtime.config.Config;  together  True when all ranks call
-    returns   photos (n, 3, S, S) uint8, n names, and a few words that say what they are
-    raises    UserError when the ranks can read different numbers of photos
-    """
-    if cfg.images:
-        found = Photos(cfg.images, cfg.size, cfg.photos, cfg.out)
-        seen = combine_numbers(dict(n_min=len(found), n_max=len(found))) if together else {}
-        if len(set(seen.values())) > 1:
-            raise UserError(f"train.py: processes can read different numbers of the photos in {cfg.images}; "
-                            "want a folder that all of them see alike")
-        what = f"{len(found)} photos of {cfg.images} ({len(found.skipped)} unreadable)"
-        return found.images, found.names, what
-    pool = ScenePool("wild", "train", cfg.photos, cfg.size, keys=("rgb",), device=device)
-    rgb = (pool.all()["rgb"] * 255).round().byte()
-    return rgb, [f"wild {i}" for i in range(len(rgb))], f"{len(rgb)} procedural wild photos"

@@ -12,25 +12,25 @@ from data.orders import BothOrders
 from data.pictures import panel, picture_of, save_png
 from data.pools import ScenePool
 from evaluation import reliability
+from evaluation.agreement import confidence, photo_figures
 from evaluation.intervals import bootstrap_interval, verdict
 from evaluation.scores import (
     HEURISTICS,
     METRICS,
     PAIRS,
-    SURFACE,
     eval_pairs,
     judge_scores,
-    photo_scores,
     predict_maps,
     score_maps,
 )
-from grpo import agreement
 from judge import ORACLE, load_judge
 from predictor import load_predictor
 from relations import MODALITIES, NAMES
 from runtime.files import write_json
 from runtime.ranks import pick_device
 from runtime.run import about
+
+ROWS = 4                          # photos in a panel
 
 
 def compared_paths(args):
@@ -172,8 +172,11 @@ def report_wild(cfg, device, start, result):
         pairs = eval_pairs(maps, PAIRS, 1, 0)
         pred = [predict_maps(p, maps["rgb"], cfg.eval_steps, 0, cfg.micro or 64) for p in (before, after)]
         values = [score_maps(p, maps, pairs) for p in pred]
-        ask = judge_model is not None and name != "synthetic"
-        answers = judge_scores(judge_model, maps, pred[0], 0, name) if ask else None
+        answers = None
+        if judge_model is not None and name != "synthetic":
+            seen = maps if judge_model.size == cfg.size else ScenePool(name, "test", cfg.eval_images,
+                                                                       judge_model.size).all()
+            answers = judge_scores(judge_model, seen, pred[0], 0, name)
         results.append(report_scenes(name, values[1], values[0], answers))
         if name == "wild":
             save_panel(out / "panel.png", maps["rgb"], *pred, truth=maps)
@@ -182,49 +185,52 @@ def report_wild(cfg, device, start, result):
           f"maps of your own photos: python predictor.py PHOTO --checkpoint {result}")
 
 
-def report_photos(cfg, device, judgements, start, result):
-    """Before/after figures without ground truth on the photos of --images; writes OUT/photos/report.json, panel.png.
+def report_photos(cfg, device, held, start, result):
+    """Before/after figures without ground truth on photos of --images that were held out; writes two files.
 
     cfg            of the run: images, eval_images, eval_steps, micro, seed, and the settings of the reward
-    judgements     data.bank.Judgements, of which the first cfg.eval_images are shown
+    held           data.bank.Judgements, the photos on which nothing was trained; of them the first cfg.eval_images
     start, result  SPEC of the predictor that GRPO started from, and of what it has become
+
+    OUT/photos/report.json holds n, the names of the photos, the judge's mean confidence in each modality, and for each
+    figure base, x (after), change with its paired bootstrap 95 % interval (low, high), verdict, n. The figures:
+    reward/m and agreement/m of evaluation/agreement.py, and depth-normal RMSE where the predictor has both maps.
+    OUT/photos/panel.png shows the first photos with the maps before and after
     """
-    n = cfg.eval_images
-    rgb = judgements.rgb[:n].float() / 255
-    pred = []
-    rows = {}
+    n = min(cfg.eval_images, len(held.rgb))
+    shown = []
+    values = []
     for spec in (start, result):                                                # one in memory at a time
         policy = load_predictor(spec).to(device)
-        pred.append(predict_maps(policy, rgb, cfg.eval_steps, 0, cfg.micro or 64))
+        shown.append(predict_maps(policy, held.rgb[:ROWS].float() / 255, cfg.eval_steps, 0, cfg.micro or ROWS))
+        values.append(photo_figures(policy, held, cfg, n))
         del policy
-    confidences = {}
-    for m in pred[0]:
-        prob = judgements.prob[:n, :, NAMES.index(m)]
-        known = prob.isfinite()
-        if known.any():
-            confidences[m] = float((2 * prob[known] - 1).abs().mean())
-            photos = known.any(1)                                               # of which the judge knows something
-            rows[f"reward/{m}"] = [agreement(p[m][:, None], judgements.pts[:n], prob, m, cfg)[2][photos, 0].numpy()
-                                   for p in pred]
-    if all(m in pred[0] for m in SURFACE):
-        rows["depth-normal RMSE"] = [photo_scores(p) for p in pred]
-    figures = {"n": len(rgb), "judge/confidence": confidences}
+    figures = {"n": n, "photos": held.names[:n], "judge/confidence": {}}
     lines = []
-    for name, (a, b) in rows.items():
+    for name, before in values[0].items():
+        kind, _, m = name.partition("/")
+        if kind in ("high_frequency", "spread"):                                # neither is better or worse
+            continue
+        known = np.isfinite(before)
+        a, b = before[known], values[1][name][known]
         change, low, high = bootstrap_interval(a, b)
-        figures[name] = dict(base=float(a.mean()), x=float(b.mean()), change=change, low=low, high=high, n=len(a))
-        _, _, m = name.partition("reward/")
-        confidence = f"confidence {confidences[m]:.3f}" if m else "ours"
-        lines.append((name, confidence, str(len(a)), f"{a.mean():.4f}", f"{b.mean():.4f}", f"{change:+.4f}",
-                      f"[{low:+.4f}, {high:+.4f}]"))
-    print_table(f"{cfg.images}: {len(rgb)} of the photos trained on; no ground truth exists; paired bootstrap 95 %",
-                lines, ("figure", "judge", "photos", "base", "X", "change", "95 %"))
+        is_better = verdict(low, high, 1 if m else -1)
+        figures[name] = dict(base=float(a.mean()), x=float(b.mean()), change=change, low=low, high=high,
+                             verdict=is_better, n=len(a))
+        if m:
+            figures["judge/confidence"][m] = confidence(held, m, n)
+        sure = f"confidence {figures['judge/confidence'][m]:.3f}" if m else "ours"
+        lines.append((name, sure, str(len(a)), f"{a.mean():.4f}", f"{b.mean():.4f}", f"{change:+.4f}",
+                      f"[{low:+.4f}, {high:+.4f}]", is_better))
+    print_table(f"{cfg.images}: {n} of {len(held.rgb)} held-out photos, on which nothing was trained; no ground truth "
+                "exists; change with paired bootstrap 95 % interval",
+                lines, ("figure", "judge", "photos", "base", "X", "change", "95 %", ""))
     folder = cfg.grpo_folder
     write_json(folder / "report.json", dict(about=about(), seed=cfg.seed, **figures))
-    save_panel(folder / "panel.png", rgb, *pred, labels=judgements.names)
+    save_panel(folder / "panel.png", held.rgb[:ROWS].float() / 255, *shown, labels=held.names)
 
 
-def save_panel(path, rgb, before, after, truth=None, labels=None, rows=4):
+def save_panel(path, rgb, before, after, truth=None, labels=None, rows=ROWS):
     """Write a picture: a row per photo (n, 3, H, W) with the maps before and after, and the true maps if known."""
     tiles = []
     for i in range(min(rows, len(rgb))):

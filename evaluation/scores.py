@@ -5,6 +5,7 @@ Every score is an array with one number per image, so that two predictors can be
 import numpy as np
 import torch
 
+from data.album import move_points
 from data.maps import assumed_camera
 from data.questions import true_relations
 from evaluation import metrics, surface
@@ -160,7 +161,8 @@ def judge_scores(judge, maps, pred, seed, domain=""):
     """Accuracy of a judge, of a predictor's maps and of the heuristics on pairs at points that the judge can read.
 
     A pair that the judge does not know counts for none of them.
-    pred     dict modality -> (B, C, H, W);  domain  of the scenes, whose names are "DOMAIN NUMBER"
+    maps     of a scene pool, of the judge's size;  domain  of the scenes, whose names are "DOMAIN NUMBER"
+    pred     dict modality -> (B, C, H, W) of the same scenes, of any size
     returns  dict "judge/m", "predictor/m", "heuristic/m" -> (B,) numpy
     """
     out = {}
@@ -174,7 +176,8 @@ def judge_scores(judge, maps, pred, seed, domain=""):
         truth = truth.where(prob.isfinite(), 0)
         out[f"judge/{m}"] = accuracy(prob - 0.5, truth)
         if m in pred:
-            out[f"predictor/{m}"] = accuracy(margin(pred[m], pts, m), truth)
+            places = move_points(pts, maps["rgb"].shape[-1], pred[m].shape[-1])
+            out[f"predictor/{m}"] = accuracy(margin(pred[m], places, m), truth)
         out[f"heuristic/{m}"] = accuracy(HEURISTICS[m][1](maps["rgb"], pts), truth)
     return out
 

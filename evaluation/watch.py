@@ -1,7 +1,9 @@
 """Validation during a GRPO run: figures for the log, the best copy so far, and an early end when a figure drifts.
 
-The averaged policy is evaluated on validation scenes on which no stage trains. When a figure has left its band, the
-average is reset to its state at the evaluation before, and the run ends.
+The averaged policy is evaluated on what no stage trains on: with --images on the photos held out, by their agreement
+with the judge (photos/..., evaluation/agreement.py), which then decides which copy is best; on validation scenes with
+true maps (wild/..., synthetic/...) without --images, and for a network that was trained on such scenes. When a figure
+has left its band, the average is reset to its state at the evaluation before, and the run ends.
 """
 import math
 
@@ -10,16 +12,21 @@ import torch
 
 from data.pools import scene_pool
 from evaluation import metrics
+from evaluation.agreement import photo_figures
 from evaluation.scores import METRICS, PAIRS, eval_pairs, predict_maps, score_maps
 from grpo import is_unanimous
 from runtime.files import read_json, read_log, write_json
 from runtime.ranks import combine_numbers, rank
 from runtime.run import about
 
+AGREEMENTS = ("reward", "agreement")     # figures of held-out photos that lie in [0, 1], 1 is best
+LEAST_ERROR = 0.05                # a start that disagrees less with the judge counts as this: a pair more is no drift
+
 
 def validation_rows(folder):
     """Rows of a run's log that hold validation figures."""
-    return [row for row in read_log(folder / "metrics.jsonl") if any(k.startswith("synthetic/") for k in row)]
+    return [row for row in read_log(folder / "metrics.jsonl")
+            if any(k.startswith(("synthetic/", "photos/")) for k in row)]
 
 
 def reward_statistics(scored):
@@ -43,13 +50,15 @@ class Watch:
 
     nets   models.copies.Networks;  run  runtime.run.Run, whose `ended` it sets
     origin facts that saved copies record, such as the base
-    cfg    eval_every, eval_steps, eval_images, band, forget, size, micro, fsdp of runtime.config.Config
+    cfg    eval_every, eval_steps, eval_images, band, forget, size, micro, fsdp, reward of runtime.config.Config
+    held   data.bank.Judgements of the photos held out, None: there are none
     """
 
-    def __init__(self, nets, run, cfg, **origin):
+    def __init__(self, nets, run, cfg, held=None, **origin):
         self.nets = nets
         self.run = run
         self.cfg = cfg
+        self.held = held
         self.origin = origin | {k: v for k, v in about().items() if k in ("command", "commit")}
         seen = [row for row in validation_rows(run.folder) if row["step"] < run.start]
         self.drifted = drift(seen[-1], seen[0], cfg.band, cfg.forget) if seen else ""    # the same on every rank
@@ -79,7 +88,13 @@ class Watch:
     def _figures(self, step):
         """Figures of the average. Sets `drifted`, the figure that has left its band, and saves the best so far."""
         cfg = self.cfg
-        figures = diagnose(self.nets.average, cfg.size, cfg.eval_steps, validation_images(cfg), batch=cfg.micro or 64)
+        average = self.nets.average
+        figures = {}
+        if self.held is None or average.replays:
+            figures = diagnose(average, cfg.size, cfg.eval_steps, validation_images(cfg), batch=cfg.micro or 64)
+        if self.held is not None:
+            figures |= {f"photos/{k}": float(np.nanmean(x))
+                        for k, x in photo_figures(average, self.held, cfg, cfg.eval_images).items()}
         figures = combine_numbers(figures) if cfg.fsdp else figures             # so that all ranks decide alike
         start = (validation_rows(self.run.folder) or [figures])[0]
         self.drifted = drift(figures, start, cfg.band, cfg.forget)
@@ -100,16 +115,22 @@ class Watch:
 
 
 def is_best(folder, figures):
-    """Whether validation figures are the best of a run so far (best.json), by the mean of all pair accuracies."""
+    """Whether validation figures are the best of a run so far (best.json), by mean_accuracy."""
     best = folder / "best.json"
     score = mean_accuracy(figures)
     return math.isfinite(score) and not (best.exists() and read_json(best)["score"] >= score)
 
 
 def mean_accuracy(figures):
-    """Mean of all pair accuracies among validation figures; nan where there is none."""
-    values = [v for k, v in figures.items() if k.endswith("/pairs")]
+    """Mean of rewards and hard agreements on held-out photos, without them of all pair accuracies; nan without any."""
+    values = [v for k, v in figures.items() if is_agreement(k)]
+    values = values or [v for k, v in figures.items() if k.endswith("/pairs")]
     return sum(values) / len(values) if values else math.nan
+
+
+def is_agreement(name):
+    """Whether a validation figure is agreement with the judge."""
+    return name.startswith(tuple(f"photos/{kind}/" for kind in AGREEMENTS))
 
 
 def diagnose(policy, size, steps, n=24, seed=0, batch=64):
@@ -135,17 +156,21 @@ def diagnose(policy, size, steps, n=24, seed=0, batch=64):
 def drift(now, start, band, forget):
     """The first figure that has left its band since the start, in words; "" when there is none.
 
-    now, start  figures of `diagnose`
-    band        factor by which sharpness and spread of wild maps may change, either way; 0: any
-    forget      share by which a synthetic validation error may grow; 0: any
+    now, start  validation figures
+    band        factor by which sharpness and spread of maps of photos (wild scenes) may change, either way; 0: any
+    forget      share by which a synthetic validation error, or the disagreement with the judge on held-out photos, may
+                grow; 0: any
     """
     for name in now:
         if start.get(name) is None or now[name] is None:                        # not finite, or not measured
             continue
-        if band and name.startswith("wild/") and name.endswith(("_high_frequency", "_spread")):
+        if band and (name.startswith("wild/") and name.endswith(("_high_frequency", "_spread"))
+                     or name.startswith(("photos/high_frequency/", "photos/spread/"))):
             factor = now[name] / max(start[name], 1e-12)
             if not 1 / band <= factor <= band:
                 return f"{name} is {factor:.2g} x what it was (--band {band:g})"
+        if forget and is_agreement(name) and 1 - now[name] > (1 + forget) * max(1 - start[name], LEAST_ERROR):
+            return f"{name} has fallen from {start[name]:.4g} to {now[name]:.4g} (--forget {forget:g})"
         domain, _, metric = name.partition("/")
         if forget and domain == "synthetic" and METRICS[metric][1] < 0 and now[name] > (1 + forget) * start[name]:
             return f"{name} has grown from {start[name]:.4g} to {now[name]:.4g} (--forget {forget:g})"

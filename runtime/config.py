@@ -1,4 +1,4 @@
-"""Settings of train.py: dataclasses whose comments are the --help text, three presets, two estimators.
+"""Settings of train.py: dataclasses whose comments are the --help text, four presets, two estimators.
 
 Order: default (the paper's value where the paper has one) < preset < --estimator < flag. A group of settings is a
 class; `fixed` says whether its settings change results, so that a run may not resume with others.
@@ -57,8 +57,8 @@ class WhatToLearnFrom:
     policy: str = ""                 # SPEC of the predictor to tune; empty: OUT/base (paper: PRISM, Marigold)
     judge: str = ""                  # SPEC of the judge (http://HOST:PORT#MODEL too) or model to tune; empty: OUT/judge
     both_orders: bool = False        # ask the judge twice, colours exchanged: the mean counts, the difference is told
-    size: Count = 512                # px, side of the square training photos (judge: 512)
-    photos: Count = 10000            # photos used by GRPO (paper: 10000 of COCO train)
+    size: Natural = 512              # px, side of the square training photos (judge: 512); 0: what --policy is made for
+    photos: Count = 10000            # most photos that GRPO trains on (paper: 10000 of COCO train)
     base_scenes: Count = 20000       # synthetic scenes of the base stage and of --replay
 
 
@@ -87,7 +87,7 @@ class Departures:
 
     fixed: ClassVar = True
     credit: Literal["global", "pair"] = "global"            # one advantage per sample, or around a pair's points
-    rollout: str = "full"            # noisy steps: full (every step but the last), branch (one), or so many in a row
+    rollout: str = "full"            # noisy steps: full (all but the last), branch (one), or so many in a row
     tail: Natural = 0                # steps from the last noisy state to the map; 0: all left of sample_steps
     noise_blocks: Sizes = (1,)       # px, squares that share noise, a size drawn per row; 1: white
     exploration: Literal["auto", "flow", "ddim"] = "flow"   # Flow-GRPO, DDIM's eta form, or the predictor's own
@@ -96,7 +96,7 @@ class Departures:
     norm: Literal["group", "global", "none"] = "group"      # scale of the advantage
     modalities: Literal["one", "joint"] = "one"             # one drawn per step, or all at every step
     balance: bool = False            # both answers to a yes/no question carry half of the reward
-    jitter: Count = 1                # px, side of the square around a judged point in which the map is read
+    jitter: Natural = 1              # px of the judge, square round a judged point where maps are read; 0: its cell
     replay: Weight = 0.0             # weight of the supervised loss on synthetic scenes
     ema: Weight = 0.99               # decay of the averaged policy that is evaluated and kept
     lora: Natural = 0                # rank (= alpha) of adapters on the attention layers; 0: all weights train
@@ -174,9 +174,9 @@ class Saving:
     bank: str = ""                   # folder of the judgement bank; empty: OUT/bank
     save_every: Count = 100          # steps between checkpoints
     eval_every: Natural = 100        # steps between figures on validation scenes; 0: never
-    eval_images: Count = 128         # held-out scenes per domain in tables
+    eval_images: Count = 128         # held-out scenes per domain in tables; most held-out photos
     band: Weight = 4.0               # at evaluations: stop if sharpness or spread have changed by this factor; 0: never
-    forget: Weight = 0.5             # at evaluations: stop if a synthetic error has grown by this share; 0: never
+    forget: Weight = 0.5             # at evaluations: stop if a held-out error has grown by this share; 0: never
     detect_anomaly: bool = False     # repeat a step that is not finite under torch's anomaly detection
     stop_at: Natural = 0             # stop a stage after this many steps as if interrupted; 0: run to its end
 
@@ -230,6 +230,10 @@ PRESETS = {
         clip=0.1, kl_weight=0.1, replay=0.2, lr=1e-4, ema=0.99, **ESTIMATORS["pair"]),
     # the paper's numbers; needs weights and photos: `problem` names them
     "paper": ESTIMATORS["paper"],
+    # a network that somebody has, on photos that somebody has: sizes, modalities and cells are the networks'
+    "tune": dict(
+        size=0, photos=1000, pairs=48, bank_pairs=64, sample_steps=8, eval_steps=10, jitter=0, steps=200, batch=8,
+        clip=0.1, kl_weight=0.1, lr=1e-5, ema=0.98, micro=4, eval_every=20, save_every=20, **ESTIMATORS["pair"]),
 }
 
 
@@ -268,19 +272,28 @@ def plain_settings(cfg):
     return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(cfg).items()}
 
 
+def default_preset(flags):
+    """The preset of a command that names none: `tune` for a network, a judge and photos of the user's, else `mini`."""
+    given = flags.get("stage") == "grpo" and all(flags.get(name) for name in ("policy", "judge", "images"))
+    return "tune" if given else "mini"
+
+
 def plan(preset, cfg):
     """The settings and the batch arithmetic, as text (--dry-run)."""
-    rows = cfg.batch * (4 if cfg.modalities == "joint" else 1)
+    is_tune = preset == "tune"                                                  # the network is not opened here
+    rows = cfg.batch * (4 if cfg.modalities == "joint" and not is_tune else 1)
     judge = f"{cfg.judge_steps} steps x {cfg.judge_batch} marked photos x 4 questions"
     if cfg.scenes:
         judge = (f"LoRA on {cfg.judge}, {cfg.judge_passes:g} passes over its questions, {cfg.judge_batch} a step, "
                  f"{cfg.micro or MICRO} in memory")
+    before = (f"base: {cfg.base_steps} steps x {cfg.base_batch} photos x 4 modalities", f"judge: {judge}")
+    each = " for each modality of the network" if is_tune else ""
     return "\n".join((
         json.dumps(dict(preset=preset, **plain_settings(cfg)), indent=1),
-        f"base: {cfg.base_steps} steps x {cfg.base_batch} photos x 4 modalities",
-        f"judge: {judge}",
-        f"bank: {cfg.photos} photos x {cfg.bank_pairs} pairs x 4 questions, asked once",
-        f"grpo: {cfg.steps} steps x {rows} rows x {cfg.group} samples = {cfg.steps * rows * cfg.group} samples, "
+        *(() if is_tune else before),
+        f"bank: {'at most ' * is_tune}{cfg.photos} photos x {cfg.bank_pairs} pairs{each or ' x 4 questions'}, "
+        "asked once",
+        f"grpo: {cfg.steps} steps x {rows} rows x {cfg.group} samples = {cfg.steps * rows * cfg.group} samples{each}, "
         f"{cfg.pairs} pairs each; {cfg.steps * cfg.batch / cfg.photos:.1f} epochs"))
 
 
@@ -312,8 +325,13 @@ def stage_problem(cfg, preset):
                 "(HyperSim, InteriorVerse: see data/prepare.py), or trains a small one with neither (--preset mini)")
     if cfg.scenes and cfg.stage != "judge":
         return f"--scenes {cfg.scenes} with --stage {cfg.stage}: only --stage judge reads scenes"
-    if preset == "paper" and cfg.stage != "judge" and not (
-            cfg.stage == "grpo" and cfg.policy and cfg.judge and cfg.images):
+    is_whole = cfg.stage == "grpo" and cfg.policy and cfg.judge
+    if preset == "tune" and not (is_whole and cfg.images):
+        return ("--preset tune tunes a network on photos: want --stage grpo, --policy SPEC, --judge SPEC and "
+                "--images FOLDER")
+    if not cfg.size and not is_whole:
+        return f"--size 0 with --stage {cfg.stage}: want --stage grpo, --policy and --judge, which have their own sizes"
+    if preset == "paper" and cfg.stage != "judge" and not (is_whole and cfg.images):
         return ("--preset paper fine-tunes published weights: want --stage grpo, "
                 "--policy FOLDER (prs-eth/marigold-iid-lighting-v1-1), "
                 "--judge FOLDER (adirik/InternVL2_5-4B-Intrinsic-Judge) and "

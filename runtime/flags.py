@@ -12,7 +12,7 @@ import re
 import sys
 
 from runtime import files
-from runtime.config import ESTIMATORS, GROUPS, PRESETS, Config, flag_of, problem, setting_type
+from runtime.config import ESTIMATORS, GROUPS, PRESETS, Config, default_preset, flag_of, problem, setting_type
 
 SHOWN = 3                            # groups of settings in the short help
 
@@ -64,7 +64,8 @@ def show_value(value):
 
 def show_presets(field):
     """The values of a setting: in each preset, or the one that all have."""
-    values = {name: show_value(PRESETS[name].get(field.name, field.default)) for name in ("paper", "mini", "small")}
+    values = {name: show_value(PRESETS[name].get(field.name, field.default))
+              for name in ("paper", "mini", "small", "tune")}
     one = len(set(values.values())) == 1
     return f"[{values['mini'] if one else ', '.join(f'{k} {v}' for k, v in values.items())}]"
 
@@ -116,8 +117,9 @@ def _train_parser(everything=False):
                formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=44, width=170))
     p.add_argument("--help-all", action=_HelpAll, nargs=0, default=argparse.SUPPRESS,
                    help="every setting: departures, networks, memory, saving")
-    p.add_argument("--preset", choices=list(PRESETS), default="mini", metavar="|".join(PRESETS),
-                   help="mini: 2 CPU cores; small: one GPU, 128 px; paper: the paper's numbers [mini]")
+    p.add_argument("--preset", choices=list(PRESETS), default=None, metavar="|".join(PRESETS),
+                   help="mini: 2 CPU cores; small: one GPU; paper: its numbers; tune: your network "
+                        "[tune for grpo with --policy, --judge, --images, else mini]")
     p.add_argument("--estimator", choices=list(ESTIMATORS), default=None, metavar="|".join(ESTIMATORS),
                    help="how rewards become a gradient: as in the paper, or around the pairs' points [the preset's]")
     p.add_argument("--dry-run", action="store_true", help="print the settings and the batch arithmetic, then stop")
@@ -140,6 +142,7 @@ def parse(argv=None):
     flags = vars(p.parse_args(argv))
     flags.pop("max_pixels")
     preset, dry_run = (flags.pop(name) for name in ("preset", "dry_run"))
+    preset = preset or default_preset(flags)
     estimator = ESTIMATORS.get(flags.pop("estimator"), {})
     cfg = dataclasses.replace(Config(), **{**PRESETS[preset], **estimator, **flags})
     cfg.out = cfg.out or f"out/{preset}"

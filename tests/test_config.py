@@ -54,10 +54,10 @@ def test_the_short_help_is_a_page_and_the_long_one_has_every_setting(capsys):
 
 def test_a_line_of_the_help_ends_with_the_values_of_the_presets(capsys):
     lines = {line.split()[0]: line for line in shown(capsys, "--help-all").splitlines() if line.startswith("  --")}
-    assert lines["--pairs"].endswith("[paper 40, mini 48, small 64]")
+    assert lines["--pairs"].endswith("[paper 40, mini 48, small 64, tune 48]")
     assert lines["--group"].endswith("[8]") and lines["--bank"].endswith("[-]")
-    assert lines["--noise-blocks"].endswith("[paper 1, mini 1,2,4,8, small 1,2,4,8]")
-    assert lines["--balance,"].endswith("[paper no, mini yes, small yes]")
+    assert lines["--noise-blocks"].endswith("[paper 1, mini 1,2,4,8, small 1,2,4,8, tune 1,2,4,8]")
+    assert lines["--balance,"].endswith("[paper no, mini yes, small yes, tune yes]")
 
 
 def test_every_field_is_typed_and_bounded():
@@ -87,6 +87,22 @@ def test_default_then_preset_then_flag():
 def test_without_flags_it_is_all_stages_of_mini():
     preset, cfg, dry_run = parse([])
     assert (preset, cfg.stage, dry_run) == ("mini", "all", False)
+
+
+@pytest.mark.parametrize("argv, preset", [
+    (["--stage", "grpo", *WEIGHTS], "tune"), (["--stage", "grpo", *WEIGHTS, "--preset", "mini"], "mini"),
+    (["--stage", "grpo", *WEIGHTS, "--steps", "7"], "tune"), (["--stage", "grpo", *WEIGHTS[:4]], "mini"),
+    (["--stage", "grpo", *WEIGHTS[2:]], "mini"), (WEIGHTS, "mini"), (["--stage", "base", *WEIGHTS], "mini")])
+def test_a_network_a_judge_and_photos_of_ones_own_are_the_preset_tune(argv, preset):
+    found, cfg, _ = parse(argv)
+    assert (found, cfg.out) == (preset, f"out/{preset}")
+
+
+def test_preset_tune_leaves_sizes_and_cells_to_the_networks_and_replays_nothing():
+    cfg = parse(["--stage", "grpo", *WEIGHTS])[1]
+    assert (cfg.size, cfg.jitter, cfg.replay, cfg.modalities, cfg.lora) == (0, 0, 0, "joint", 0)
+    assert {k: getattr(cfg, k) for k in ESTIMATORS["pair"]} == ESTIMATORS["pair"]
+    assert parse(["--stage", "grpo", *WEIGHTS, "--size", "252"])[1].size == 252
 
 
 def test_a_flag_equal_to_the_default_still_beats_the_preset():
@@ -124,7 +140,9 @@ def test_bad_flags_are_refused_in_one_line_that_names_them(capsys, argv, word):
     (["--steps", "0"], "--steps 0: want at least 1"), (["--noise-blocks", "1,0"], "--noise-blocks 0"),
     (["--pairs", "9", "--bank-pairs", "8"], "--bank-pairs 8"), (["--rollout", "8"], "--rollout 8"),
     (["--rollout", "some"], "--rollout some"), (["--rollout", "0"], "--rollout 0"), (["--band", "1"], "--band 1"),
-    (["--size", "30"], "--size 30"), (["--width", "100"], "--width 100"), (["--photos", "-1"], "--photos -1")])
+    (["--size", "30"], "--size 30"), (["--size", "0"], "--size 0 with --stage all"),
+    (["--preset", "tune", "--stage", "grpo", *WEIGHTS[:4]], "--images"), (["--preset", "tune"], "--policy"),
+    (["--width", "100"], "--width 100"), (["--photos", "-1"], "--photos -1")])
 def test_settings_that_do_not_add_up_are_named_with_their_value(capsys, argv, words):
     assert words in refusal(capsys, *argv)
 
@@ -149,7 +167,7 @@ def test_presets_hold_only_real_settings_of_the_right_type(preset):
 
 
 def test_presets_that_need_no_weights_have_no_problem():
-    for preset in set(PRESETS) - {"paper"}:
+    for preset in set(PRESETS) - {"paper", "tune"}:
         assert problem(parse(["--preset", preset])[1], preset) is None
 
 
@@ -227,6 +245,13 @@ def test_dry_run_prints_the_settings_and_builds_nothing(tmp_path, capsys, monkey
 def test_dry_run_arithmetic_counts_samples(capsys):
     train.main(["--dry-run", "--steps", "7", "--batch", "3", "--group", "5", "--modalities", "one"])
     assert f"{7 * 3 * 5} samples" in capsys.readouterr().out
+
+
+def test_the_dry_run_of_preset_tune_opens_no_network(capsys):
+    train.main(["--dry-run", "--stage", "grpo", *WEIGHTS])
+    out = capsys.readouterr().out
+    assert '"preset": "tune"' in out and "200 steps x 8 rows x 8 samples = 12800 samples for each modality" in out
+    assert "base:" not in out
 
 
 def test_the_patch_of_a_network_that_is_not_built_here_does_not_limit_the_size():

@@ -373,7 +373,7 @@ class LowerIsCloser:
         prob[..., 0] = torch.sigmoid((pts[..., 0, 0] - pts[..., 1, 0]) / 4)
         return prob
 '''
-TOY = ("--size 56 --steps 3 --photos 4 --pairs 8 --bank-pairs 8 --group 2 --batch 2 --replay 0 --eval-images 2 "
+TOY = ("--size 56 --steps 3 --photos 4 --pairs 8 --bank-pairs 8 --group 2 --batch 2 --eval-images 2 "
        "--eval-every 1 --save-every 1 --device cpu")
 
 
@@ -385,7 +385,7 @@ def desk(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(__import__("sys").modules, "lower", raising=False)
     (tmp_path / "photos").mkdir()
-    for i in range(4):
+    for i in range(12):
         save_png(tmp_path / "photos" / f"{i}.png", torch.rand(3, 60, 80, generator=seeded(i)).numpy())
     return tmp_path
 
@@ -413,7 +413,7 @@ def test_one_command_tunes_it_resumes_bit_for_bit_and_the_result_is_used(desk, c
     evaluation.main(["--dataset", "photos", "--data", "photos", "--checkpoint",
                      str(tiny_depth.folder("tips")), "--compare", str(tiny_depth.folder("tips")), "--out", "out",
                      "--processing-res", "56"])
-    assert "4 images" in capsys.readouterr().out
+    assert "12 images" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["zoe", "dpt", "tips"])

@@ -183,7 +183,7 @@ def policy_mean(policy, batch, step):
 
 @pytest.fixture(scope="module")
 def run(folders, tmp_path_factory):
-    """train.py --stage grpo --policy on three photos: a function of further flags, and the folder of results."""
+    """train.py --stage grpo --policy on eleven photos: a function of further flags, and the folder of results."""
     root = tiny.write_inputs(tmp_path_factory.mktemp("run"))
 
     def go(name, *flags, policy=folders["depth"]):

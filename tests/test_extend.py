@@ -79,7 +79,7 @@ def project(tmp_path_factory):
     (folder / "evaluation" / "lists" / "rooms.txt").write_text(listed)
     for name in ("photos", "rooms"):
         (folder / name).mkdir()
-    for i in range(4):
+    for i in range(12):
         picture(folder / "photos" / f"{i}.jpg", seed=i)
     picture(folder / "photo.jpg")
     for name in ("0001", "0002"):
@@ -114,7 +114,7 @@ def test_a_predictor_of_the_page_is_tuned_saved_opened_and_scored(project, print
 
 def test_a_judge_of_the_page_answers_fills_a_bank_and_is_scored(printed):
     assert "depth: Based on visual depth cues in the image, the red point appears closer" in printed
-    assert "bank: 64 pairs asked, 0 already known" in printed
+    assert "bank: 192 pairs asked, 0 already known" in printed
     assert re.search(r"depth +lower pixel is closer +4 +0", printed)
     assert not re.search(r"albedo +close chromaticity", printed)               # asked of none, in no figure
 

@@ -980,21 +980,21 @@ def test_a_few_steps_with_a_reward_for_bright_maps_brighten_the_maps(folders, mo
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    """A tiny judge and three photos."""
+    """A tiny judge and eleven photos, of which eight will be held out."""
     return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def write_inputs(root):
-    """A judge and three photos in a folder, which it returns."""
+    """A judge and eleven photos in a folder, which it returns."""
     build_mini_judge(MiniSizes(32, 8, 32, 1, 1, 2), seeded()).eval().save(root / "judge")
     (root / "photos").mkdir()
-    for i in range(3):
+    for i in range(11):
         Image.fromarray(photo(40 + i, 50)).save(root / "photos" / f"{i}.png")
     return root
 
 
 def go(folders, inputs, out, *extra):
-    """Run train.py in this process: `--preset paper` on a tiny Marigold, a tiny judge and three photos."""
+    """Run train.py in this process: `--preset paper` on a tiny Marigold, a tiny judge and eleven photos."""
     train.main([*PAPER, "--policy", str(folders["small"]), "--judge", str(inputs / "judge"),
                 "--images", str(inputs / "photos"), "--bank", str(inputs / "bank"), "--out", str(out),
                 "--steps", "2", "--save-every", "1", "--eval-every", "0", "--eval-images", "2", "--eval-steps", "2",
@@ -1099,9 +1099,11 @@ def test_replay_is_refused_by_the_command(folders, inputs, tmp_path, capsys):
     assert stop.value.code == 2 and len(lines) == 1 and "--replay 0" in lines[0]
 
 
-def test_diagnostics_run_on_a_predictor_without_depth(folders, inputs, tmp_path):
+def test_a_predictor_that_saw_no_procedural_scene_is_watched_on_held_out_photos_alone(folders, inputs, tmp_path):
     go(folders, inputs, tmp_path, "--eval-every", 1, "--stop-at", 1)
-    assert any(k.startswith("wild/albedo") for k in log(tmp_path / "photos")[0])
+    row = log(tmp_path / "photos")[0]
+    assert {"photos/reward/albedo", "photos/agreement/irradiance", "photos/spread/albedo"} <= row.keys()
+    assert not [k for k in row if k.startswith(("wild/", "synthetic/"))]
 
 
 # files ------------------------------------------------------------------------------------------------------------

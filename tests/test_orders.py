@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 import judge as judging
-import train
+from data.album import judgements
 from data.bank import Bank
 from data.oracle import Oracle
 from data.orders import BothOrders, OtherOrder, open_bank
@@ -172,11 +172,10 @@ def test_the_command_fills_both_banks_and_reports_the_bias_again(photo, tmp_path
     assert lines[0].partition("colour bias")[2] == lines[1].partition("colour bias")[2] != ""
 
 
-def test_training_learns_from_the_mean_of_both_orders(photo, tmp_path, capsys):
-    flags = ["--stage", "grpo", "--judge", str(FIXTURE), "--images", str(photo.parent), "--size", "16", "--out",
-             str(tmp_path / "run"), "--bank-pairs", "4", "--pairs", "4", "--photos", "1", "--replay", "0",
-             "--judge-patch", "4"]
-    both, one = (train.judgements(parse([*flags, *more])[1], "cpu", NAMES) for more in (["--both-orders"], []))
+def test_training_learns_from_the_mean_of_both_orders(tmp_path, capsys):
+    flags = ["--size", "16", "--out", str(tmp_path / "run"), "--bank-pairs", "4", "--pairs", "4", "--photos", "1"]
+    both, one = (judgements(parse([*flags, *more])[1], load_judge(FIXTURE), "cpu", NAMES)[0]
+                 for more in (["--both-orders"], []))
     assert "colour bias" in capsys.readouterr().out
     want = BothOrders(load_judge(FIXTURE)).ask(both.rgb.float() / 255, both.pts)
     torch.testing.assert_close(both.prob, want)

@@ -6,7 +6,6 @@ import struct
 import tarfile
 import tracemalloc
 import zlib
-from types import SimpleNamespace
 
 import fuzz
 import numpy as np
@@ -270,8 +269,7 @@ def test_three_runs_into_the_folder_of_the_photos_predict_the_photos(folder, tmp
     assert counts == [[], ["12"], ["12"]]                                        # four maps, colours, panel of each
     names = [str(p.relative_to(tmp_path)) for p in photos.find_images(tmp_path)]    # whatever the --out of the next
     assert names == ["a.png", "sub/b.jpg"]
-    cfg = SimpleNamespace(images=str(tmp_path), size=8, photos=0, out=str(tmp_path / out))
-    assert pools.training_photos(cfg, "cpu", together=False)[1] == names
+    assert photos.Photos(tmp_path, 8, out=tmp_path / out).names == names
     items = benchmarks.find_data(choose_benchmarks("photos")[0], tmp_path)[1]
     assert [item["name"] for item in items] == names
     filled = []

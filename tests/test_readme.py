@@ -12,6 +12,7 @@ import chat
 import official
 import pytest
 import test_marigold as tiny
+import tiny_depth
 from PIL import Image
 from test_layout import LEVEL, ROOT, top
 from test_train import TINY
@@ -169,7 +170,7 @@ def place(run, tmp_path_factory):
     """A folder with what the commands name: a finished run, photos, a benchmark, tiny weights under the hub's names."""
     here = tmp_path_factory.mktemp("readme")
     shutil.copytree(run, here / "out" / "mini")
-    rgb = ScenePool("wild", "val", 2, 16).all()["rgb"]
+    rgb = ScenePool("wild", "val", 10, 16).all()["rgb"]
     for folder in ("photos", "coco/train2017"):
         (here / folder).mkdir(parents=True)
         for i, x in enumerate(rgb):
@@ -177,6 +178,7 @@ def place(run, tmp_path_factory):
     Image.open(here / "photos" / "0.jpg").resize((320, 240)).save(here / "photo.jpg")
     write_marigold(here / MARIGOLD, "lighting")
     write_marigold(here / "prs-eth/marigold-depth-v1-1", "depth")
+    shutil.copytree(tiny_depth.folder("anything"), here / "depth-anything/Depth-Anything-V2-Small-hf")
     chat.write_original(here / JUDGE, size=SIDE)
     official.make(official.bench_of("eth3d"), here / "benchmarks")
     return here

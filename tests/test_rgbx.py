@@ -226,7 +226,7 @@ def test_the_modalities_train_together_and_only_the_unet_has_a_gradient(folder):
 
 @pytest.fixture(scope="module")
 def run(folder, tmp_path_factory):
-    """train.py --stage grpo --policy with adapters on three photos; the folder of the run."""
+    """train.py --stage grpo --policy with adapters on eleven photos; the folder of the run."""
     root = tiny.write_inputs(tmp_path_factory.mktemp("run"))
     train.main([*TINY, "--policy", str(folder), "--judge", str(root / "judge"), "--images", str(root / "photos"),
                 "--out", str(root / "out"), "--lora", "2"])
