@@ -152,7 +152,7 @@ def test_torchrun_as_typed_restarts_after_a_killed_rank(campaign, tmp_path):
     p.join(120)
     said = (tmp_path / "log").read_text()
     assert p.exitcode == 0 and "another process was lost" in said, said[-3000:]
-    assert said.startswith("preset mini"), said[:1000]                          # to import the program says nothing
+    assert said.startswith("preset tune"), said[:1000]                          # to import the program says nothing
     assert [json.loads(x)["step"] for x in rows.read_text().splitlines()] == list(range(40))
     assert (tmp_path / "run" / "photos" / "report.json").is_file()
 
