@@ -33,8 +33,9 @@ SCENES = 600                      # of supervised training
 BATCH = 16
 LR = 1e-3                         # of supervised training, cosine
 DOMAINS = ("wild", "synthetic")   # that it is tuned on, that it began with
-TUNE = ("--replay 0 --photos 256 --group 16 --pairs 64 --bank-pairs 256 --batch 8 --jitter 1 --noise-blocks 2,4,8 "
-        "--noise 0.3 --kl-weight 0.05 --eval-every 0")    # flags of train.py on top of preset mini
+# flags of train.py on top of preset mini. Pairs and samples cost little: the network sees a photo once a group
+TUNE = ("--replay 0 --photos 256 --group 32 --pairs 200 --bank-pairs 256 --batch 8 --reward hard --jitter 1 "
+        "--noise-blocks 2,4,8 --noise 0.3 --kl-weight 0.02 --lr 1e-3 --eval-every 0")
 
 
 def tiny_depth_anything(seed, width=64, layers=4):
