@@ -25,6 +25,7 @@ from runtime.command import run_command
 from runtime.files import write_json
 from runtime.flags import Parser
 from runtime.ranks import pick_device
+from runtime.weights import add_flip
 
 PROCEDURAL = ("synthetic", "broad", "wild")
 
@@ -90,6 +91,10 @@ def arguments(argv):
         p.error("--compare: want BASE beside --checkpoint or --pred-dir, or the two of them alone")
     if args.checkpoint and args.pred_dir:
         p.error("--checkpoint and --pred-dir: want one of them")
+    if args.flip_x and not args.checkpoint and not args.compare:
+        p.error(f"--flip-x {args.flip_x} is said of --checkpoint and --compare, which are not given")
+    args.checkpoint = add_flip(args.checkpoint, args.checkpoint and args.flip_x)
+    args.compare = [add_flip(spec, args.flip_x) for spec in args.compare]
     public = args.dataset in DATASETS
     pairs = args.dataset == "da2k"
     for name in ("task", "limit", "pred_dir", "pred_space", "panels", "check_data"):
@@ -137,6 +142,7 @@ def _add_predictor_flags(p):
     p.add_argument("--compare", default=[], nargs="+", metavar=("BASE", "NEW"),
                    help="predictor (or folder of saved maps) to compare with, or two of them: the base and the new one "
                         "[OUT/base when neither --checkpoint nor --pred-dir is given]")
+    p.flip()
     p.add_argument("--pred-dir", default="",
                    help="score saved maps in Marigold's naming, e.g. test/kitchen_0004/pred_0001.npy")
     p.add_argument("--align", default="depth", choices=tuple(ALIGNMENTS),

@@ -39,7 +39,7 @@ from relations import MODALITIES
 from runtime.command import run_command
 from runtime.flags import Parser
 from runtime.ranks import pick_device
-from runtime.weights import RULES, open_own, read_spec
+from runtime.weights import RULES, add_flip, open_own, read_spec
 
 
 def flow_coefficients(t, s, a, t_next=None):
@@ -281,8 +281,8 @@ def arguments(argv):
     p.add_argument("images", metavar="IMAGE_OR_DIR", help="a photo, or a folder of photos (searched recursively)")
     p.add_argument("--checkpoint", default="out/mini/grpo", metavar="SPEC",
                    help=f"predictor: {RULES} [out/mini/grpo]")
-    p.add_argument("--out", default="out/maps",
-                   help="folder for .npy (native space), .png and one panel.png a photo [out/maps]")
+    p.flip()
+    p.add_argument("--out", default="out/maps", help="folder of .npy (native space), .png, a panel a photo [out/maps]")
     p.add_argument("--processing-res", type=int, default=0,
                    help="px, long edge the network sees; 0: what it was trained at [0]")
     p.add_argument("--denoise-steps", type=int, default=0, help="sampling steps; 0: the model's own, 10 for ours [0]")
@@ -304,7 +304,7 @@ def main(argv=None):
     args = arguments(argv)
     paths = find_images(args.images, args.out)
     device = pick_device(args.device, "predictor.py")
-    policy = load_predictor(args.checkpoint).to(device)
+    policy = load_predictor(add_flip(args.checkpoint, args.flip_x)).to(device)
     policy.vae_tile = args.vae_tile
     if args.half:
         use_half(policy, device)

@@ -20,8 +20,9 @@ from models.card import Card, model_card
 from models.depth_families import SIGN, UNUSED, check_model_type, find_family
 from relations import MODALITIES
 from runtime.files import DamageGuard, read_json, refuse, replace_files, write_json
-from runtime.weights import bounded_integer, hub_folder, plain_config
+from runtime.weights import bounded_integer, hub_folder, plain_config, refuse_flip, remove_flip
 
+ABOUT = ["config.json", "model_index.json", "predictor.json"]    # what a hub id is: read before its weights
 PATTERNS = ["*.json", "*.safetensors", "README.md"]
 EDGE = 1 << 12                        # px, longest side of the photos it is made for
 CARD_BYTES = 1 << 16                  # of a model card that are read
@@ -33,11 +34,12 @@ class DepthNetwork(nn.Module):
 
     model      of transformers;  family  its row of models.depth_families
     processor  dict, its preprocessor_config.json;  license  of the weights it began with, "" where unknown
+    flip_x     "yes", "no": whether x of its normals is to be negated, where the family does not know
     """
 
     architecture = "transformers"
 
-    def __init__(self, model, family, processor, license=""):
+    def __init__(self, model, family, processor, license="", flip_x=""):
         super().__init__()
         self.model = model
         self.family = family
@@ -45,8 +47,12 @@ class DepthNetwork(nn.Module):
         self.license = license
         self.modalities = family.modalities
         self.depth_means = family.means
-        self.multiple = family.multiple(model.config)
-        mean, std, self.size = read_pixels(processor, family, model.config)
+        self.facts = dict(flip_x=flip_x) if flip_x else {}
+        mean, std, self.sides = read_pixels(processor, family, model.config)
+        self.size = max(self.sides)
+        self.multiple = 1 if family.fit == "canvas" else family.multiple(model.config)
+        x_sign = family.x_sign or (-1 if flip_x == "yes" else 1)
+        self.register_buffer("x_sign", torch.tensor(float(x_sign)), persistent=False)
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
         self.clips = bool(family.end)
@@ -82,10 +88,22 @@ class DepthNetwork(nn.Module):
         sides = [max(1, self.family.whole(p * scale / self.multiple)) * self.multiple for p in padded]
         return (max(sides),) * 2 if self.family.fit == "square" else tuple(sides)
 
+    def size_on_canvas(self, size):
+        """(height, width) px of a photo of `size` in the network's own height x width, its aspect kept."""
+        scale = min(n / k for n, k in zip(self.sides, size, strict=True))
+        return tuple(max(1, int(k * scale)) for k in size)
+
     def prepare(self, rgb):
         """What the network gets: (B, 3, H, W) sRGB [0, 1] -> pixels (B, 3, h, w), px that padding added (top, left)."""
         size = tuple(rgb.shape[-2:])
         margin = (0, 0)
+        if self.family.fit == "canvas":
+            h, w = self.size_on_canvas(size)
+            top, left = margin = tuple((n - k) // 2 for n, k in zip(self.sides, (h, w), strict=True))
+            if size != (h, w):
+                rgb = F.interpolate(rgb, (h, w), **self.family.resample)
+            rgb = F.pad(rgb, (left, self.sides[1] - w - left, top, self.sides[0] - h - top))
+            return ((rgb - self.mean) / self.std).to(rgb.dtype), margin
         if self.family.pad:
             margin = tuple(int(3 * math.sqrt(n / 2)) for n in size)
             rgb = F.pad(rgb, (margin[1], margin[1], margin[0], margin[0]), mode="reflect")
@@ -100,8 +118,7 @@ class DepthNetwork(nn.Module):
         return torch.cat([self._predict(part, modality) for part in parts])
 
     def _predict(self, rgb, modality):
-        H, W = rgb.shape[-2:]
-        pixels, (top, left) = self.prepare(rgb)
+        pixels, margin = self.prepare(rgb)
         out = self.model(pixel_values=pixels)
         is_normal = MODALITIES[modality].kind == "vector"
         if is_normal:
@@ -109,12 +126,20 @@ class DepthNetwork(nn.Module):
         else:
             maps = out.predicted_depth.float()[:, None]
             maps = maps.clamp_min(0) if self.clips else maps
-        if tuple(maps.shape[-2:]) != (H + 2 * top, W + 2 * left):
-            maps = F.interpolate(maps, (H + 2 * top, W + 2 * left), mode="bilinear", align_corners=False)
-        maps = maps[..., top:top + H, left:left + W]
+        maps = self._uncover(maps, tuple(rgb.shape[-2:]), margin)
         if not is_normal:
             return SIGN[self.family.means] * maps
-        return F.normalize(torch.cat((self.family.x_sign * maps[:, :1], maps[:, 1:]), 1), dim=1)
+        return F.normalize(torch.cat((self.x_sign * maps[:, :1], maps[:, 1:]), 1), dim=1)
+
+    def _uncover(self, maps, size, margin):
+        """What of the network's map (B, C, h, w) shows the photo, at its size (H, W). margin  of `prepare`"""
+        top, left = margin
+        h, w = size
+        whole = h + 2 * top, w + 2 * left
+        if self.family.fit == "canvas":
+            h, w = self.size_on_canvas(size)
+            whole = self.sides
+        return resize_maps(resize_maps(maps, whole)[..., top:top + h, left:left + w], size)
 
     def save(self, folder):
         """Write what transformers opens (adapters merged), and the adapters alone in PEFT layout. raises OSError."""
@@ -133,15 +158,16 @@ class DepthNetwork(nn.Module):
         kept = self.license or "not known here; that of the base model holds"
         card = Card(kind, self.license, f"- license of the weights: {kept}\n", f"transformers.{kind}.from_pretrained",
                     "transformers")
-        closer = "closer" if SIGN[self.family.means] < 0 else "farther"
-        right = "right" if self.family.x_sign > 0 else "left"
+        closer = "closer" if SIGN.get(self.family.means, 1) < 0 else "farther"
+        right = "right" if self.x_sign > 0 else "left"
         means = {"depth": ("depth", f"{self.family.means}, larger is {closer}"),
                  "normal": ("normals", f"x {right}, y up, z toward the camera")}
-        return model_card(card, dict(means[m] for m in self.modalities), about)
+        base = dict(base=remove_flip(about["base"])) if "base" in about else {}
+        return model_card(card, dict(means[m] for m in self.modalities), about | base)
 
 
 def read_pixels(processor, family, config):
-    """How pixels are prepared: mean and std of values in [0, 1], px of the longer side.
+    """How pixels are prepared: mean and std of values in [0, 1], px of the sides of the photos it is made for.
 
     processor  dict, preprocessor_config.json; what it does not say is the family's
     raises     Refusal: a processor that cannot be reproduced
@@ -167,11 +193,48 @@ def read_pixels(processor, family, config):
     if not min(values[1]) > 0:
         refuse(where, f"image_std = {std!r}", "numbers above 0")
     size = family.size(config) if callable(family.size) else family.size
-    asked = processor.get("size") if family.fit != "fixed" else None
-    if asked:
-        sides = asked.values() if isinstance(asked, dict) else [asked]
-        size = max(bounded_integer(n, 1, EDGE, "size", where) for n in sides)
-    return *values, size
+    size = (processor.get("size") if family.fit != "fixed" else None) or size
+    if isinstance(size, dict):
+        size = [size[k] for k in ("height", "width") if k in size] or list(size.values())
+    sides = [bounded_integer(n, 1, EDGE, "size", where) for n in (size if isinstance(size, (list, tuple)) else [size])]
+    if family.fit == "canvas":
+        sides = sides * 2 if len(sides) == 1 else sides
+        patch = family.multiple(config)
+        if len(sides) != 2 or any(n % patch for n in sides) or processor.get("do_pad") is False:
+            refuse(where, f"size = {size}, do_pad = {processor.get('do_pad', True)}",
+                   f"a height and a width, multiples of {patch} px, and photos that keep their aspect",
+                   "write a class of your own around it (docs/extend.md)")
+    return *values, tuple(sides)
+
+
+def resize_maps(maps, size):
+    """Maps (B, C, h, w) at another size (H, W), bilinear."""
+    if tuple(maps.shape[-2:]) == tuple(size):
+        return maps
+    return F.interpolate(maps, size, mode="bilinear", align_corners=False)
+
+
+def read_flip(spec, folder, family):
+    """What is known of x of a network's normals beside its family: "yes" (negate it), "no", "" where the family knows.
+
+    spec    runtime.weights.Spec, which has what --flip-x says;  folder  whose predictor.json keeps it, once tuned
+    raises  Refusal: neither says it, they differ, or the family knows better
+    """
+    path = folder / "predictor.json"
+    kept = read_json(path).get("flip_x", "") if path.is_file() else ""
+    where = f"depth: {spec.text}"
+    if family.x_sign:
+        refuse_flip(spec)
+        return ""
+    flip_x = spec.flip_x or kept
+    if flip_x not in ("yes", "no"):
+        refuse(where, "normals of which nothing published says whether x points right or left", "--flip-x yes or no",
+               "look at a photo of a room with `predictor.py PHOTO --flip-x no`: a wall on its left must come out with "
+               "x > 0 (red above 127); if it does not, the answer is yes")
+    if kept not in ("", flip_x):
+        refuse(where, f"--flip-x {flip_x} for a network that was tuned with --flip-x {kept}", "the same",
+               "leave it out: it is kept there")
+    return flip_x
 
 
 def refuse_downloads(config, where):
@@ -203,17 +266,19 @@ def open_depth(spec):
     A pipeline of diffusers (model_index.json) is another kind too. What a hub id is, is read before its weights.
     raises  Refusal: a class that is not in the table, weights that do not fit; FileNotFoundError
     """
-    folder = spec.folder or hub_folder(spec.text, ["config.json", "model_index.json"])
+    folder = spec.folder or hub_folder(spec.text, ABOUT)
     if (folder / "model_index.json").is_file() or not (folder / "config.json").is_file():
+        refuse_flip(spec)
         return None
     found = plain_config(read_json(folder / "config.json"), folder / "config.json")
     where = f"depth: {folder}"
     check_model_type(found, where)
     refuse_downloads(found, where)
-    folder = hub_folder(spec.text, PATTERNS)
     with DamageGuard(where, "a checkpoint that cannot be read", "a whole one"):
         config = transformers.CONFIG_MAPPING[found["model_type"]].from_dict(found)
         family = find_family(config, where)
+        flip_x = read_flip(spec, folder, family)
+        folder = spec.folder or hub_folder(spec.text, PATTERNS)
         path = folder / "preprocessor_config.json"
         processor = read_json(path) if path.is_file() else {}
         read_pixels(processor, family, config)                                  # before the weights
@@ -221,4 +286,4 @@ def open_depth(spec):
         model = checkpoint.build_network(getattr(transformers, family.kind), config, state, folder, torch.float32,
                                          UNUSED, family.attention)
         model.config.name_or_path = spec.text
-        return DepthNetwork(model, family, processor, card_license(folder)).eval()
+        return DepthNetwork(model, family, processor, card_license(folder), flip_x).eval()

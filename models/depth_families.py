@@ -2,11 +2,13 @@
 
 means       disparity, inverse depth: larger is closer. metres, depth up to scale: larger is farther
 ends        the ReLU at the end of a head, which clips at 0. Its zeros tie and have no gradient
-x_sign      of normals: 1 where x points right, -1 where it points left (ours: right)
+x_sign      of normals: 1 where x points right, -1 where it points left (ours: right); 0 where nothing published says
+            which: the user does (--flip-x)
 fit         how a photo gets the size that the network takes:
             sides     each side to its nearest multiple
             square    a square as large as the longer side, at its nearest multiple
             fixed     always a square of `size`: other sizes give maps of another scale
+            canvas    as large as fits into the processor's height x width, black around it
 Source: the modeling and image_processing files of transformers 5.24. Directions: models' papers and authors
 (docs/models.md says where each was read).
 """
@@ -32,6 +34,8 @@ UNUSED = r"neck\.fusion_stage\.layers\.0\.residual_layer1\."
 # ends of the paths of an attention's linear layers, under the names of any version
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "attention.query", "attention.key", "attention.value",
              "attention.output.dense", "self.query", "self.key", "self.value")
+# of Sapiens2
+GATED = ("q_proj", "k_proj", "v_proj", "o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
 
 def _patch(config):
@@ -51,7 +55,7 @@ class DepthFamily:
     kind: str                             # class of transformers
     means: str                            # what its depth is, a key of SIGN
     pixels: tuple                         # mean, std
-    size: int | Callable                  # px, longer side of the photos it is made for
+    size: int | Callable                  # px, longer side of the photos it is made for; canvas: height, width
     multiple: Callable                    # px, of which sides must be multiples
     resample: dict                        # arguments of F.interpolate
     end: str = ""                         # path of the ReLU at the end, "" where there is none
@@ -97,12 +101,11 @@ DEPTH_FAMILIES = (
     DepthFamily(kind="Tipsv2DptForDensePrediction", modalities=("depth", "normal"), **_TIPS),
     DepthFamily(kind="Tipsv2DptForDepthEstimation", **_TIPS),
     DepthFamily(kind="Tipsv2DptForNormalEstimation", modalities=("normal",), **_TIPS),
+    DepthFamily("sapiens2", "Sapiens2ForNormalEstimation", "", IMAGENET, lambda config: config.image_size, _patch,
+                BILINEAR, modalities=("normal",), x_sign=0, fit="canvas", lora_targets=GATED),
 )
 MODEL_TYPES = tuple(dict.fromkeys(row.model_type for row in DEPTH_FAMILIES))
-REFUSED = {
-    "chmv2": "a map of canopy height, which is no depth",
-    "sapiens2": "normals, of which nothing published says whether x points right or left",
-}
+REFUSED = {"chmv2": "a map of canopy height, which is no depth"}
 
 
 def check_model_type(config, where):

@@ -97,7 +97,8 @@ class FlowWrapper(nn.Module):
     def save(self, folder, **about):
         """Write the weights (adapters merged) and predictor.json; or as the network's own `save(folder)` does.
 
-        about  of the run; a network that has `card(about)`, the text of a model card, gets a README.md
+        about  of the run; a network that has `card(about)`, the text of a model card, gets a README.md, and one that
+               has `facts`, a dict, finds them in predictor.json
         """
         folder.mkdir(parents=True, exist_ok=True)
         if hasattr(self.network, "save"):
@@ -107,7 +108,9 @@ class FlowWrapper(nn.Module):
         if hasattr(self.network, "card"):
             write_text(folder / "README.md", self.network.card(about))
         kind = getattr(self.network, "architecture", ARCHITECTURE)
-        write_json(folder / "predictor.json", dict(architecture=kind, made_by=self.cfg.partition("=")[0], **about))
+        facts = getattr(self.network, "facts", {})
+        write_json(folder / "predictor.json",
+                   dict(architecture=kind, made_by=self.cfg.partition("=")[0], **facts, **about))
         (folder / "model_index.json").unlink(missing_ok=True)                   # of a Marigold: it would be opened
 
 

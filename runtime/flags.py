@@ -13,6 +13,7 @@ import sys
 
 from runtime import files
 from runtime.config import ESTIMATORS, GROUPS, PRESETS, Config, default_preset, flag_of, problem, setting_type
+from runtime.weights import add_flip
 
 SHOWN = 3                            # groups of settings in the short help
 
@@ -29,6 +30,12 @@ class Parser(argparse.ArgumentParser):
         """Add the flags of a command that reads pictures."""
         self.add_argument("--max-pixels", type=int, default=files.PIXELS, metavar="N",
                           help=f"refuse a photo or map of more pixels before it is decoded [{files.PIXELS}]")
+
+    def flip(self):
+        """Add the flag for normals of a network of which nothing says where x points."""
+        self.add_argument("--flip-x", choices=("yes", "no"), default="", metavar="yes|no",
+                          help="Sapiens2 alone: whether x of its normals points left and is to be negated "
+                               "(docs/models.md says how to see it)")
 
     def parse_args(self, *args):
         """As ArgumentParser's; the limit on pictures is set."""
@@ -123,6 +130,7 @@ def _train_parser(everything=False):
     p.add_argument("--estimator", choices=list(ESTIMATORS), default=None, metavar="|".join(ESTIMATORS),
                    help="how rewards become a gradient: as in the paper, or around the pairs' points [the preset's]")
     p.add_argument("--dry-run", action="store_true", help="print the settings and the batch arithmetic, then stop")
+    p.flip()
     p.limits()
     for i, kind in enumerate(GROUPS):
         is_shown = everything or i < SHOWN
@@ -141,11 +149,14 @@ def parse(argv=None):
     p = _train_parser()
     flags = vars(p.parse_args(argv))
     flags.pop("max_pixels")
-    preset, dry_run = (flags.pop(name) for name in ("preset", "dry_run"))
+    preset, dry_run, flip_x = (flags.pop(name) for name in ("preset", "dry_run", "flip_x"))
     preset = preset or default_preset(flags)
     estimator = ESTIMATORS.get(flags.pop("estimator"), {})
     cfg = dataclasses.replace(Config(), **{**PRESETS[preset], **estimator, **flags})
     cfg.out = cfg.out or f"out/{preset}"
+    if flip_x and not cfg.policy:
+        p.error(f"--flip-x {flip_x} is said of --policy, which is not given")
+    cfg.policy = add_flip(cfg.policy, flip_x)
     wrong = problem(cfg, preset)
     if wrong:
         p.error(wrong)

@@ -4,7 +4,7 @@ import importlib
 import os
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from runtime.files import checksum, is_twin, one_line, read_tensors, refuse
 
 OWN = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*)(?:=(.+))?")
+FLIP = re.compile(r"(.+),flip-x=(yes|no)")
 HUB = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 PAGE = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([^?#]*).*")
 NO_MODEL = ("datasets", "spaces", "collections", "papers", "docs", "blog")     # first part of the hub's other pages
@@ -97,6 +98,7 @@ class Spec:
     A name that is a folder is that folder. Else MODULE:CLASS and MODULE:CLASS=FOLDER are a class of the user's, which
     is imported from the working directory or the Python path. Else ORG/NAME, or the address of its page, is a hub id,
     also where an empty folder has that name, as a failed download leaves it. No file can name a module.
+    Behind any of them `,flip-x=yes` or `,flip-x=no` may stand (`add_flip`).
     """
 
     text: str
@@ -104,6 +106,7 @@ class Spec:
     module: str = ""
     name: str = ""                   # of the class
     hub: str = ""
+    flip_x: str = ""                 # yes: x of its normals is to be negated; no; "": not said
 
     def at(self, folder):
         """SPEC of what was trained from this one and saved in a folder."""
@@ -113,6 +116,9 @@ class Spec:
 def read_spec(text):
     """Read a SPEC by the rules of `Spec`. raises FileNotFoundError: it fits none; the line holds the rules."""
     text = str(text)
+    said = FLIP.fullmatch(text)
+    if said and not Path(text).is_dir():
+        return replace(read_spec(said[1]), flip_x=said[2])
     hub = _hub_id(text)
     if Path(text).is_dir() and not (hub and _is_empty(text)):
         return Spec(text, folder=Path(text))
@@ -125,6 +131,24 @@ def read_spec(text):
     if hub:
         return Spec(hub, hub=hub)
     raise FileNotFoundError(f"got {text!r}; want {RULES}")
+
+
+def add_flip(text, flip_x):
+    """SPEC with what --flip-x says ("": nothing) of the normals of a network that does not say where x points."""
+    return f"{text},flip-x={flip_x}" if flip_x else text
+
+
+def remove_flip(text):
+    """SPEC without it."""
+    said = FLIP.fullmatch(str(text))
+    return said[1] if said else text
+
+
+def refuse_flip(spec):
+    """Refuse --flip-x of a network whose normals are known, or that has none. raises Refusal."""
+    if spec.flip_x:
+        refuse(spec.text, f"--flip-x {spec.flip_x}", "it where nothing says which way x of a network's normals points",
+               f"leave it out; SPEC,flip-x={spec.flip_x} names one of two")
 
 
 def _hub_id(text):
@@ -168,6 +192,7 @@ def open_own(spec):
 
     raises   ValueError: no such class, weights that do not fit; FileNotFoundError
     """
+    refuse_flip(spec)
     kind = own_class(spec)
     if spec.folder is None:
         return kind()

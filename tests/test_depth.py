@@ -317,7 +317,7 @@ def test_a_hub_id_says_what_it_is_before_its_weights_are_fetched(monkeypatch):
     monkeypatch.setattr("runtime.weights.snapshot_download", download)
     policy = load_predictor("depth-anything/some-hf")
     assert isinstance(policy.network, DepthNetwork) and policy.cfg == "depth-anything/some-hf"
-    assert asked[0] == ["config.json", "model_index.json"] and "*.safetensors" in asked[1]
+    assert asked[0] == ["config.json", "model_index.json", "predictor.json"] and "*.safetensors" in asked[1]
     assert read_spec("depth-anything/some-hf").at("out/x") == "out/x"
 
 
@@ -325,7 +325,6 @@ def test_a_hub_id_says_what_it_is_before_its_weights_are_fetched(monkeypatch):
     (dict(model_type="llama"), ("'llama'", "depth_anything", "docs/models.md")),
     (dict(model_type=None), ("'None'", "zoedepth")),
     (dict(model_type="chmv2"), ("canopy height",)),
-    (dict(model_type="sapiens2"), ("x points right or left",)),
     (dict(architectures=["DepthAnythingForSomething"]), ("DepthAnythingForSomething", "DepthAnythingForDepthEst")),
     (dict(backbone="org/name"), ("backbone = 'org/name'",)),
     (dict(backbone_config=dict(model_type="timm_backbone", backbone="resnet18")), ("timm_backbone",)),

@@ -70,6 +70,15 @@ def tips():
     return transformers.Tipsv2DptConfig(backbone_config=eye, num_depth_bins=16, num_labels=4, **NECK)
 
 
+def sapiens(**changes):
+    head = dict(upsample_out_channels=[16, 12, 8, 8], use_pixel_shuffle=True, upsample_kernel_sizes=[3] * 4,
+                conv_out_channels=[8], conv_kernel_sizes=[3])
+    return transformers.Sapiens2Config(
+        **LAYERS, intermediate_size=32, image_size=[64, 48], patch_size=16, num_register_tokens=2, use_gated_mlp=True,
+        num_key_value_attention_heads=1, num_first_full_attention_layers=1, num_last_full_attention_layers=1,
+        num_labels=3, head_config=head, **changes)
+
+
 NETWORKS = {  # name: class, function that makes its config, (height, width) px of a photo
     "anything": ("DepthAnythingForDepthEstimation", lambda: anything("DepthAnything"), (56, 70)),
     "metric": ("DepthAnythingForDepthEstimation",
@@ -83,6 +92,7 @@ NETWORKS = {  # name: class, function that makes its config, (height, width) px 
     "glpn": ("GLPNForDepthEstimation", glpn, (64, 96)),
     "tips": ("Tipsv2DptForDensePrediction", tips, (56, 56)),
 }
+OTHERS = {"sapiens": ("Sapiens2ForNormalEstimation", sapiens, (64, 48))}     # normals alone
 PROCESSORS = {
     "anything": "DPTImageProcessorPil", "metric": "DPTImageProcessorPil", "dpt_dinov2": "DPTImageProcessorPil",
     "prompt": "PromptDepthAnythingImageProcessorPil", "dpt": "DPTImageProcessorPil", "zoe": "ZoeDepthImageProcessorPil",
@@ -91,7 +101,7 @@ PROCESSORS = {
 
 def make(name):
     """A tiny random network in eval mode."""
-    kind, config, _ = NETWORKS[name]
+    kind, config, _ = (NETWORKS | OTHERS)[name]
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = getattr(transformers, kind)(config()).eval()
