@@ -23,6 +23,7 @@ from transformers.utils import logging
 from data.bank import fill_bank
 from data.photos import read_rgb, resize
 from data.pictures import save_png
+from data.teacher import MapsJudge
 from kernels.draw_markers import mark_photos
 from models import vlm
 from models.families import END, FAMILIES, SYSTEM, Prompt, read_answer
@@ -36,7 +37,7 @@ from runtime.weights import RULES, open_own, read_spec
 
 logging.disable_progress_bar()       # of loading and saving weights: errors stay one line
 TOKENS = 2**16                       # of the language model at a time in `ask`
-ORACLE = "oracle"                    # --judge: see data/oracle.py
+SCHEMES = {"maps": MapsJudge}        # of a SPEC SCHEME:PLACE: makes a judge of PLACE, no network, at once
 
 
 class AnyJudge(Protocol):
@@ -195,15 +196,18 @@ def load_judge(spec, device="cpu", dtype=None, size=0, text=False):
     """Open a judge by its SPEC (runtime.weights.Spec).
 
     A folder or hub id holds a mini judge, an InternVL chat model (merged or unmerged LoRA), a native model of
-    models/families.py, or a PEFT adapter of one. A class of yours is AnyJudge.
+    models/families.py, or a PEFT adapter of one. Of SCHEMES and of a class of yours it is AnyJudge.
 
     dtype   of the weights; None: fp32 on a CPU, as stored (bf16 for the published ones) on a GPU
     size    px of the tile, if not the checkpoint's own (InternVL only)
     raises  FileNotFoundError, ValueError: one line that names the file or key
     """
-    found = read_spec(spec)
+    found = read_spec(spec, SCHEMES)
+    if found.scheme:
+        return SCHEMES[found.scheme](found.place)
     if found.module:
-        return own_judge(found, device)
+        judge = open_own(found, ("ask", "digest", "size", "grid"))
+        return judge.to(device).eval() if isinstance(judge, nn.Module) else judge
     folder = found.text
     with vlm.refuse_damage(folder):
         model, tokenizer, about = vlm.open_network(folder, size)
@@ -212,18 +216,10 @@ def load_judge(spec, device="cpu", dtype=None, size=0, text=False):
         return Judge(model, tokenizer, **about, origin="" if size else str(folder), text=text).to(device).eval()
 
 
-def own_judge(spec, device):
-    """A judge of the user's class. raises ValueError: it lacks a member."""
-    judge = open_own(spec)
-    for name in ("ask", "digest", "size", "grid"):
-        if not hasattr(judge, name):
-            raise ValueError(f"judge: {spec.text} has no `{name}`; want ask, digest, size and grid (docs/extend.md)")
-    return judge.to(device).eval() if isinstance(judge, nn.Module) else judge
-
-
 def open_judge(spec, device="cpu"):
-    """A judge whose weights are read at the first question, or an object of the user's class."""
-    return load_judge(spec, device) if read_spec(spec).module else LazyJudge(spec, device)
+    """A judge whose weights are read at the first question, or one that is no network."""
+    found = read_spec(spec, SCHEMES)
+    return load_judge(spec, device) if found.module or found.scheme else LazyJudge(spec, device)
 
 
 def build_mini_judge(sizes, rng):
@@ -268,7 +264,8 @@ def arguments(argv):
     p.add_argument("--green", type=int, nargs=2, metavar=("X", "Y"), help="green point")
     p.add_argument("--modality", choices=NAMES, default="depth", help="the question to ask [depth]")
     p.add_argument("--all", action="store_true", help="ask all questions")
-    p.add_argument("--model", default="out/mini/judge", metavar="SPEC", help=f"judge: {RULES} [out/mini/judge]")
+    p.add_argument("--model", default="out/mini/judge", metavar="SPEC",
+                   help=f"judge: {RULES}; or maps:DIR, a teacher's maps [out/mini/judge]")
     p.add_argument("--text", action="store_true",
                    help="generate the answer as text as well: slow, to check the score, or for a model without scores")
     p.add_argument("--save", default="", help="file for the photo as the judge sees it, with its markers (.png)")
@@ -304,6 +301,8 @@ def main(argv=None):
         if not isinstance(judge, Judge):
             p.error(f"--text: {args.model} generates no text; want a vision-language model")
         judge.text = len(judge.prompt.answers) < len(MODALITIES)                # only where its words cannot be scored
+    if isinstance(judge, MapsJudge):
+        judge.squeeze = True                                                    # as the photo is here
     small = resize(rgb, judge.size, judge.size)[None].to(device)
     xy = torch.tensor([args.red, args.green])                                   # (2, 2) x, y
     pts = (xy.flip(-1) * judge.size // torch.tensor([H, W])) // judge.grid * judge.grid + judge.grid // 2

@@ -18,12 +18,12 @@ import kernels
 from data import questions
 from data.bank import Bank, Judgements
 from data.maps import COUPLES
-from data.oracle import Oracle
-from data.photos import read_first_rgb
+from data.oracle import ORACLE, Oracle
+from data.photos import photo_paths, read_first_rgb
 from data.pools import ScenePool, list_scenes, scene_pool, training_photos
 from evaluation import report
 from evaluation.watch import Watch, reward_statistics
-from judge import ORACLE, build_mini_judge, load_judge, open_judge
+from judge import build_mini_judge, load_judge, open_judge
 from models import lora
 from models.copies import Networks, average_decay, compile_velocity, frozen_copy, trained_part, update_average
 from models.dit import DiT, DiTConfig, flow_loss
@@ -144,7 +144,7 @@ def judgements(cfg, device, modalities, together=True):
                         "use one size for both")
     bank = Bank(cfg.bank or Path(cfg.out) / "bank", judge)
     fill = bank.fill_together if together else bank.fill
-    pts, prob = fill(photos, cfg.bank_pairs, device, names, modalities)
+    pts, prob = fill(photos, cfg.bank_pairs, device, photo_paths(cfg.images, names), modalities)
     ranks.say(f"grpo: {what}; judgement bank: {bank.asked} pairs asked, {bank.known} already known")
     return Judgements(photos, pts, prob, names)
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from data import questions
 from data.maps import COUPLES
+from data.oracle import ORACLE
 from data.pictures import panel, picture_of, save_png
 from data.pools import ScenePool
 from evaluation import reliability
@@ -24,7 +25,7 @@ from evaluation.scores import (
     score_maps,
 )
 from grpo import agreement
-from judge import ORACLE, load_judge
+from judge import load_judge
 from predictor import load_predictor
 from relations import MODALITIES, NAMES
 from runtime.files import write_json

@@ -55,7 +55,7 @@ class WhatToLearnFrom:
     seed: Natural = 0                # everything random derives from it
     images: str = ""                 # folder of unlabeled photos for GRPO; empty: procedural ones (paper: COCO)
     policy: str = ""                 # SPEC of the predictor to tune; empty: OUT/base (paper: PRISM, Marigold)
-    judge: str = ""                  # SPEC of the judge, or of the model to tune; empty: OUT/judge
+    judge: str = ""                  # SPEC of the judge (also maps:DIR), or of the model to tune; empty: OUT/judge
     size: Count = 512                # px, side of the square training photos (judge: 512)
     photos: Count = 10000            # photos used by GRPO (paper: 10000 of COCO train)
     base_scenes: Count = 20000       # synthetic scenes of the base stage and of --replay
