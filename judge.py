@@ -21,12 +21,13 @@ from transformers.utils import logging
 from data.orders import BothOrders, fill_banks
 from data.photos import read_rgb, resize, square_points
 from data.pictures import save_png
+from data.teacher import MapsJudge
 from kernels.draw_markers import mark_photos
 from models import vlm
 from models.families import FAMILIES, SYSTEM, Prompt, read_answer
 from models.mini_judge import mini_network, mini_tokenizer
 from models.reader import Reader
-from models.served import ServedJudge, is_served
+from models.served import ServedJudge
 from relations import MODALITIES, NAMES, check_points, draw_markers
 from runtime.command import run_command
 from runtime.files import replace_files, write_json
@@ -36,7 +37,9 @@ from runtime.weights import RULES, open_own, read_spec
 
 logging.disable_progress_bar()       # of loading and saving weights: errors stay one line
 TOKENS = 2**16                       # of the language model at a time in `ask`
-ORACLE = "oracle"                    # --judge: see data/oracle.py
+SCHEMES = {  # of a SPEC SCHEME:PLACE: makes a judge of PLACE, no network, at once
+    "maps": MapsJudge, "http": ServedJudge, "https": ServedJudge,
+}
 
 
 class AnyJudge(Protocol):
@@ -131,17 +134,18 @@ def load_judge(spec, device="cpu", dtype=None, size=0, text=False):
     """Open a judge by its SPEC (runtime.weights.Spec).
 
     A folder or hub id holds a mini judge, an InternVL chat model (merged or unmerged LoRA), a native model of
-    models/families.py, or a PEFT adapter of one. A class of yours is AnyJudge; so is a server (http://HOST:PORT#MODEL).
+    models/families.py, or a PEFT adapter of one. Of SCHEMES and of a class of yours it is AnyJudge.
 
     dtype   of the weights; None: fp32 on a CPU, as stored (bf16 for the published ones) on a GPU
     size    px of the tile, if not the checkpoint's own (InternVL only)
     raises  FileNotFoundError, ValueError: one line that names the file or key
     """
-    if is_served(spec):
-        return ServedJudge(spec)
-    found = read_spec(spec)
+    found = read_spec(spec, SCHEMES)
+    if found.scheme:
+        return SCHEMES[found.scheme](found.place)
     if found.module:
-        return own_judge(found, device)
+        judge = open_own(found, ("ask", "digest", "size", "grid"))
+        return judge.to(device).eval() if isinstance(judge, nn.Module) else judge
     with vlm.refuse_damage(found.text):
         model, tokenizer, about = vlm.open_network(found.text, size)
         dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else None)
@@ -149,18 +153,10 @@ def load_judge(spec, device="cpu", dtype=None, size=0, text=False):
         return Judge(model, tokenizer, **about, origin="" if size else found.text, text=text).to(device).eval()
 
 
-def own_judge(spec, device):
-    """A judge of the user's class. raises ValueError: it lacks a member."""
-    judge = open_own(spec)
-    for name in ("ask", "digest", "size", "grid"):
-        if not hasattr(judge, name):
-            raise ValueError(f"judge: {spec.text} has no `{name}`; want ask, digest, size and grid (docs/extend.md)")
-    return judge.to(device).eval() if isinstance(judge, nn.Module) else judge
-
-
 def open_judge(spec, device="cpu"):
-    """A judge whose weights are read at the first question, a server, or an object of the user's class."""
-    return load_judge(spec, device) if is_served(spec) or read_spec(spec).module else LazyJudge(spec, device)
+    """A judge whose weights are read at the first question, or one that is no network."""
+    found = read_spec(spec, SCHEMES)
+    return load_judge(spec, device) if found.module or found.scheme else LazyJudge(spec, device)
 
 
 def build_mini_judge(sizes, rng):
@@ -205,7 +201,9 @@ def arguments(argv):
     p.add_argument("--green", type=int, nargs=2, metavar=("X", "Y"), help="green point")
     p.add_argument("--modality", choices=NAMES, default="depth", help="the question to ask [depth]")
     p.add_argument("--all", action="store_true", help="ask all questions")
-    p.add_argument("--model", default="out/mini/judge", metavar="SPEC", help=f"judge: {RULES} [out/mini/judge]")
+    p.add_argument("--model", default="out/mini/judge", metavar="SPEC",
+                   help=f"judge: {RULES}; or maps:DIR, a teacher's maps; or a server, http://HOST:PORT#MODEL "
+                        "[out/mini/judge]")
     p.add_argument("--both-orders", action="store_true",
                    help="ask again with the colours exchanged: the mean is the answer, the difference the colour bias")
     p.add_argument("--text", action="store_true",
@@ -255,6 +253,8 @@ def main(argv=None):
         if not isinstance(judge, Judge):
             p.error(f"--text: {args.model} generates no text; want a vision-language model")
         judge.text = len(judge.prompt.answers) < len(MODALITIES)                # only where its words cannot be scored
+    if isinstance(judge, MapsJudge):
+        judge.squeeze = True                                                    # as the photo is here
     small = resize(rgb, judge.size, judge.size)[None].to(device)
     xy = torch.tensor([args.red, args.green])                                   # (2, 2) x, y
     pts = square_points(xy.flip(-1), (H, W), judge.size, judge.grid)

@@ -19,11 +19,12 @@ import grpo
 import kernels
 from data import questions
 from data.album import check_count, held_out_digest, judgements, read_album
+from data.oracle import ORACLE
 from data.photos import read_first_rgb
 from data.pools import ScenePool, list_scenes, scene_pool
 from evaluation import report
 from evaluation.watch import Watch, reward_statistics
-from judge import ORACLE, build_mini_judge, load_judge, open_judge
+from judge import build_mini_judge, load_judge, open_judge
 from models import lora
 from models.copies import Networks, average_decay, compile_velocity, frozen_copy, trained_part, update_average
 from models.dit import DiT, DiTConfig, flow_loss

@@ -15,7 +15,7 @@ import torch
 from data.bank import Judgements
 from data.oracle import Oracle
 from data.orders import open_bank
-from data.photos import Photos, find_images
+from data.photos import Photos, find_images, photo_paths
 from data.pools import ScenePool, scene_pool
 from relations import sample_pairs
 from runtime.config import UserError
@@ -128,7 +128,7 @@ def judgements(cfg, judge, device, modalities, photos=None, train=True):
         what = (f"{len(rgb)} photos of {cfg.images} ({len(photos.skipped)} unreadable), of which {int(held.sum())} are "
                 "held out")
     bank = open_bank(cfg.bank or Path(cfg.out) / "bank", judge, cfg.both_orders)
-    pts, prob = bank.fill_together(seen, cfg.bank_pairs, device, names, modalities)
+    pts, prob = bank.fill_together(seen, cfg.bank_pairs, device, photo_paths(cfg.images, names), modalities)
     say(f"grpo: {what}; judgement bank: {bank.describe()}")
     pts = move_points(pts, judge.size, cfg.size)
     is_one = (pts[..., 0, :] == pts[..., 1, :]).all(-1, keepdim=True)           # a smaller photo may join two points

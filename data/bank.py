@@ -27,6 +27,7 @@ from tqdm import tqdm
 import relations
 from data.photos import as_bytes, find_images, readable_photos
 from relations import NAMES, sample_pairs
+from runtime.config import UserError
 from runtime.files import DamageGuard, find_files, read_checked, write_tensors
 from runtime.ranks import barrier, rank, world
 
@@ -57,6 +58,12 @@ class Judgements:
     pts: torch.Tensor        # (n, P, 2, 2) int64
     prob: torch.Tensor       # (n, P, M) of the first answer, modalities in the order of MODALITIES
     names: list              # n photo paths or scene ids
+
+    def __post_init__(self):
+        """raises UserError: the judge knows no answer, so nothing can be learnt from it."""
+        if self.prob.numel() and not self.prob.isfinite().any():
+            raise UserError(f"train.py: the judge knows no answer about any of {len(self.names)} photos (first: "
+                            f"{self.names[0]!r}); want a judge of these photos and of the predictor's modalities")
 
 
 class Bank:

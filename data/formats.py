@@ -147,8 +147,10 @@ class Files:
         return b"".join(parts)
 
 
-def open_picture(content, where, smallest=1, max_pixels=None):
+def open_picture(content, where, smallest=1, max_pixels=None, decode=True):
     """Decode the first picture of a file with Pillow -> (image, wide); wide: it has several channels of 16 bits.
+
+    decode    False: only its header, which knows size, mode and orientation
 
     content   bytes. Before they are decoded, three limits are checked: sides of at least `smallest` px, at most
               `max_pixels` pixels (None: --max-pixels), at most SCANS scans of a large JPEG
@@ -169,8 +171,9 @@ def open_picture(content, where, smallest=1, max_pixels=None):
         if scans > SCANS and scans * width * height > SCANS * limit["pixels"] // 10:
             refuse(where, f"a JPEG of {scans} scans of {width} x {height} pixels", f"at most {SCANS}", "save it again")
         wide = image.mode not in ("I", "I;16", "I;16B", "F") and any("16" in str(t[3]) for t in image.tile)
-        with image:
-            image.load()
+        if decode:
+            with image:
+                image.load()
     return image, wide
 
 
@@ -237,6 +240,26 @@ def decode_npy(content, where):
         refuse(where, f"a damaged .npy ({left} bytes of an array {shape} of {dtype})", "a whole one")
     array = np.frombuffer(content, dtype, size, stream.tell())
     return array.reshape(shape, order="F" if fortran else "C").copy()
+
+
+def read_map(files, name, channels):
+    """One saved map of `files` -> (channels, H, W) float array as stored; an 8-bit .png of a colour is over 255.
+
+    raises   FileNotFoundError; Refusal: another number of channels, another type, alpha, 16 bits
+    """
+    where = files.where(name)
+    if name.endswith(".png"):
+        return decode_rgb(files.read(name), where).transpose(2, 0, 1) / 255.0
+    array = decode_npy(files.read(name), where)
+    if array.ndim == 2 and channels == 1:
+        array = array[None]
+    elif array.ndim == 3 and array.shape[0] != channels and array.shape[2] == channels:
+        array = array.transpose(2, 0, 1)
+    if array.ndim != 3 or array.shape[0] != channels or array.size == 0:
+        refuse(where, f"shape {array.shape}", f"({channels}, H, W)", "save it again")
+    if array.dtype.kind != "f":
+        refuse(where, f"{array.dtype} values", "floating point", "save it again")
+    return array
 
 
 def decode_floats(content, where, shape):

@@ -15,6 +15,7 @@ ORIENTATION = 0x0112                             # EXIF tag
 TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
          5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
          8: Image.Transpose.ROTATE_90}           # EXIF orientation: what puts the picture upright
+SIDEWAYS = {TURNS[k] for k in (5, 6, 7, 8)}      # that exchange width and height
 PNG = b"\x89PNG\r\n\x1a\n"
 NOTES = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")     # chunks of a PNG that change no pixel
 UPRIGHT = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")    # keys of notes that may hold an orientation

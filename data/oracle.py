@@ -7,6 +7,7 @@ import torch
 from data.questions import true_relations
 from relations import MODALITIES
 
+ORACLE = "oracle"                 # --judge
 PAPER_ACCURACY = dict(depth=0.962, normal=0.935, albedo=0.894, irradiance=0.876)     # ReasonX, held-out judge accuracy
 ACCURACY = 0.9                    # on a modality that the paper has not
 

@@ -108,6 +108,22 @@ def read_rgb(path, max_pixels=None):
     return rgb.div_(255)
 
 
+def photo_size(path):
+    """(H, W) of a photo as read_rgb returns it, from its header alone. raises as read_rgb."""
+    image, _ = formats.open_picture(Path(path).read_bytes(), f"photos.py: cannot read {str(path)!r}", decode=False)
+    return image.size if headers.read_turn(image) in headers.SIDEWAYS else image.size[::-1]
+
+
+def _root(images):
+    """The folder that names of photos are relative to: `images`, or the folder of that one file."""
+    return Path(images).parent if Path(images).is_file() else Path(images)
+
+
+def photo_paths(images, names):
+    """Paths of photos from their names in `Photos(images)`; names of procedural ones (images "") stay as they are."""
+    return [str(_root(images) / name) for name in names] if images else names
+
+
 def is_own_picture(name, beside):
     """Whether a picture is a map, panel or chart that this program wrote, by its name and the names beside it.
 
@@ -236,6 +252,11 @@ def square_points(pts, size, side, grid=1):
     return pts * side // torch.tensor(size) // grid * grid + grid // 2
 
 
+def resize_mode(kind):
+    """How `resize` treats a map of Modality.kind: no depth or vector is averaged across an edge."""
+    return "nearest" if kind in ("distance", "vector") else "antialias"
+
+
 def resize_long(rgb, long_edge, multiple=1):
     """(3, H, W) in [0, 1] -> longer side about long_edge, aspect kept, sides multiples of `multiple`."""
     scale = long_edge / max(rgb.shape[1:])
@@ -269,8 +290,7 @@ class Photos:
 
     def __init__(self, folder, size, limit=0, out=None, seen=0):
         paths = find_images(folder, out)
-        root = Path(folder)
-        root = root.parent if root.is_file() else root
+        root = _root(folder)
         most = min(limit or len(paths), len(paths))
         self.images, self.seen = (torch.zeros(most, 3, side, side, dtype=torch.uint8) for side in (size, seen or size))
         self.names = []

@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from data import scenes
-from data.photos import fit_square, open_image
+from data.photos import fit_square, open_image, resize_mode
 from data.pictures import row_of
 from relations import MODALITIES
 from runtime.files import find_files
@@ -67,8 +67,8 @@ def read_scene(folder, scene, size=None):
         maps[m], there[m] = _unit_vectors(maps[m])
     maps["mask"] = there["normal"]
     if size is not None:
-        measured = ("mask", *(m for m, row in MODALITIES.items() if row.kind in ("distance", "vector")))
-        maps = {m: fit_square(x, size, "nearest" if m in measured else "antialias") for m, x in maps.items()}
+        maps = {m: fit_square(x, size, "nearest" if m == "mask" else resize_mode(row_of(m).kind))
+                for m, x in maps.items()}
     return maps
 
 

@@ -147,12 +147,17 @@ def _check_rows(rows, folder, size, path):
     return rows
 
 
+def photo_path(row, folder):
+    """The unmarked photo of a row's scene."""
+    return Path(folder, f"{row['scene']}_rgb.png")
+
+
 def read_photo(row, folder, size):
     """The unmarked photo of a row, or the marked one of a JSONL file: (3, size, size)."""
     if "image" in row:
         rgb = photos.read_rgb(row["image"])
         return photos.resize(rgb, size, size)
-    return photos.fit_square(photos.read_rgb(Path(folder, f"{row['scene']}_rgb.png")), size)
+    return photos.fit_square(photos.read_rgb(photo_path(row, folder)), size)
 
 
 def marked_photos(rows, folder, size):

@@ -22,6 +22,7 @@ from tqdm import tqdm
 import relations
 from data import formats
 from data.photos import resize_long
+from data.pictures import row_of
 from evaluation import benchmarks, protocols
 from evaluation.alignment import AFFINE
 from evaluation.benchmark_table import MIT_LIGHTS
@@ -155,27 +156,6 @@ def prediction_file(bench, files, name, modality):
     return next((n for n in names if files.size(n) >= 0), names[0])
 
 
-def read_prediction(files, name, modality):
-    """One saved map -> (C, H, W) float array as stored; an 8-bit .png of albedo or irradiance is over 255.
-
-    raises   FileNotFoundError; ValueError: another number of channels, another type, alpha, 16 bits
-    """
-    where = files.where(name)
-    if name.endswith(".png"):
-        return formats.decode_rgb(files.read(name), where).transpose(2, 0, 1) / 255.0
-    array = formats.decode_npy(files.read(name), where)
-    channels = 1 if modality == "depth" else 3
-    if array.ndim == 2 and channels == 1:
-        array = array[None]
-    elif array.ndim == 3 and array.shape[0] != channels and array.shape[2] == channels:
-        array = array.transpose(2, 0, 1)
-    if array.ndim != 3 or array.shape[0] != channels:
-        raise ValueError(f"{where}: got shape {array.shape}, want ({channels}, H, W); save it again")
-    if array.dtype.kind != "f":
-        raise ValueError(f"{where}: got {array.dtype} values, want floating point; save it again")
-    return array
-
-
 def saved_source(path, args):
     """Predictions that another method saved, in Marigold's naming (prediction_file).
 
@@ -214,8 +194,8 @@ def saved_source(path, args):
                 if saved.place(f) in own:
                     raise ValueError(f"{saved.where(f)}: got a file of {bench.dataset} itself as a prediction, want "
                                      "another folder in --pred-dir")
-            sample["saved"].append(linear_arrays({m: read_prediction(saved, f, m) for m, f in maps.items()},
-                                                 space(bench), SIGN[means]))
+            maps = {m: formats.read_map(saved, f, row_of(m).channels) for m, f in maps.items()}
+            sample["saved"].append(linear_arrays(maps, space(bench), SIGN[means]))
         return sample
 
     def maps(bench, sample):

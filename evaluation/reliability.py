@@ -55,7 +55,7 @@ def ask_rows(judge, rows, folder, modality):
                          "about them; evaluate it on a scene folder")
     rgb = torch.stack([questions.read_photo(r, folder, judge.size) for r in rows]).to(device_of(judge))
     pts = torch.tensor([r["pts"] for r in rows], device=rgb.device)[:, None]    # (N, 1, 2, 2)
-    prob = judge.ask(rgb, pts, [r["scene"] for r in rows], (modality,))
+    prob = judge.ask(rgb, pts, [str(questions.photo_path(r, folder)) for r in rows], (modality,))
     return prob[:, 0, NAMES.index(modality)].cpu()
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from data import questions
+from data.oracle import ORACLE
 from data.orders import BothOrders
 from data.pictures import panel, picture_of, save_png
 from data.pools import ScenePool
@@ -23,7 +24,7 @@ from evaluation.scores import (
     predict_maps,
     score_maps,
 )
-from judge import ORACLE, load_judge
+from judge import load_judge
 from predictor import load_predictor
 from relations import MODALITIES, NAMES
 from runtime.files import write_json

@@ -20,7 +20,10 @@ def add_lora(judge, rng, r=RANK, alpha=ALPHA, dropout=DROPOUT, checkpointing=Fal
     """Freeze a judge.Judge and add adapters to the linear layers of its language model; returns their paths in it.
 
     checkpointing  True: recompute activations in the backward pass (while training)
+    raises         ValueError: a judge that is no vision-language model
     """
+    if not hasattr(judge, "prompt"):
+        raise ValueError(f"finetune: got a {type(judge).__name__} as the judge to tune; want a vision-language model")
     judge.model.requires_grad_(False)
     judge.origin = ""                                                           # weights now differ from the files
     text = judge.model.model.language_model

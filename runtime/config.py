@@ -55,7 +55,7 @@ class WhatToLearnFrom:
     seed: Natural = 0                # everything random derives from it
     images: str = ""                 # folder of unlabeled photos for GRPO; empty: procedural ones (paper: COCO)
     policy: str = ""                 # SPEC of the predictor to tune; empty: OUT/base (paper: PRISM, Marigold)
-    judge: str = ""                  # SPEC of the judge (http://HOST:PORT#MODEL too) or model to tune; empty: OUT/judge
+    judge: str = ""                  # SPEC of the judge (maps:DIR, http://... too), or model to tune; empty: OUT/judge
     both_orders: bool = False        # ask the judge twice, colours exchanged: the mean counts, the difference is told
     size: Natural = 512              # px, side of the square training photos (judge: 512); 0: what --policy is made for
     photos: Count = 10000            # most photos that GRPO trains on (paper: 10000 of COCO train)

@@ -107,19 +107,30 @@ class Spec:
     name: str = ""                   # of the class
     hub: str = ""
     flip_x: str = ""                 # yes: x of its normals is to be negated; no; "": not said
+    scheme: str = ""                 # of SCHEME:PLACE, where the command knows such ones
+
+    @property
+    def place(self):
+        """What stands behind SCHEME: , or a whole address SCHEME://HOST."""
+        return self.text if "://" in self.text else self.text.partition(":")[2]
 
     def at(self, folder):
         """SPEC of what was trained from this one and saved in a folder."""
         return f"{self.module}:{self.name}={folder}" if self.module else str(folder)
 
 
-def read_spec(text):
-    """Read a SPEC by the rules of `Spec`. raises FileNotFoundError: it fits none; the line holds the rules."""
+def read_spec(text, schemes=()):
+    """Read a SPEC by the rules of `Spec`. raises FileNotFoundError: it fits none; the line holds the rules.
+
+    schemes  words that may stand before a colon, as in SCHEME:PLACE; no module of one of these names is looked for
+    """
     text = str(text)
     said = FLIP.fullmatch(text)
     if said and not Path(text).is_dir():
         return replace(read_spec(said[1]), flip_x=said[2])
     hub = _hub_id(text)
+    if text.partition(":")[0] in schemes and not hub and not Path(text).is_dir():
+        return Spec(text, scheme=text.partition(":")[0])
     if Path(text).is_dir() and not (hub and _is_empty(text)):
         return Spec(text, folder=Path(text))
     own = OWN.fullmatch(text)
@@ -130,7 +141,7 @@ def read_spec(text):
         return Spec(text, Path(folder) if folder else None, module, name)
     if hub:
         return Spec(hub, hub=hub)
-    raise FileNotFoundError(f"got {text!r}; want {RULES}")
+    raise FileNotFoundError(f"got {text!r}; want {'; '.join((RULES, *(f'or {s}:PLACE' for s in schemes)))}")
 
 
 def add_flip(text, flip_x):
@@ -187,12 +198,21 @@ def own_class(spec):
     return getattr(module, spec.name)
 
 
-def open_own(spec):
+def open_own(spec, members=()):
     """Make an object of the user's class: CLASS(); of a FOLDER: CLASS.load(FOLDER), or CLASS() with its OWN_WEIGHTS.
 
-    raises   ValueError: no such class, weights that do not fit; FileNotFoundError
+    members  names that it must have
+    raises   ValueError: no such class, a member that it lacks, weights that do not fit; FileNotFoundError
     """
     refuse_flip(spec)
+    made = _make_own(spec)
+    for name in members:
+        if not hasattr(made, name):
+            raise ValueError(f"{spec.text} has no `{name}`; want {', '.join(members)} (docs/extend.md)")
+    return made
+
+
+def _make_own(spec):
     kind = own_class(spec)
     if spec.folder is None:
         return kind()

@@ -370,7 +370,7 @@ def read_benchmark(folder, path):
     calls = [lambda b=b: load(b) for b in benchmark_table.BENCHMARKS if b.dataset == name]
     if path.suffix in (".npy", ".png"):
         saved = formats.Files(path.parent)
-        calls += [lambda m=m: predictions.read_prediction(saved, path.name, m) for m in ("depth", "albedo")]
+        calls += [lambda n=n: formats.read_map(saved, path.name, n) for n in (1, 3)]
     return calls
 
 

@@ -25,7 +25,7 @@ import judge
 import predictor
 from data import formats, photos, pictures, questions
 from data.pictures import output_name
-from evaluation import benchmarks, predictions
+from evaluation import benchmarks
 from models import lora
 from models.dit import DiT, DiTConfig
 from predictor import load_predictor
@@ -99,7 +99,7 @@ def test_the_payload_of_these_tests_would_run(tmp_path):
 def test_a_pickle_in_an_npy_is_not_opened(tmp_path, marker):
     np.save(tmp_path / "a.npy", np.array([Payload(marker)], object), allow_pickle=True)
     refused(lambda: formats.decode_npy((tmp_path / "a.npy").read_bytes(), "a.npy"), "object")
-    refused(lambda: predictions.read_prediction(formats.Files(tmp_path), "a.npy", "depth"), "object")
+    refused(lambda: formats.read_map(formats.Files(tmp_path), "a.npy", 1), "object")
 
 
 @pytest.mark.parametrize("name", ["original", "qwen"])
