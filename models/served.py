@@ -32,7 +32,6 @@ from kernels.draw_markers import mark_photos
 from models.families import FAMILIES
 from relations import MODALITIES, NAMES, check_points
 from runtime.files import DamageGuard, decode_json, one_line, refuse
-from runtime.weights import PAGE
 
 ADDRESS = re.compile(r"(https?://[^/?#@\s]+)((?:/[^?#@\s]*)?)#([^,\s]+)((?:,(?:size|family)=\w+)*)")
 WANT = "http://HOST:PORT#MODEL, MODEL as the server's GET /v1/models names it; ,size=PX or ,family=NAME may follow"
@@ -47,11 +46,6 @@ LIKELIEST = 20                    # tokens whose log-probability a chat server i
 FLOOR = -9999                     # vLLM's stand-in for minus infinity
 NO_JSON = ("an answer that is not JSON", "JSON", "check what listens there")
 KEY = "REASONX_JUDGE_KEY"         # environment variable: the key that the server wants, if it wants one
-
-
-def is_served(spec):
-    """Whether a SPEC is the address of a server, and not of a page of the hub."""
-    return str(spec).startswith(("http://", "https://")) and not PAGE.fullmatch(str(spec))
 
 
 class ServedJudge:
@@ -100,7 +94,7 @@ class ServedJudge:
         prob = torch.full((B * P, len(NAMES)), torch.nan)
         if not prob.numel() or not asked:
             return prob.view(B, P, len(NAMES)).to(rgb.device)
-        self.wire = self.wire or find_wire(self)
+        self.wire = self.wire or find_wire(self, asked)
         index = [NAMES.index(m) for m in asked]
         with ThreadPool(min(REQUESTS, B * P)) as pool:                          # none of its threads delays an exit
             for part in torch.arange(B * P).split(REQUESTS):                    # so many pictures in memory
@@ -110,20 +104,22 @@ class ServedJudge:
                     prob[n, index] = torch.tensor(self._read(self.wire, answers, asked))
         return prob.view(B, P, len(NAMES)).to(rgb.device)
 
-    def probe(self, wire):
-        """Ask a wire all questions about two points of a grey picture. raises Refused; ValueError: it is no judge."""
+    def probe(self, wire, asked):
+        """Ask a wire about two points of a grey picture. raises Refused; ValueError: it is no judge of that."""
         S = self.size
         picture = mark_picture(torch.full((3, S, S), 0.5), torch.tensor([[S // 3, S // 3], [S // 2, S // 2]]))
-        prob = self._read(wire, self._send(wire, picture, NAMES, pauses=()), NAMES)
-        if all(map(math.isnan, prob)):
-            refuse(f"judge: {self.server.url}", f"none of the deciding words among the {LIKELIEST} likeliest tokens",
+        prob = self._read(wire, self._send(wire, picture, asked, patient=False), asked)
+        lacking = [name for name, p in zip(asked, prob, strict=True) if math.isnan(p)]
+        if lacking:
+            refuse(f"judge: {self.server.url}",
+                   f"no deciding word of {', '.join(lacking)} among the {LIKELIEST} likeliest tokens",
                    "a model that answers in the official sentences, and a server that continues a turn that was begun",
                    "docs/judges.md names servers")
 
-    def _send(self, wire, picture, asked, pauses=PAUSES):
+    def _send(self, wire, picture, asked, patient=True):
         """Answers (bytes) to the requests about one marked picture (3, S, S) uint8."""
         png = encode_png(picture)
-        return [self.server.post(wire.path, body, pauses) for body in wire.bodies(png, asked)]
+        return [self.server.post(wire.path, body, patient) for body in wire.bodies(png, asked)]
 
     def _read(self, wire, answers, asked):
         """Probabilities, a list over `asked`, in the answers of `_send`. Not in threads: the guard sets warnings."""
@@ -149,8 +145,8 @@ def mark_picture(photo, points):
 def encode_png(picture):
     """A picture (3, H, W) uint8 as a PNG file in base64; run lengths pack a photo fastest, and as small as any."""
     buffer = io.BytesIO()
-    Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()).save(buffer, "PNG", compress_level=1,
-                                                                            compress_type=zlib.Z_RLE)
+    image = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
+    image.save(buffer, "PNG", compress_level=1, compress_type=zlib.Z_RLE)
     return base64.b64encode(buffer.getvalue()).decode()
 
 
@@ -158,7 +154,7 @@ class Refused(ValueError):
     """An answer with an error of HTTP that does not pass by waiting.  status  its number;  text  what it says."""
 
     def __init__(self, where, status, text):
-        super().__init__(f"judge: {where}: got HTTP {status} ({one_line(text)}), want an answer")
+        super().__init__(f"judge: {where}: got HTTP {status} ({one_line(text)}), want an answer; see its own log")
         self.status = status
         self.text = text
 
@@ -172,11 +168,12 @@ class Server:
         self.path = path
         self.own = threading.local()
 
-    def post(self, path, body, pauses=PAUSES):
-        """Send a JSON object (None: GET) and return the answer as bytes, after repetitions if need be.
+    def post(self, path, body, patient=True):
+        """Send a JSON object (None: GET) and return the answer as bytes; patient: after repetitions if need be.
 
-        raises  Refused; ValueError: no answer after all pauses
+        raises  Refused; ValueError: no answer
         """
+        pauses = PAUSES if patient else ()
         body = None if body is None else json.dumps(body).encode()
         for pause in (*pauses, None):
             try:
@@ -208,12 +205,15 @@ class Server:
         return answer.status, answer.read()
 
 
-def find_wire(judge):
-    """Ask a server which wire it offers: SystemOne or Chat. raises ValueError: neither; it has no such model."""
+def find_wire(judge, asked):
+    """Ask a server which wire it offers: SystemOne or Chat. raises ValueError: neither; it has no such model.
+
+    asked   modalities in which it must know the deciding words
+    """
     server = judge.server
     where = f"judge: {server.url}/v1/models"
     try:
-        listed = decode_json(server.post("/v1/models", None, ()), where, NO_JSON)
+        listed = decode_json(server.post("/v1/models", None, patient=False), where, NO_JSON)
     except Refused as error:
         if error.status in MISSING:
             raise ValueError(f"{error}: it serves no models; want {WANT}") from None
@@ -225,7 +225,7 @@ def find_wire(judge):
     for wire in (SystemOne(judge), Chat(judge)):
         try:
             wire.prepare()
-            judge.probe(wire)
+            judge.probe(wire, asked)
         except Refused as error:
             if error.status not in MISSING:
                 raise
@@ -250,7 +250,8 @@ class SystemOne:
         """
         three = dict(type="choice", criteria={"red": None, "green": None, "blue": None})
         try:
-            self.judge.server.post(self.path, dict(model=self.judge.model, state="", questions=dict(three=three)), ())
+            body = dict(model=self.judge.model, state="", questions=dict(three=three))
+            self.judge.server.post(self.path, body, patient=False)
         except Refused as error:
             if "at most 2 options" in error.text:
                 return
@@ -296,9 +297,9 @@ class Chat:
         for name, m in MODALITIES.items():
             try:
                 first, second = (self._tokens(m, word) for word in spell_words(m))
-            except Refused:
+            except ValueError:                                                  # no such endpoint, or of another form
                 return
-            if not first:                                                       # llama.cpp's own /tokenize
+            if not first:                                                       # llama.cpp's, which is of another form
                 return
             if first[:-1] != second[:-1] or first[-1] == second[-1]:
                 raise ValueError(f"judge: {self.judge.model} has no single token for each of {m.words} ({name}); want "
@@ -309,7 +310,7 @@ class Chat:
         """A question and its answer up to a deciding word as the server's tokens."""
         where = f"judge: {self.judge.server.url}/tokenize"
         body = dict(model=self.judge.model) | self._turns(m.question, m.prefix + word)
-        answer = decode_json(self.judge.server.post("/tokenize", body, ()), where, NO_JSON)
+        answer = decode_json(self.judge.server.post("/tokenize", body, patient=False), where, NO_JSON)
         with DamageGuard(where, "an answer of another form", "tokens", "check what listens there"):
             return list(answer["tokens"])
 

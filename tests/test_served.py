@@ -12,6 +12,7 @@ import urllib.error
 import urllib.request
 
 import pytest
+import served_stub
 import torch
 from chat import fast
 from served_stub import MODEL, margin, serve, slow
@@ -20,10 +21,12 @@ from test_layout import ROOT
 import judge
 from data.bank import Bank
 from data.pictures import save_png
+from judge import SCHEMES
 from models import served
 from models.families import CLIP, SYSTEM
-from models.served import ServedJudge, is_served
+from models.served import ServedJudge
 from relations import MODALITIES, NAMES, draw_markers
+from runtime.weights import read_spec
 
 PAGE = (ROOT / "docs" / "judges.md").read_text()
 
@@ -31,8 +34,6 @@ PAGE = (ROOT / "docs" / "judges.md").read_text()
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch):
     monkeypatch.setattr(served, "PAUSES", (0, 0.01, 0.02))
-    monkeypatch.setattr(served.Server.post, "__defaults__", ((0, 0.01, 0.02),))
-    monkeypatch.setattr(served.ServedJudge._send, "__defaults__", ((0, 0.01, 0.02),))
 
 
 def draw(photos=2, pairs=3, size=32, seed=0):
@@ -70,8 +71,9 @@ def test_an_address_that_is_none_is_refused_in_one_line(spec, says):
 
 
 def test_pages_of_the_hub_are_no_servers():
-    assert is_served("http://node7:8000#org/judge") and is_served("https://judge.lab.org/v1#a,size=448")
-    assert not is_served("https://huggingface.co/org/judge") and not is_served("org/judge") and not is_served(ROOT)
+    for spec in ("http://node7:8000#org/judge", "https://judge.lab.org/v1#a,size=448"):
+        assert read_spec(spec, SCHEMES).scheme and read_spec(spec, SCHEMES).place == spec
+    assert all(not read_spec(spec, SCHEMES).scheme for spec in ("https://huggingface.co/org/judge", "org/judge", ROOT))
 
 
 def test_the_digest_is_of_model_prompt_and_size_and_not_of_the_address():
@@ -113,9 +115,9 @@ def test_only_what_is_wanted_is_asked():
     with serve("sglang") as stub:
         one = judge.open_judge(stub.spec)
         prob = one.ask(rgb, pts, modalities=("albedo", "depth"))
-        assert len(stub.bodies) == len(NAMES) + 8
+        assert len(stub.bodies) == 2 + 8
         assert one.ask(rgb[:0], pts[:0]).shape == (0, 4, len(NAMES)) and one.ask(rgb, pts, modalities=()).isnan().all()
-        assert len(stub.bodies) == len(NAMES) + 8
+        assert len(stub.bodies) == 2 + 8
     known = torch.tensor([m in ("albedo", "depth") for m in NAMES])
     assert prob[..., ~known].isnan().all()
     torch.testing.assert_close(prob[..., known], expected(rgb, pts)[..., known], atol=1e-6, rtol=0)
@@ -125,8 +127,11 @@ def test_only_what_is_wanted_is_asked():
 @pytest.mark.parametrize("word", [" red", " green"])
 def test_a_word_that_is_missing_is_not_known_and_never_0(kind, word):
     rgb, pts = draw(1, 2)
-    with serve(kind, lacks=(word,)) as stub:
-        prob = judge.open_judge(stub.spec).ask(rgb, pts)
+    with serve(kind) as stub:
+        one = judge.open_judge(stub.spec)
+        one.ask(rgb, pts)
+        stub.lacks = (word,)
+        prob = one.ask(rgb, pts)
     albedo = NAMES.index("albedo")
     assert prob.isnan().sum() == 2 * (len(NAMES) - 1)
     torch.testing.assert_close(prob[..., albedo], expected(rgb, pts)[..., albedo], atol=1e-6, rtol=0)
@@ -173,9 +178,17 @@ def test_a_server_without_the_endpoint_or_with_text_alone(kind, says):
         refused(stub, says)
 
 
-def test_a_server_that_does_not_continue_the_turn_has_none_of_the_words():
-    with serve("sglang", lacks=(" red", " green", "Yes", "No")) as stub:
-        refused(stub, "none of the deciding words among the 20 likeliest tokens")
+def test_a_server_that_does_not_continue_the_turn_has_not_the_words():
+    """It would fill a bank with what is not known. What it can answer it may be asked."""
+    with serve("sglang", lacks=(" red", " green")) as stub:
+        refused(stub, "no deciding word of depth, normal, irradiance among the 20 likeliest tokens")
+        assert judge.open_judge(stub.spec).ask(*draw(1, 1), modalities=("albedo",))[..., 2].isfinite().all()
+
+
+def test_a_model_that_splits_a_deciding_word_is_refused(monkeypatch):
+    monkeypatch.setattr(served_stub, "tokens_of", lambda text: [ord(c) for c in text])
+    with serve("vllm") as stub, pytest.raises(ValueError, match="no single token for each of .*; want a model"):
+        judge.open_judge(stub.spec).ask(*draw(1, 1))
 
 
 def test_a_closed_port_is_told_at_once():
