@@ -184,6 +184,8 @@ def wrap(network, name):
         if not hasattr(network, member):
             raise ValueError(f"predictor: {name} has no `{member}`; want modalities, size, and either predict, or "
                              "velocity and decode (docs/extend.md)")
+    if not isinstance(network.size, int) or network.size < 1:
+        raise ValueError(f"predictor: {name} has size {network.size!r}; want a side in px, an integer of at least 1")
     unknown = [m for m in network.modalities if m not in NAMES]
     if unknown or not network.modalities or isinstance(network.modalities, str):
         raise ValueError(f"predictor: {name} has modalities {network.modalities!r}; want a tuple of some of "

@@ -230,10 +230,12 @@ PRESETS = {
         clip=0.1, kl_weight=0.1, replay=0.2, lr=1e-4, ema=0.99, **ESTIMATORS["pair"]),
     # the paper's numbers; needs weights and photos: `problem` names them
     "paper": ESTIMATORS["paper"],
-    # a network that somebody has, on photos that somebody has: sizes, modalities and cells are the networks'
+    # a network that somebody has, on photos that somebody has: sizes, modalities and cells are the networks'. Maps are
+    # larger than those of `mini`, so the estimator's squares are too: on 224 px twice as much is learnt (docs/runs.md)
     "tune": dict(
         size=0, photos=1000, pairs=48, bank_pairs=64, sample_steps=8, eval_steps=10, jitter=0, steps=200, batch=8,
-        clip=0.1, kl_weight=0.1, lr=1e-5, ema=0.98, micro=4, eval_every=20, save_every=20, **ESTIMATORS["pair"]),
+        clip=0.1, kl_weight=0.1, lr=1e-5, ema=0.98, micro=4, eval_every=20, save_every=20,
+        **ESTIMATORS["pair"] | dict(noise_blocks=(4, 8, 16, 32))),
 }
 
 

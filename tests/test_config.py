@@ -56,7 +56,7 @@ def test_a_line_of_the_help_ends_with_the_values_of_the_presets(capsys):
     lines = {line.split()[0]: line for line in shown(capsys, "--help-all").splitlines() if line.startswith("  --")}
     assert lines["--pairs"].endswith("[paper 40, mini 48, small 64, tune 48]")
     assert lines["--group"].endswith("[8]") and lines["--bank"].endswith("[-]")
-    assert lines["--noise-blocks"].endswith("[paper 1, mini 1,2,4,8, small 1,2,4,8, tune 1,2,4,8]")
+    assert lines["--noise-blocks"].endswith("[paper 1, mini 1,2,4,8, small 1,2,4,8, tune 4,8,16,32]")
     assert lines["--balance,"].endswith("[paper no, mini yes, small yes, tune yes]")
 
 
@@ -101,7 +101,8 @@ def test_a_network_a_judge_and_photos_of_ones_own_are_the_preset_tune(argv, pres
 def test_preset_tune_leaves_sizes_and_cells_to_the_networks_and_replays_nothing():
     cfg = parse(["--stage", "grpo", *WEIGHTS])[1]
     assert (cfg.size, cfg.jitter, cfg.replay, cfg.modalities, cfg.lora) == (0, 0, 0, "joint", 0)
-    assert {k: getattr(cfg, k) for k in ESTIMATORS["pair"]} == ESTIMATORS["pair"]
+    want = ESTIMATORS["pair"] | dict(noise_blocks=(4, 8, 16, 32))               # maps are larger than those of mini
+    assert {k: getattr(cfg, k) for k in want} == want
     assert parse(["--stage", "grpo", *WEIGHTS, "--size", "252"])[1].size == 252
 
 
