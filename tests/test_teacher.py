@@ -223,14 +223,15 @@ class Depth(nn.Module):
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A working directory with three photos, maps of two of them, and a module of the user's."""
+    """A working directory with twelve photos, maps of all but one, and a module of the user's."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "taught.py").write_text(POLICY)
-    for name in ("a.jpg", "x/b.jpg", "c.jpg"):
-        photo(tmp_path / "photos" / name, 48)
+    more = [f"d{i}" for i in range(9)]
+    for name in ("a", "x/b", "c", *more):
+        photo(tmp_path / "photos" / f"{name}.jpg", 48)
     value = np.tile(np.arange(1.0, 49), (S, 1))
-    for name in ("a", "x_b"):
+    for name in ("a", "x_b", *more):
         depth(tmp_path / "maps", name, value)
     return tmp_path
 
@@ -242,10 +243,11 @@ TRAIN = ("--stage grpo --policy taught:Depth --images photos --replay 0 --size 3
 def test_a_bank_is_filled_train_learns_from_it_and_one_photo_is_asked(place, capsys):
     judging.main(["photos", "--bank", "out/bank", "--pairs", "8", "--model", "maps:maps", "--device", "cpu"])
     out, err = capsys.readouterr()
-    assert "24 pairs asked" in out and "photos/c.jpg" in err and "photos/a.jpg" not in err
+    assert "96 pairs asked" in out and "photos/c.jpg" in err and "photos/a.jpg" not in err
     train.main([*TRAIN, "maps:maps", "--out", "out", "--stop-at", "1"])
     train.main([*TRAIN, "maps:maps", "--out", "out"])                           # resumes
-    assert capsys.readouterr().out.count("0 pairs asked, 24 already known") == 3    # of the same photos
+    out = capsys.readouterr().out
+    assert out.count("judgement bank") == out.count("0 pairs asked, 96 already known") > 1      # of the same photos
     judging.main(["photos/x/b.jpg", "--red", "2", "3", "--green", "40", "9", "--model", "maps:maps", "--device", "cpu"])
     assert "the red point appears closer" in capsys.readouterr().out            # also outside the centred square
     depth(place / "maps", "a", np.ones((S, 48)))
@@ -255,7 +257,7 @@ def test_a_bank_is_filled_train_learns_from_it_and_one_photo_is_asked(place, cap
 
 def test_maps_of_other_photos_are_refused_and_cannot_be_tuned(place):
     depth(place / "other", "z")
-    refused(UserError, lambda: train.main([*TRAIN, "maps:other", "--out", "out"]), "knows no answer", "3 photos")
+    refused(UserError, lambda: train.main([*TRAIN, "maps:other", "--out", "out"]), "knows no answer", "12 photos")
     refused(ValueError, lambda: train.add_lora(load_judge("maps:maps"), seeded()), "MapsJudge")
 
 
