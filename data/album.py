@@ -3,8 +3,9 @@
 sizes     the judge is asked about photos of its side, the policy sees them at that of training. Both are the same
           centred square: a judged point becomes the pixel that holds the centre of the marked one
 held out  of --images: the photos whose digest is among the lowest twentieth of all possible ones, and at least the
-          HELD_OUT different ones with the lowest. No step trains on them. Order, names and sizes do not matter, copies
-          of a photo stay together, and a photo that was trained on stays so when others are added
+          HELD_OUT different ones with the lowest; of HELD_OUT or fewer, half. No step trains on them. Order, names and
+          sizes do not matter, copies of a photo stay together, and of more than HELD_OUT a photo that was trained on
+          stays so when others are added
 """
 import hashlib
 from dataclasses import replace
@@ -21,28 +22,33 @@ from relations import sample_pairs
 from runtime.config import UserError
 from runtime.ranks import STREAMS, combine_numbers, generator, say
 
-HELD_OUT = 8                      # least number of photos that are held out
+HELD_OUT = 8                      # least number of photos that are held out, where there are more
 SHARE = 20                        # one in so many is
 
 
 def hold_out(digests):
     """Which photos are held out: list of photos.pixel_digest -> (n,) bool."""
-    lowest = sorted(set(digests))[:HELD_OUT]
+    different = sorted(set(digests))
+    lowest = different[:HELD_OUT if len(different) > HELD_OUT else len(different) // 2]
+    if not lowest:
+        return torch.zeros(len(digests), dtype=torch.bool)
+    if len(lowest) < HELD_OUT:
+        return torch.tensor([digest <= lowest[-1] for digest in digests])
     bound = max(lowest[-1], f"{(1 << 64) // SHARE:016x}")
     return torch.tensor([digest <= bound for digest in digests])
 
 
-def too_few(folder, n):
-    """The error for a folder of n different photos, which leave none to train on."""
-    return UserError(f"train.py: got {n} different photos in {folder}; want at least {HELD_OUT + 1}: {HELD_OUT} are "
+def too_few(folder):
+    """The error for a folder of one photo, which leaves none to measure on."""
+    return UserError(f"train.py: got 1 photo in {folder}; want at least 2, better {2 * HELD_OUT} or more: some are "
                      "held out to measure on, and no step trains on them")
 
 
 def check_count(folder, out):
     """Refuse a folder with too few files to be photos, before any is read. out: of find_images. raises UserError."""
     n = len(find_images(folder, out, say=False))
-    if n <= HELD_OUT:
-        raise too_few(folder, n)
+    if n < 2:
+        raise too_few(folder)
 
 
 def held_out_digest(photos):
@@ -68,8 +74,11 @@ def read_album(cfg, judge):
     if found["n_min"] != found["n_max"]:
         raise UserError(f"train.py: processes can read different numbers of the photos in {cfg.images}; "
                         "want a folder that all of them see alike")
-    if hold_out(photos.digests).all():
-        raise too_few(cfg.images, len(set(photos.digests)))
+    n = int(hold_out(photos.digests).sum())
+    if not n:
+        raise too_few(cfg.images)
+    if n < HELD_OUT:
+        say(f"train.py: only {n} of {len(photos)} photos held out to measure on; more photos make a fairer measure")
     return photos
 
 
