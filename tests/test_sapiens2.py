@@ -17,6 +17,7 @@ import eval as evaluation
 import predictor
 import train
 from data.pictures import save_png
+from evaluation.predictions import weights_key
 from models.copies import Networks
 from predictor import load_predictor, predict_photo
 from relations import NAMES, sample_pairs
@@ -137,6 +138,7 @@ def test_the_flag_is_part_of_a_spec(tmp_path, monkeypatch, capsys):
     odd.mkdir()
     assert read_spec(odd).folder == odd and not read_spec(odd).flip_x
     assert weights_digest(spec("yes")) == weights_digest(tiny_depth.folder("sapiens"))
+    assert len({weights_key(load_predictor(spec(x))) for x in ("yes", "no")}) == 2      # no benchmark takes the other's
     words = ["--stage", "grpo", "--judge", "x", "--images", "y"]
     assert parse([*words, "--policy", "z", "--flip-x", "yes"])[1].policy == "z,flip-x=yes"
     for call, argv in ((parse, [*words, "--flip-x", "yes"]), (parse, [*words, "--policy", "z", "--flip-x", "left"]),
