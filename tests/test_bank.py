@@ -247,6 +247,66 @@ def test_many_new_entries_are_packed_by_themselves(tmp_path):
     assert len(files(tmp_path)) == 1
 
 
+def test_a_judge_that_fails_has_lost_no_answer(tmp_path, photos):
+    class Failing(Counting):
+        def ask(self, *args):
+            if self.calls == 3:
+                raise ValueError("the server has gone")
+            return Counting.ask(self, *args)
+    with pytest.raises(ValueError, match="has gone"):
+        Bank(tmp_path, Failing()).fill(photos, 16)
+    judge = Counting()
+    Bank(tmp_path, judge).fill(photos, 16)
+    assert judge.calls == 2
+
+
+def test_a_slow_judge_s_answer_is_written_when_it_is_there(tmp_path, photos, monkeypatch):
+    """A kill loses what was answered in the last SECONDS; here each answer took longer."""
+    seen = []
+
+    class Slow(Counting):
+        def ask(self, *args):
+            seen.append(len(files(tmp_path)))
+            return Counting.ask(self, *args)
+    monkeypatch.setattr(bank_module, "SECONDS", 0.0)
+    monkeypatch.setattr(bank_module, "ThreadPoolExecutor", lambda _: Now())
+    Bank(tmp_path, Slow()).fill(photos, 16)
+    assert seen == [0, 1, 2, 3, 4]
+
+
+class Now:
+    """An executor that does the work at once."""
+
+    def submit(self, function, *args):
+        function(*args)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+
+def test_a_judge_may_be_asked_about_several_photos_at_a_time(tmp_path, photos):
+    names = [f"p{i}.jpg" for i in range(5)]
+    want = Bank(tmp_path / "alone", Counting()).fill(photos, 12)
+    Bank(tmp_path, Counting()).fill(photos[3:4], 4)                             # lacks other answers than the rest
+    judge = Counting()
+    judge.photos_a_call = 2
+    order = [0, 1, 0, 2, 3, 4, 4]
+    got = Bank(tmp_path, judge).fill(photos[order], 12, names=[names[i] for i in order])
+    assert all(torch.equal(a, b[order]) for a, b in zip(got, want, strict=True))
+    assert [q[0] for q in judge.questions] == [names[:2], names[2:3], names[3:4], names[4:]]
+    assert judge.pairs == 4 * 12 + 8
+
+
+def test_a_disk_that_is_full_is_said_and_what_is_there_is_whole(tmp_path, photos, small_files):
+    bank = Bank(tmp_path, Counting())
+    with small_files(100), pytest.raises(OSError):
+        bank.fill(photos, 16)
+    assert files(tmp_path) == []
+
+
 def test_a_kill_between_pack_and_removal_loses_and_repeats_nothing(tmp_path, photos, monkeypatch):
     from pathlib import Path
     bank = Bank(tmp_path, Counting())
