@@ -175,7 +175,10 @@ class Bank:
         all_prob = torch.empty(len(photos), n, len(NAMES))
         bar = tqdm(desc="bank", unit="photo", total=len(photos), disable=None if len(photos) > 8 else True,
                    mininterval=1.0)
-        read = lambda i: [(names[i] if names else "", photos[i])]               # noqa: E731
+
+        def read(i):
+            return [(names[i] if names else "", photos[i])]
+
         with bar, contextlib.closing(self.judge_each(range(len(photos)), read, n, device, modalities)) as answers:
             for i, (pts, prob) in enumerate(answers):
                 all_pts[i] = pts
