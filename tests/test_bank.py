@@ -9,6 +9,7 @@ import torch
 import relations
 from data import bank as bank_module
 from data.bank import Bank
+from data.pictures import save_png
 from relations import MODALITIES
 from runtime.files import write_tensors
 
@@ -305,6 +306,22 @@ def test_a_disk_that_is_full_is_said_and_what_is_there_is_whole(tmp_path, photos
     with small_files(100), pytest.raises(OSError):
         bank.fill(photos, 16)
     assert files(tmp_path) == []
+
+
+def test_each_process_asks_about_its_share_and_a_photo_that_cannot_be_read_is_skipped(tmp_path, monkeypatch, capsys):
+    rng = torch.Generator().manual_seed(0)
+    for i in range(5):
+        save_png(tmp_path / "photos" / f"{i}.png", torch.rand(3, 40, 48, generator=rng).numpy())
+    (tmp_path / "photos" / "3.png").write_bytes(b"no picture")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    asked = []
+    for number in "01":
+        monkeypatch.setenv("RANK", number)
+        judge = Counting()
+        bank_module.fill_bank(tmp_path / "bank", tmp_path / "photos", judge, 8, "cpu")
+        asked.append([Path(q[0][0]).name for q in judge.questions])
+    assert asked == [["0.png", "2.png", "4.png"], ["1.png"]]
+    assert len(files(tmp_path / "bank")) == 2 and "skipped" in capsys.readouterr().err
 
 
 def test_a_kill_between_pack_and_removal_loses_and_repeats_nothing(tmp_path, photos, monkeypatch):
