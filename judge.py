@@ -36,7 +36,7 @@ from runtime.ranks import pick_device
 from runtime.weights import RULES, open_own, read_spec
 
 logging.disable_progress_bar()       # of loading and saving weights: errors stay one line
-TOKENS = 2**16                       # of the language model at a time in `ask`
+TOKENS = dict(cuda=2**16, cpu=2**11) # of the language model at a time in `ask`; of few, a CPU's cache holds the states
 SCHEMES = {  # of a SPEC SCHEME:PLACE: makes a judge of PLACE, no network, at once
     "maps": MapsJudge, "http": ServedJudge, "https": ServedJudge,
 }
@@ -94,7 +94,7 @@ class Judge(Reader):
 
         rgb         (B, 3, S, S) unmarked sRGB [0, 1];  pts (B, P, 2, 2) in pixels of rgb
         names       photo paths or scene ids, which this judge does not read;  modalities  those wanted, None: all
-        batch       marked photos at a time; 0: as many as make TOKENS tokens
+        batch       marked photos at a time at most; 0: as many as make TOKENS tokens
         returns     (B, P, M) probability of the first answer, in the order of MODALITIES; NaN where not asked or, of
                     other judges, not known
         """
@@ -104,7 +104,8 @@ class Judge(Reader):
         prob = torch.full((B * P, len(NAMES)), torch.nan, device=rgb.device)
         index = torch.tensor([NAMES.index(m) for m in asked], device=rgb.device)
         places = torch.arange(B * P, device=rgb.device)
-        for part in places.split(batch or max(1, TOKENS // len(self.prompt))) if B * P else ():
+        most = batch or max(1, TOKENS[rgb.device.type] // len(self.prompt))
+        for part in places.tensor_split(-(-B * P // most)) if B * P else ():   # equal parts: none is small
             prob[part[:, None], index] = self._answers(rgb, pts.flatten(0, 1)[part], part // P, asked).float()
         return prob.view(B, P, len(NAMES))
 

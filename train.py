@@ -28,7 +28,7 @@ from judge import build_mini_judge, load_judge, open_judge
 from models import lora
 from models.copies import Networks, average_decay, compile_velocity, frozen_copy, trained_part, update_average
 from models.dit import DiT, DiTConfig, flow_loss
-from models.finetune import WARMUP, add_lora, tuning_gradient
+from models.finetune import WARMUP, add_lora, tuning_batches, tuning_gradient
 from models.mini_judge import MiniSizes, Probe, judge_loss
 from predictor import load_predictor
 from relations import NAMES
@@ -111,8 +111,9 @@ def tune_judge(cfg, device):
     ranks.say(f"judge: {len(rows)} questions, {steps} steps of {cfg.judge_batch}; "
               f"{sum(p.numel() for p in learnt.parameters())} weights train")
     model.train()
+    batches = tuning_batches(rows, range(run.start, steps), model.size, cfg)
     for step, _ in run.steps("judge", cfg.stop_at):
-        loss = tuning_gradient(model, rows, step, cfg, device, run)
+        loss = tuning_gradient(model, *next(batches), step, cfg, device, run)
         norm = run.update(None, [list(learnt.parameters())],
                           cosine(step, steps, warmup=max(1, int(WARMUP * steps))))
         run.log(step, {"loss": loss, "grad/norm": norm}, show=("loss",))

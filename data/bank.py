@@ -11,13 +11,17 @@ files   KEY.safetensors        one entry with a checksum, written atomically; a 
         pack-NAME.safetensors  many entries, concatenated; a damaged one is renamed pack-NAME.damaged
         Packs are never changed: `pack` writes a new one and then removes the single files whose entries it holds, so
         writers need no lock. 24 bytes a pair (four answers)
+time    photos are read and looked up ahead, answers are written behind, both in threads: the judge waits for neither.
+        A kill loses what was answered in the last SECONDS, and the call under way; an error of the judge loses nothing
 """
 import contextlib
 import hashlib
 import json
 import os
 import re
+import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,12 +31,15 @@ from tqdm import tqdm
 import relations
 from data.photos import as_bytes, find_images, readable_photos
 from relations import NAMES, sample_pairs
+from runtime.ahead import work_ahead
 from runtime.config import UserError
 from runtime.files import DamageGuard, find_files, read_checked, write_tensors
 from runtime.ranks import barrier, rank, world
 
 UNKNOWN = float("inf")            # on disk: asked, and the judge gave no probability
-PACK = 64                         # a call that writes at least so many single entries packs them
+PACK = 64                         # so many single entries of one call are packed; so many at a time are written as one
+SECONDS = 5.0                     # answers are written so often: what a kill may lose. A slow judge's, each at once
+AHEAD = 32                        # photos that are read before their turn
 BLOCK = 16                        # pairs of a photo that are drawn at a time
 KEY = re.compile("[0-9a-f]{24}")  # name of a single entry
 
@@ -79,7 +86,7 @@ class Bank:
         self.asked = 0                                                          # pairs that the judge was asked about
         self.known = 0                                                          # pairs that were found on disk
         self._packs = set()                                                     # paths of the packs that were read
-        self._packed = {}                                                       # what they hold: key -> (pts, prob)
+        self._entries = {}                                                      # of packs, and answered, by key
 
     def _pairs(self, key, n):
         """The first n pairs of a photo. They are drawn in blocks, so a longer sequence starts with the shorter one."""
@@ -129,8 +136,8 @@ class Bank:
                 for key, *entry in zip(pack["keys"].numpy(), pack["pts"].split(counts), pack["prob"].split(counts),
                                        strict=True):
                     key = key.tobytes().hex()
-                    self._packed[key] = merge_entries(self._packed.get(key), entry)
-        return self._packed
+                    self._entries[key] = merge_entries(self._entries.get(key), entry)
+        return self._entries
 
     def entries(self):
         """All that is known: dict key of a photo -> (pts (P, 2, 2), prob (P, M)) as on disk."""
@@ -152,18 +159,21 @@ class Bank:
         entries = [(p, e) for p, e in loaded if e is not None]
         if not entries:
             return
-        keys = [p.stem for p, _ in entries]
-        lengths = [len(e["prob"]) for _, e in entries]
+        self.write_pack({p.stem: (e["pts"], e["prob"]) for p, e in entries})
+        for path, entry in entries:
+            again = self._load(path)
+            if again is not None and again["prob"].numpy().tobytes() == entry["prob"].numpy().tobytes():
+                path.unlink(missing_ok=True)                                    # kept if another writer extended it
+
+    def write_pack(self, entries):
+        """Write a pack of entries: dict of key -> (pts (P, 2, 2), prob (P, M))."""
+        keys = list(entries)
+        lengths = [len(prob) for _, prob in entries.values()]
         name = _digest(keys, lengths, uuid.uuid4().hex)
         write_tensors(self.folder / f"pack-{name}.safetensors", dict(
             keys=torch.tensor([list(bytes.fromhex(k)) for k in keys], dtype=torch.uint8),
-            counts=torch.tensor(lengths), pts=torch.cat([e["pts"] for _, e in entries]),
-            prob=torch.cat([e["prob"] for _, e in entries])))
-        for (path, entry), n in zip(entries, lengths, strict=True):
-            again = self._load(path)
-            if again is not None and len(again["prob"]) == n and again["prob"].numpy().tobytes() == (
-                    entry["prob"].numpy().tobytes()):
-                path.unlink(missing_ok=True)                                    # kept if another writer extended it
+            counts=torch.tensor(lengths), pts=torch.cat([pts.to(torch.int16) for pts, _ in entries.values()]),
+            prob=torch.cat([prob for _, prob in entries.values()])))
 
     def fill_together(self, photos, n, device="cpu", names=None, modalities=NAMES):
         """As `fill`, called by all ranks: each asks about its share of the photos."""
@@ -183,47 +193,149 @@ class Bank:
         """
         all_pts = torch.empty(len(photos), n, 2, 2, dtype=torch.int64)
         all_prob = torch.empty(len(photos), n, len(NAMES))
-        wanted = torch.tensor([m in modalities for m in NAMES])
-        packs = self._read_packs()
-        written = 0
-        bar = tqdm(range(len(photos)), desc="bank", unit="photo", disable=None if len(photos) > 8 else True,
+        bar = tqdm(desc="bank", unit="photo", total=len(photos), disable=None if len(photos) > 8 else True,
                    mininterval=1.0)
-        for i in bar:
-            key = _digest(photos[i].contiguous().numpy().tobytes(), list(photos[i].shape))
-            entry = packs.get(key)
-            missing = _missing(entry, n, wanted)                                # (n, M)
-            if missing.any():                                                   # a single file may hold more
-                single = self._load(self.folder / f"{key}.safetensors")
-                entry = merge_entries(entry, single and (single["pts"], single["prob"]))
-                missing = _missing(entry, n, wanted)
-            asked = int(missing.any(1).sum())
-            if entry is None or len(entry[1]) < n:
-                entry = merge_entries(entry, (self._pairs(key, n), torch.full((n, len(NAMES)), torch.nan)))
-            pts, prob = entry
-            if asked:
-                rgb = photos[i:i + 1].to(device).float() / 255
-                prob = self._ask(rgb, pts, prob, missing, names and names[i:i + 1])
-                write_tensors(self.folder / f"{key}.safetensors", dict(prob=prob, pts=pts.to(torch.int16)))
-                written += 1
-            self.known += n - asked
-            self.asked += asked
-            all_pts[i] = pts[:n]
-            all_prob[i] = prob[:n].masked_fill(prob[:n] == UNKNOWN, torch.nan)
-        if written >= PACK:
-            self.pack()
+
+        def read(i):
+            return [(names[i] if names else "", photos[i])]
+
+        with bar, contextlib.closing(self.judge_each(range(len(photos)), read, n, device, modalities)) as answers:
+            for i, (pts, prob) in enumerate(answers):
+                all_pts[i] = pts
+                all_prob[i] = prob
+                bar.update()
         return all_pts, all_prob
 
-    def _ask(self, rgb, pts, prob, missing, names):
-        """Ask about one photo what is missing (n, M): prob (>= n, M) with the answers."""
-        prob = prob.clone()
+    def judge_each(self, items, read, n, device="cpu", modalities=NAMES):
+        """As `fill`, photo by photo: yields pts (n, 2, 2) and prob (n, M).
+
+        read  of an item: list of (name or "", photo (3, S, S) uint8); called ahead of time, in threads
+        A judge with `photos_a_call` is asked about so many photos at a time, where they lack the same answers.
+        """
+        wanted = torch.tensor([m in modalities for m in NAMES])
+        most = getattr(self.judge, "photos_a_call", 1)
+        self._read_packs()
+        group = []
+        with _Writer(self) as writer:
+            for photos in work_ahead(lambda item: [self._open(*x, n, wanted) for x in read(item)], items, AHEAD):
+                for one in photos:
+                    if one.key in [other.key for other in group]:               # the same photo again
+                        yield from self._finish(group, n, device, writer)
+                    one.know(self._entries.get(one.key), n, wanted)             # answers since it was opened
+                    if group and not one.missing.equal(group[0].missing):
+                        yield from self._finish(group, n, device, writer)
+                    group.append(one)
+                    if len(group) >= most or not one.missing.any():
+                        yield from self._finish(group, n, device, writer)
+            yield from self._finish(group, n, device, writer)
+        if writer.singles >= PACK:
+            self.pack()
+
+    def _open(self, name, photo, n, wanted):
+        """A photo with all that is known about its first n pairs."""
+        key = _digest(photo.contiguous().numpy().tobytes(), list(photo.shape))
+        one = _Photo(name, photo, key)
+        one.know(self._entries.get(key), n, wanted)
+        if one.missing.any():                                                   # a single file may hold more
+            single = self._load(self.folder / f"{key}.safetensors")
+            one.know(single and (single["pts"], single["prob"]), n, wanted)
+        if one.entry is None or len(one.entry[1]) < n:
+            one.know((self._pairs(key, n), torch.full((n, len(NAMES)), torch.nan)), n, wanted)
+        return one
+
+    def _finish(self, group, n, device, writer):
+        """Ask about photos that lack the same answers; yields what `judge_each` does, and empties the list."""
+        asked = int(group[0].missing.any(1).sum()) if group else 0
+        if asked:
+            for one, prob in zip(group, self._ask(group, n, device), strict=True):
+                one.entry = merge_entries(one.entry, (one.entry[0][:n], prob))
+                self._entries[one.key] = one.entry
+                writer.add(one.key, one.entry)
+        self.known += (n - asked) * len(group)
+        self.asked += asked * len(group)
+        for one in group:
+            pts, prob = one.entry
+            yield pts[:n].long(), prob[:n].masked_fill(prob[:n] == UNKNOWN, torch.nan)
+        group.clear()
+
+    def _ask(self, group, n, device):
+        """Ask about photos of one `missing` (n, M): answers (B, n, M) where those are missing, NaN elsewhere."""
+        rgb = torch.stack([one.rgb for one in group]).to(device).float() / 255
+        pts = torch.stack([one.entry[0][:n].long() for one in group]).to(device)
+        names = [one.name for one in group] if group[0].name else None
+        missing = group[0].missing
+        prob = torch.full((len(group), *missing.shape), torch.nan)
         for columns in missing.unique(dim=0):                                   # pairs that lack the same answers
             if columns.any():
-                rows = (missing == columns).all(1).nonzero()[:, 0]
+                rows = (missing == columns).all(1)
                 questions = [m for m, lacks in zip(NAMES, columns.tolist(), strict=True) if lacks]
-                fresh = self.judge.ask(rgb, pts[None, rows].to(rgb.device), names, questions)[0].float().cpu()
-                fresh = fresh.masked_fill(fresh.isnan(), UNKNOWN)[:, columns]
-                prob[rows[:, None], columns.nonzero()[:, 0]] = fresh
+                fresh = self.judge.ask(rgb, pts[:, rows], names, questions).float().cpu()
+                prob[:, rows] = fresh.masked_fill(fresh.isnan(), UNKNOWN).masked_fill(~columns, torch.nan)
         return prob
+
+
+@dataclass
+class _Photo:
+    """A photo that is opened for `judge_each`."""
+
+    name: str
+    rgb: torch.Tensor                # (3, S, S) uint8
+    key: str
+    entry: tuple = None              # what is known: pts (P, 2, 2), prob (P, M)
+    missing: torch.Tensor = None     # (n, M) bool: wanted answers that it lacks
+
+    def know(self, entry, n, wanted):
+        """Add what another entry knows."""
+        self.entry = merge_entries(self.entry, entry)
+        self.missing = _missing(self.entry, n, wanted)
+
+
+class _Writer:
+    """With-block that writes a bank's answers behind the asking; what is left is written at its end, after errors too.
+
+    .singles  files of one entry that were written
+    """
+
+    def __init__(self, bank):
+        self.bank = bank
+        self.singles = 0
+        self.waiting = {}                                                       # key -> entry
+        self.began = time.monotonic()                                           # the last write
+        self.under_way = None                                                   # its Future
+        self.pool = ThreadPoolExecutor(1)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        with self.pool:
+            self._begin()
+            self._wait()
+
+    def add(self, key, entry):
+        """Write an entry soon. raises OSError of an earlier write."""
+        self.waiting[key] = entry
+        if time.monotonic() - self.began >= SECONDS:
+            self._begin()
+
+    def _begin(self):
+        self._wait()
+        entries, self.waiting = self.waiting, {}
+        self.began = time.monotonic()
+        if len(entries) >= PACK:
+            self.under_way = self.pool.submit(self.bank.write_pack, entries)
+        elif entries:
+            self.singles += len(entries)
+            self.under_way = self.pool.submit(self._write_singles, entries)
+
+    def _wait(self):
+        if self.under_way:
+            self.under_way.result()
+        self.under_way = None
+
+    def _write_singles(self, entries):
+        for key, (pts, prob) in entries.items():
+            write_tensors(self.bank.folder / f"{key}.safetensors", dict(prob=prob, pts=pts.to(torch.int16)))
 
 
 def merge_entries(one, two):
@@ -250,14 +362,13 @@ def fill_bank(folder, images, judge, pairs, device):
     Resumes where it stopped; a photo that cannot be read is named and skipped, as Photos does.
     """
     bank = Bank(folder, judge)
-    chunk = 8
     paths = find_images(images)[rank()::world()]
-    bar = tqdm(range(0, len(paths), chunk), desc=f"bank, process {rank() + 1} of {world()}", unit="8 photos",
-               mininterval=1.0)
-    for i in bar:
-        found = [(path, as_bytes(rgb, judge.size)) for path, rgb in readable_photos(paths[i:i + chunk], [])]
-        if found:
-            names, photos = zip(*found, strict=True)
-            bank.fill(torch.stack(photos), pairs, device, [str(name) for name in names])
+
+    def read(path):
+        return [(str(path), as_bytes(rgb, judge.size)) for _, rgb in readable_photos([path], [])]
+
+    bar = tqdm(paths, desc=f"bank, process {rank() + 1} of {world()}", unit="photo", mininterval=1.0)
+    for _ in bank.judge_each(bar, read, pairs, device):
+        pass
     bank.pack()
     return bank

@@ -22,9 +22,10 @@ from data.pools import list_scenes, read_scene
 from relations import LUMA, MODALITIES, draw_markers, margin, relation, sample_pairs
 from runtime.config import UserError
 from runtime.files import DamageGuard, decode_json, path_inside, read_json, refuse, write_json, write_rows
-from runtime.ranks import barrier, generator, rank
+from runtime.ranks import barrier, generator, rank, world
 
 BLACK = 0.1                       # encoded luma (1 % linear); what is darker shows nothing that is seen on it
+PART = 32                         # scenes of a file of training questions: some seconds of drawing
 PER_SCENE = 2                     # training questions per scene and modality, one of each answer (judge release: 1)
 CANDIDATES = 24                   # pairs that are drawn for each question that is wanted
 SHARE = 0.1                       # of the rooms, for validation
@@ -114,21 +115,19 @@ def build_questions(folder, n, size, seed, split=None, grid=1):
     return balance([row for scene in bar for row in draw_questions(folder, scene, n, size, seed, grid)], seed)
 
 
-def load_questions(path, folder, n, size, seed, split, write, grid=1):
-    """As `build_questions`, but read from the file `path` where that holds the rows of these arguments.
+def load_questions(path, folder, scenes, n, size, seed, grid=1):
+    """Rows of some scenes of a folder, not balanced: read from the file `path`, or drawn and written to it.
 
-    write   True: rows that had to be built are written to the file
     raises  as draw_questions; Refusal: the file holds no such rows
     """
-    key = [str(folder), n, size, seed, split, grid, len(list_scenes(folder))]
+    key = [str(folder), scenes, n, size, seed, grid]
     if Path(path).is_file():
         kept = read_json(path)
         if kept.get("key") == key:
             return _check_rows(kept.get("rows"), folder, size, path)
-    rows = build_questions(folder, n, size, seed, split, grid)
-    if write:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, dict(key=key, rows=rows))
+    rows = [row for scene in scenes for row in draw_questions(folder, scene, n, size, seed, grid)]
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, dict(key=key, rows=rows))
     return rows
 
 
@@ -240,18 +239,25 @@ def batch_of(rows, step, batch, seed):
 
 
 def training_questions(cfg, grid):
-    """Training questions of --scenes: the rows of a .jsonl file, or drawn by rank 0 and kept in OUT/judge.
+    """Training questions of --scenes: the rows of a .jsonl file, or drawn and kept in OUT/judge/questions.
 
+    Each rank draws its share of the parts, which do not depend on the number of ranks; a stopped run draws the rest.
     raises  UserError: no question
     """
     if cfg.scenes.endswith(".jsonl"):
         return read_jsonl(cfg.scenes)
-    path = Path(cfg.out) / "judge" / "questions.json"
-    rows = []
-    for is_turn in (rank() == 0, True):                                         # the others read what rank 0 has drawn
-        if is_turn:
-            rows = load_questions(path, cfg.scenes, PER_SCENE, cfg.size, cfg.seed, "train", rank() == 0, grid)
-        barrier()
+    scenes = [s for s in list_scenes(cfg.scenes) if split_of(s) == "train"]
+    parts = [scenes[i:i + PART] for i in range(0, len(scenes), PART)]
+
+    def load(i):
+        return load_questions(Path(cfg.out, "judge", "questions", f"{i:05}.json"), cfg.scenes, parts[i], PER_SCENE,
+                              cfg.size, cfg.seed, grid)
+
+    own = range(rank(), len(parts), world())
+    for i in tqdm(own, desc="questions", unit=f"{PART} scenes", leave=False, disable=rank() > 0 or len(parts) < 4):
+        load(i)
+    barrier()                                                                   # all parts are on the disk
+    rows = balance([row for i in range(len(parts)) for row in load(i)], cfg.seed)
     if not rows:
         raise UserError(f"train.py: {cfg.scenes} gives no training question; want more scenes (a tenth is held out)")
     return rows

@@ -2,12 +2,15 @@
 
 Source: the judge release's recipe (LoRA on the seven linear layers, next-token cross-entropy on the answer).
 """
+import itertools
+
 import torch
 import torch.nn.functional as F
 
 from data import questions
 from models import lora
 from runtime import ranks
+from runtime.ahead import work_ahead
 from runtime.config import MICRO
 from runtime.ranks import generator
 
@@ -53,22 +56,38 @@ def sentence_loss(judge, images, modalities, first):
     return F.cross_entropy(logits.float(), ids[taught], reduction="sum"), int(taught.sum())
 
 
-def tuning_gradient(judge, rows, step, cfg, device, run):
-    """Accumulate the gradient of one LoRA step on a judge over micro-batches; returns the loss.
+def tuning_batches(rows, steps, size, cfg):
+    """Rows and marked photos of each step, the photos read ahead in threads.
 
-    rows  all training questions, of data.questions;  run  runtime.run.Run
-    cfg   judge_batch, micro, scenes, seed, precision of runtime.config.Config
-    Dropout of a micro-batch is seeded by its step and number, so any number of processes takes the same steps.
+    rows    all training questions, of data.questions;  steps  numbers;  size  px, judge.size
+    cfg     judge_batch, micro, scenes, seed of runtime.config.Config
+    yields  the batch, list of rows; this rank's micro-batches of it, list of (number, rows, photos (N, 3, S, S))
     """
-    batch = questions.batch_of(rows, step, cfg.judge_batch, cfg.seed)
-    tokens = sum(len(judge.prompt.sentences[r["modality"]][not r["first"]]) for r in batch)
     micro = cfg.micro or MICRO
     own = range(ranks.rank(), cfg.judge_batch // micro, ranks.world())
-    parts = {k: batch[k * micro:(k + 1) * micro] for k in own}
-    run.where = [r["id"] for part in parts.values() for r in part]
+    batches = (questions.batch_of(rows, step, cfg.judge_batch, cfg.seed) for step in steps)
+    parts = ((batch, k, batch[k * micro:(k + 1) * micro]) for batch in batches for k in own)
+
+    def read(part):
+        return *part, questions.marked_photos(part[-1], cfg.scenes, size)
+
+    ready = work_ahead(read, parts, depth=2 * len(own))
+    for _ in steps:
+        found = list(itertools.islice(ready, len(own)))
+        yield found[0][0], [part for _, *part in found]
+
+
+def tuning_gradient(judge, batch, parts, step, cfg, device, run):
+    """Accumulate the gradient of one LoRA step on a judge over micro-batches; returns the loss.
+
+    batch, parts  of `tuning_batches`;  run  runtime.run.Run;  cfg  seed, precision of runtime.config.Config
+    Dropout of a micro-batch is seeded by its step and number, so any number of processes takes the same steps.
+    """
+    tokens = sum(len(judge.prompt.sentences[r["modality"]][not r["first"]]) for r in batch)
+    run.where = [r["id"] for _, part, _ in parts for r in part]
     losses = []
-    for k, part in parts.items():
-        images = questions.marked_photos(part, cfg.scenes, judge.size).to(device)
+    for k, part, images in parts:
+        images = images.to(device)
         with torch.random.fork_rng():
             torch.manual_seed(int(torch.randint(2**62, (1,), generator=generator(cfg.seed, step, k))))
             with ranks.autocast(cfg.precision, device):

@@ -32,31 +32,36 @@ def world():
 # device and precision -----------------------------------------------------------------------------------------------
 
 def pick_device(name, command):
-    """torch.device of a --device flag: auto, cpu or cuda. raises UserError for cuda without a GPU."""
+    """torch.device of a --device flag: auto, cpu or cuda; each process of torchrun has a GPU of its own.
+
+    raises  UserError: cuda without a GPU, or with fewer than processes
+    """
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError(f"{command}: got --device cuda, but torch finds no GPU; use --device cpu")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if local >= torch.cuda.device_count():
+        raise UserError(f"{command}: process {local} of this machine has no GPU of its own (there are "
+                        f"{torch.cuda.device_count()}); use --nproc_per_node={torch.cuda.device_count()}, or "
+                        "--device cpu")
+    torch.cuda.set_device(local)
+    return torch.device("cuda", local)
 
 
 def setup(cfg):
     """Join the process group when started by torchrun, choose the device; returns the torch.device."""
-    local = int(os.environ.get("LOCAL_RANK", 0))
     if cfg.fsdp and world() == 1:
         raise UserError("train.py: --fsdp with one process: it spreads the policy over those of torchrun "
                         "--nproc_per_node=N")
-    use_cuda = pick_device(cfg.device, "train.py").type == "cuda"
-    if use_cuda:
-        if local >= torch.cuda.device_count():
-            raise UserError(f"train.py: process {local} of this machine has no GPU of its own (there are "
-                            f"{torch.cuda.device_count()}); use --nproc_per_node={torch.cuda.device_count()}, or "
-                            "--device cpu")
-        torch.cuda.set_device(local)
+    device = pick_device(cfg.device, "train.py")
+    if device.type == "cuda":
         torch.set_float32_matmul_precision("highest" if cfg.precision == "fp32" else "high")    # TF32 outside autocast
     if world() > 1 and not dist.is_initialized():
-        _join("nccl" if use_cuda else "gloo")
+        _join("nccl" if device.type == "cuda" else "gloo")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")                 # without it cuBLAS refuses to be exact
     torch.use_deterministic_algorithms(cfg.deterministic)
-    return torch.device("cuda", local) if use_cuda else torch.device("cpu")
+    return device
 
 
 def _join(backend):

@@ -380,7 +380,7 @@ def make_lists(folder):
     scene(root)
     rows = questions.build_questions(root, 2, 24, 0)
     questions.write_jsonl(rows, root, folder, 24, "q.jsonl")
-    (folder / "cached.json").write_text(json.dumps(dict(key=[str(root), 2, 24, 0, None, 1, 1], rows=rows)))
+    (folder / "cached.json").write_text(json.dumps(dict(key=[str(root), ["room.0"], 2, 24, 0, 1], rows=rows)))
     (folder / "results.jsonl").write_text("".join(
         json.dumps(dict(name=n, abs_rel=0.1, delta1=0.9, scale=1.0)) + "\n" for n in "abc"))
     head = ["scene_name", *(f"M_cam_from_uv_{i}{j}" for i in range(3) for j in range(3))]
@@ -392,7 +392,7 @@ def make_lists(folder):
 
 def read_lists(folder, path):
     def cached():
-        rows = questions.load_questions(path, folder / "scenes", 2, 24, 0, None, False)
+        rows = questions.load_questions(path, folder / "scenes", ["room.0"], 2, 24, 0)
         return questions.marked_photos(rows[:1], folder / "scenes", 24)
 
     def asked():

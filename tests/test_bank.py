@@ -9,6 +9,7 @@ import torch
 import relations
 from data import bank as bank_module
 from data.bank import Bank
+from data.pictures import save_png
 from relations import MODALITIES
 from runtime.files import write_tensors
 
@@ -245,6 +246,82 @@ def test_many_new_entries_are_packed_by_themselves(tmp_path):
     many = torch.randint(0, 256, (70, 3, 32, 32), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
     Bank(tmp_path, Counting()).fill(many, 4)
     assert len(files(tmp_path)) == 1
+
+
+def test_a_judge_that_fails_has_lost_no_answer(tmp_path, photos):
+    class Failing(Counting):
+        def ask(self, *args):
+            if self.calls == 3:
+                raise ValueError("the server has gone")
+            return Counting.ask(self, *args)
+    with pytest.raises(ValueError, match="has gone"):
+        Bank(tmp_path, Failing()).fill(photos, 16)
+    judge = Counting()
+    Bank(tmp_path, judge).fill(photos, 16)
+    assert judge.calls == 2
+
+
+def test_a_slow_judge_s_answer_is_written_when_it_is_there(tmp_path, photos, monkeypatch):
+    """A kill loses what was answered in the last SECONDS; here each answer took longer."""
+    seen = []
+
+    class Slow(Counting):
+        def ask(self, *args):
+            seen.append(len(files(tmp_path)))
+            return Counting.ask(self, *args)
+    monkeypatch.setattr(bank_module, "SECONDS", 0.0)
+    monkeypatch.setattr(bank_module, "ThreadPoolExecutor", lambda _: Now())
+    Bank(tmp_path, Slow()).fill(photos, 16)
+    assert seen == [0, 1, 2, 3, 4]
+
+
+class Now:
+    """An executor that does the work at once."""
+
+    def submit(self, function, *args):
+        function(*args)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+
+def test_a_judge_may_be_asked_about_several_photos_at_a_time(tmp_path, photos):
+    names = [f"p{i}.jpg" for i in range(5)]
+    want = Bank(tmp_path / "alone", Counting()).fill(photos, 12)
+    Bank(tmp_path, Counting()).fill(photos[3:4], 4)                             # lacks other answers than the rest
+    judge = Counting()
+    judge.photos_a_call = 2
+    order = [0, 1, 0, 2, 3, 4, 4]
+    got = Bank(tmp_path, judge).fill(photos[order], 12, names=[names[i] for i in order])
+    assert all(torch.equal(a, b[order]) for a, b in zip(got, want, strict=True))
+    assert [q[0] for q in judge.questions] == [names[:2], names[2:3], names[3:4], names[4:]]
+    assert judge.pairs == 4 * 12 + 8
+
+
+def test_a_disk_that_is_full_is_said_and_what_is_there_is_whole(tmp_path, photos, small_files):
+    bank = Bank(tmp_path, Counting())
+    with small_files(100), pytest.raises(OSError):
+        bank.fill(photos, 16)
+    assert files(tmp_path) == []
+
+
+def test_each_process_asks_about_its_share_and_a_photo_that_cannot_be_read_is_skipped(tmp_path, monkeypatch, capsys):
+    rng = torch.Generator().manual_seed(0)
+    for i in range(5):
+        save_png(tmp_path / "photos" / f"{i}.png", torch.rand(3, 40, 48, generator=rng).numpy())
+    (tmp_path / "photos" / "3.png").write_bytes(b"no picture")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    asked = []
+    for number in "01":
+        monkeypatch.setenv("RANK", number)
+        judge = Counting()
+        bank_module.fill_bank(tmp_path / "bank", tmp_path / "photos", judge, 8, "cpu")
+        asked.append([Path(q[0][0]).name for q in judge.questions])
+    assert asked == [["0.png", "2.png", "4.png"], ["1.png"]]
+    assert len(files(tmp_path / "bank")) == 2 and "skipped" in capsys.readouterr().err
 
 
 def test_a_kill_between_pack_and_removal_loses_and_repeats_nothing(tmp_path, photos, monkeypatch):

@@ -521,12 +521,13 @@ def test_a_number_of_heads_that_does_not_divide_the_channels_is_refused(copied, 
                                     dict(image="/etc/passwd"), None, 7, "rows"])
 def test_cached_questions_are_checked_before_they_are_used(rooms, tmp_path, change):
     path = tmp_path / "questions.json"
-    rows = questions.load_questions(path, rooms, 2, 16, 0, None, True)
-    assert questions.load_questions(path, rooms, 2, 16, 0, None, False) == rows
+    scenes = ["room_1.cam.0"]
+    rows = questions.load_questions(path, rooms, scenes, 2, 16, 0)
+    assert questions.load_questions(path, rooms, scenes, 2, 16, 0) == rows
     kept = json.loads(path.read_text())
     rows = [*rows[:2], rows[2] | change] if isinstance(change, dict) else change
     path.write_text(json.dumps(kept | dict(rows=rows)))
-    refused(ValueError, lambda: questions.load_questions(path, rooms, 2, 16, 0, None, False), str(path), "want")
+    refused(ValueError, lambda: questions.load_questions(path, rooms, scenes, 2, 16, 0), str(path), "want")
 
 
 @pytest.mark.parametrize("family", ["ours", "marigold", "mine_in_half:Map", "mine_in_half:Flow"])

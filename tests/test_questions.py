@@ -9,6 +9,7 @@ from rooms import S, png, write_scene
 
 from data import questions
 from relations import MODALITIES, draw_markers
+from runtime.config import Config
 
 
 def test_answers_are_true_balanced_and_off_the_mask(rooms):
@@ -58,7 +59,7 @@ def test_rooms_are_on_one_side_of_the_split():
 def test_a_scene_without_answers_is_named_and_nothing_is_written(tmp_path, change, words):
     write_scene(tmp_path / "scenes", "odd", **change)
     with pytest.raises(ValueError, match=words):
-        questions.load_questions(tmp_path / "out" / "q.json", tmp_path / "scenes", 2, S, 0, None, True)
+        questions.load_questions(tmp_path / "out" / "q.json", tmp_path / "scenes", ["odd"], 2, S, 0)
     assert not (tmp_path / "out").exists()
 
 
@@ -125,10 +126,44 @@ def test_passes_follow_each_other_and_see_every_row_once():
     assert all(sorted(seen[i:i + 7]) == rows for i in (0, 7, 14)) and seen[:7] != seen[7:14]
 
 
-def test_questions_are_drawn_once_and_again_for_another_folder(rooms, tmp_path, monkeypatch):
+SCENES = [f"room_{i}.cam.0" for i in range(6)]
+
+
+def test_questions_are_drawn_once_and_again_for_other_scenes(rooms, tmp_path, monkeypatch):
     path = tmp_path / "q.json"
-    first = questions.load_questions(path, rooms, 2, S, 0, None, True)
-    monkeypatch.setattr(questions, "build_questions", lambda *_: pytest.fail("drawn again"))
-    assert questions.load_questions(path, rooms, 2, S, 0, None, False) == first
+    first = questions.load_questions(path, rooms, SCENES, 2, S, 0)
+    monkeypatch.setattr(questions, "draw_questions", lambda *_: pytest.fail("drawn again"))
+    assert questions.load_questions(path, rooms, SCENES, 2, S, 0) == first
     monkeypatch.undo()
-    assert questions.load_questions(path, rooms, 2, S, 1, None, True) != first
+    assert questions.balance(first, 0) == questions.build_questions(rooms, 2, S, 0)
+    assert questions.load_questions(path, rooms, SCENES[:2], 2, S, 0) != first
+
+
+def test_each_rank_draws_its_parts_and_a_stopped_run_draws_the_rest(rooms, tmp_path, monkeypatch):
+    cfg = Config(scenes=str(rooms), out=str(tmp_path), size=S, seed=0)
+    train = [s for s in SCENES if questions.split_of(s) == "train"]
+    real = questions.draw_questions
+    drawn = []
+
+    def draw(folder, scene, *about):
+        drawn.append(scene)
+        return real(folder, scene, *about)
+
+    def leave():                                                                # where the others would be waited for
+        raise KeyboardInterrupt
+    monkeypatch.setattr(questions, "PART", 2)
+    monkeypatch.setattr(questions, "draw_questions", draw)
+    monkeypatch.setattr(questions, "barrier", leave)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for number in (1, 0):
+        monkeypatch.setenv("RANK", str(number))
+        drawn.clear()
+        with pytest.raises(KeyboardInterrupt):
+            questions.training_questions(cfg, 1)
+        assert drawn == [s for i in range(2 * number, len(train), 4) for s in train[i:i + 2]]
+    drawn.clear()
+    (tmp_path / "judge" / "questions" / "00001.json").unlink()
+    monkeypatch.delenv("WORLD_SIZE")                                            # goes on with one process
+    monkeypatch.setattr(questions, "barrier", lambda: None)
+    rows = questions.training_questions(cfg, 1)
+    assert drawn == train[2:4] and rows == questions.build_questions(rooms, questions.PER_SCENE, S, 0, "train")

@@ -507,3 +507,18 @@ def test_cuda_without_a_gpu_is_refused():
     from runtime.config import Config
     with pytest.raises(UserError, match="--device cpu"):
         ranks.setup(Config(device="cuda"))
+
+
+def test_each_process_of_a_machine_gets_a_gpu_of_its_own(monkeypatch):
+    if torch.cuda.is_available():
+        pytest.skip("conftest keeps tests off it")
+    taken = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert ranks.pick_device("auto", "judge.py") == torch.device("cuda", 1) and taken == [1]
+    assert ranks.pick_device("cpu", "judge.py") == torch.device("cpu") and taken == [1]
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UserError, match="judge.py: process 2 of this machine has no GPU.*--nproc_per_node=2"):
+        ranks.pick_device("auto", "judge.py")
