@@ -81,7 +81,8 @@ class OrdersBank:
     def bias(self):
         """Colour bias over all pairs that lie in both banks: dict modality -> (pairs, mean p - q, mean |p - q|)."""
         first, other = (bank.entries() for bank in self.banks)
-        gaps = [p[:len(q)] - q[:len(p)] for p, q in ((first[key][1], other[key][1]) for key in first if key in other)]
+        answers = [(first[key][1], other[key][1]) for key in sorted(first.keys() & other.keys())]
+        gaps = [p[:len(q)] - q[:len(p)] for p, q in answers]
         found = {}
         for m, gap in zip(NAMES, torch.cat([torch.empty(0, len(NAMES)), *gaps]).unbind(-1), strict=True):
             gap = gap[gap.isfinite()]
