@@ -13,7 +13,7 @@ from evaluation import metrics
 from evaluation.scores import METRICS, PAIRS, eval_pairs, predict_maps, score_maps
 from grpo import is_unanimous
 from runtime.files import read_json, read_log, write_json
-from runtime.ranks import combine_numbers, rank
+from runtime.ranks import combine_numbers, local_part, rank
 from runtime.run import about
 
 
@@ -55,7 +55,8 @@ class Watch:
         self.origin = origin | {k: v for k, v in about().items() if k in ("command", "commit")}
         seen = [row for row in validation_rows(run.folder) if row["step"] < run.start]
         self.drifted = drift(seen[-1], seen[0], cfg.band, cfg.forget) if seen else ""    # the same on every rank
-        self.kept = [p.detach().clone() for p in self.average_params]  # of the evaluation before
+        # of the evaluation before, in the host's memory: it is read when a figure has drifted, else only written
+        self.kept = [local_part(p).detach().to("cpu", copy=True) for p in self.average_params]
         run.ended = bool(self.drifted)
 
     @property
@@ -73,9 +74,9 @@ class Watch:
         with torch.no_grad():
             for p, kept in zip(self.average_params, self.kept, strict=True):
                 if self.run.ended:
-                    p.copy_(kept)
+                    local_part(p).copy_(kept)
                 else:
-                    kept.copy_(p)
+                    kept.copy_(local_part(p))
         return figures
 
     def _figures(self, step):
