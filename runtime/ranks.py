@@ -16,7 +16,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from runtime.config import UserError
 
 STREAMS = dict(base=1, judge=2, grpo=3, photos=4, lora=5, oracle=6)    # of random numbers, one per purpose
-PATIENCE = timedelta(hours=1)     # for a rank that is busy alone (evaluation, bank); a dead one is noticed at once
+PATIENCE = timedelta(minutes=10)  # for a collective of a step: on GPUs a process that has gone is missed only then
+LONG = timedelta(hours=24)        # for a rank that is busy alone (bank, drawing, evaluation); on gloo, which misses
+                                  # a process that has gone at once
+
+patient = dict(group=None)        # the process group of such waits
 
 
 def rank():
@@ -51,7 +55,7 @@ def setup(cfg):
                             f"{torch.cuda.device_count()}); use --nproc_per_node={torch.cuda.device_count()}, or "
                             "--device cpu")
         torch.cuda.set_device(local)
-        torch.set_float32_matmul_precision("highest" if cfg.precision == "fp32" else "high")    # TF32 outside autocast
+        use_tf32(cfg.precision != "fp32")
     if world() > 1 and not dist.is_initialized():
         _join("nccl" if use_cuda else "gloo")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")                 # without it cuBLAS refuses to be exact
@@ -59,8 +63,14 @@ def setup(cfg):
     return torch.device("cuda", local) if use_cuda else torch.device("cpu")
 
 
+def use_tf32(on):
+    """Whether products and convolutions of fp32 tensors, what lies outside autocast, may round to TF32 on a GPU."""
+    torch.set_float32_matmul_precision("high" if on else "highest")
+    torch.backends.cudnn.allow_tf32 = on
+
+
 def _join(backend):
-    """Enter the process group.
+    """Enter the process group, and one on the CPU for long waits (`barrier`, `combine_numbers`).
 
     torchrun keeps one store over its restarts on a node. A restarted process would find addresses of dead processes in
     it, so each attempt has its own part of the store. With several nodes each node counts its attempts by itself.
@@ -69,12 +79,14 @@ def _join(backend):
     if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
         store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=PATIENCE)
+    patient["group"] = dist.new_group(backend="gloo", timeout=LONG)
 
 
 def shutdown():
     """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
+        patient["group"] = None
 
 
 def is_lost_peer(error):
@@ -100,7 +112,7 @@ def is_joined():
 
 def in_bf16(precision, device):
     """Whether the networks multiply in bf16: precision "bf16", or "auto" where the hardware has it."""
-    native = torch.cuda.is_bf16_supported() if device.type == "cuda" else \
+    native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else \
         getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
     return precision == "bf16" or (precision == "auto" and native)
 
@@ -187,9 +199,9 @@ def say(text):
 
 
 def barrier():
-    """Wait for all ranks (nothing to do for one process)."""
+    """Wait for all ranks, for hours if need be (nothing to do for one process)."""
     if world() > 1:
-        dist.barrier()
+        dist.barrier(**patient)
 
 
 def mean_over_ranks(x):
@@ -217,14 +229,14 @@ def read_numbers(values):
 def combine_numbers(values):
     """Numbers to log, of all ranks: their mean; the least of a name that ends in _min, the greatest for _max.
 
+    It waits for hours, if need be, for a rank that is busy alone.
     values  dict name -> number or 0-dim tensor, the same names on each rank
     """
     if world() == 1:
         return values
-    device = "cuda" if dist.is_initialized() and dist.get_backend() == "nccl" else "cpu"        # what it can send
-    own = torch.tensor([*read_numbers(values).values()], dtype=torch.float64, device=device)
+    own = torch.tensor([*read_numbers(values).values()], dtype=torch.float64)
     each = [torch.empty_like(own) for _ in range(world())]
-    dist.all_gather(each, own)
+    dist.all_gather(each, own, **patient)
     each = torch.stack(each)                                                    # (ranks, values)
     ends = dict(_min=each.amin(0), _max=each.amax(0))
     return {k: ends.get(k[-4:], each.mean(0))[i].item() for i, k in enumerate(values)}

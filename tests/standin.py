@@ -132,7 +132,7 @@ def install(monkeypatch):
         return out
 
     monkeypatch.setattr(torch.Tensor, "_make_subclass", staticmethod(made))
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (1 << 40, 1 << 40))
     monkeypatch.setattr(ranks, "on_device", on_device)
     monkeypatch.setattr(mini_judge, "on_device", on_device)

@@ -2,6 +2,7 @@
 import json
 import locale
 import math
+import socket
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from runtime import files, ranks
 from runtime import run as running
 from runtime.command import run_command
 from runtime.config import UserError
+from runtime.flags import parse
 from runtime.ranks import generator
 from runtime.run import CHECKPOINT, NotFinite, Run, cosine, load_state_tensors, optimizers, state_tensors
 
@@ -82,6 +84,39 @@ def test_the_shares_of_all_ranks_are_the_whole(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     parts = [(monkeypatch.setenv("RANK", str(r)), ranks.own_part(x, 1))[1] for r in range(3)]
     assert torch.equal(torch.cat(parts, 1), x) and all(p.shape == (2, 4) for p in parts)
+
+
+def test_fp32_is_fp32_everywhere_and_bf16_is_never_emulated(monkeypatch):
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    monkeypatch.setattr(ranks, "pick_device", lambda *_: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    for flag, want in (("fp32", ("highest", False)), ("bf16", ("high", True))):
+        ranks.setup(parse(["--precision", flag])[1])
+        assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == want
+    ranks.use_tf32(before[1])
+    torch.set_float32_matmul_precision(before[0])
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert not ranks.in_bf16("auto", torch.device("cuda")) and ranks.in_bf16("bf16", torch.device("cuda"))
+
+
+def test_a_collective_ends_in_minutes_and_a_wait_for_one_rank_in_hours(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    for name, value in dict(RANK=0, WORLD_SIZE=1, MASTER_ADDR="127.0.0.1", MASTER_PORT=port).items():
+        monkeypatch.setenv(name, str(value))
+    ranks._join("gloo")
+    monkeypatch.setattr(ranks, "world", lambda: 2)
+    seen = {}
+    for name in ("barrier", "all_gather", "all_reduce"):
+        monkeypatch.setattr(ranks.dist, name, lambda *_, group=None, name=name: seen.update({name: group}))
+    ranks.barrier()
+    ranks.combine_numbers(dict(a=1))
+    ranks.add_over_ranks(torch.ones(1))
+    groups = (seen["barrier"], seen["all_gather"], seen["all_reduce"] or ranks.dist.group.WORLD)
+    hours = [g._get_backend(torch.device("cpu")).options._timeout.total_seconds() / 3600 for g in groups]
+    ranks.shutdown()
+    assert hours[0] == hours[1] > 12 and hours[2] < 0.5 and ranks.patient == dict(group=None)
 
 
 # learning rate, averaged weights ----------------------------------------------------------------------------------

@@ -534,7 +534,7 @@ def test_two_processes_with_the_same_data_are_one_process(tmp_path, monkeypatch)
     for module in (ranks, running):
         monkeypatch.setattr(module, "world", lambda: 2)
     monkeypatch.setattr(ranks.dist, "all_reduce", lambda x, *_, **__: x.mul_(2))
-    monkeypatch.setattr(ranks.dist, "all_gather", lambda each, x: [y.copy_(x) for y in each])
+    monkeypatch.setattr(ranks.dist, "all_gather", lambda each, x, group: [y.copy_(x) for y in each])
     assert equal(alone, after(tmp_path / "together"))
 
 
