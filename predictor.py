@@ -120,10 +120,9 @@ class Transition(Leg):
     v: torch.Tensor          # (R, c, h, w) of the policy that acted
     squares: torch.Tensor    # (R,) px, side of the squares that shared their noise
 
-    def rows(self, part):
-        """The transition of some rows only (index)."""
-        cut = {k: getattr(self, k)[part] for k in ("x", "x_next", "mean", "v")}
-        return replace(self, squares=self.squares[part.to(self.squares.device)], **cut)
+    def cut(self, rows, squares=None):
+        """The transition of some rows only (slice or index), and their squares."""
+        return replace(self, squares=squares, **{k: getattr(self, k)[rows] for k in ("x", "x_next", "mean", "v")})
 
     def with_velocity(self, v):
         """The transition with v as the velocity, and its mean as the mean, of the policy that acted; the draws stay.

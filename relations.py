@@ -165,7 +165,7 @@ def _facing(maps, pts, window):
 
 def _brighter(maps, pts, window):
     gap = torch.stack(_gaps(maps, pts, window), -2).mT                          # (..., P, C)
-    return gap @ torch.tensor(LUMA, dtype=gap.dtype, device=gap.device)
+    return gap @ torch.stack([gap.new_full((), w) for w in LUMA])              # made there: a GPU is not waited for
 
 
 def _same(maps, pts, window):

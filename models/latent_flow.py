@@ -136,7 +136,7 @@ class LatentFlow(nn.Module):
         The U-Net gets the nearest of its 1000 timesteps; the noise levels are those of t itself.
         """
         t = t.double()
-        index = (self.schedule.t.to(t.device, non_blocking=True)[None] - t[:, None]).abs().argmin(1)
+        index = (self.schedule.times_on(t.device)[None] - t[:, None]).abs().argmin(1)
         norm = torch.hypot(1 - t, t)
         x = x.float() / _as_map(norm)                                           # x_vp
         v = self._native_velocity(x, index, cond, self._text_of(modality))

@@ -20,6 +20,7 @@ PATIENCE = timedelta(minutes=10)  # for a collective of a step: on GPUs a proces
 LONG = timedelta(hours=24)        # for a rank that is busy alone (bank, drawing, evaluation); on gloo, which misses
                                   # a process that has gone at once
 
+BUCKET = 100e6                    # bytes of gradients that are sent together
 patient = dict(group=None)        # the process group of such waits
 
 
@@ -219,9 +220,31 @@ def add_over_ranks(x):
         dist.all_reduce(x)
 
 
+def average_over_ranks(tensors):
+    """Mean over ranks of tensors, in place: in buckets, of which one is on its way while the next is put together."""
+    if world() == 1:
+        return
+    buckets = [[]]
+    for x in tensors:
+        if sum(y.nbytes for y in buckets[-1]) > BUCKET:
+            buckets.append([])
+        buckets[-1].append(x)
+    sent = []
+    for bucket in (*filter(None, buckets), None):
+        if bucket:
+            flat = torch.cat([x.flatten() for x in bucket])
+            sent.append((bucket, flat, dist.all_reduce(flat, async_op=True)))
+        if sent and (bucket is None or len(sent) > 1):
+            own, flat, work = sent.pop(0)
+            work.wait()
+            flat /= world()
+            for x, mean in zip(own, flat.split([x.numel() for x in own]), strict=True):
+                x.copy_(mean.view_as(x))
+
+
 def read_numbers(values):
     """A dict of numbers and 0-dim tensors as floats; a GPU is waited for once, not once a value."""
-    tensors = {k: v.detach().double() for k, v in values.items() if isinstance(v, torch.Tensor)}
+    tensors = {k: v.detach() for k, v in values.items() if isinstance(v, torch.Tensor)}
     read = torch.stack(list(tensors.values())).tolist() if tensors else ()
     return {**values, **dict(zip(tensors, read, strict=True))}
 

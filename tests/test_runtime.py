@@ -3,6 +3,7 @@ import json
 import locale
 import math
 import socket
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,8 +19,9 @@ from runtime import run as running
 from runtime.command import run_command
 from runtime.config import UserError
 from runtime.flags import parse
+from runtime.optimizers import cosine, load_state_tensors, optimizers, state_tensors
 from runtime.ranks import generator
-from runtime.run import CHECKPOINT, NotFinite, Run, cosine, load_state_tensors, optimizers, state_tensors
+from runtime.run import CHECKPOINT, NotFinite, Run
 
 
 def net(seed=0):
@@ -174,8 +176,8 @@ def test_what_is_restored_or_averaged_over_ranks_has_the_strides_of_its_weight(t
     grad = p.grad.clone()
     for module in (ranks, running):
         monkeypatch.setattr(module, "world", lambda: 2)
-    monkeypatch.setattr(ranks.dist, "all_reduce", lambda x: None)
-    run._gather([p])
+    monkeypatch.setattr(ranks.dist, "all_reduce", lambda x, **_: SimpleNamespace(wait=lambda: None))
+    run._average([p])
     assert torch.equal(p.grad, grad / 2) and p.grad.stride() == p.stride()
     opts[0].step()
     state = {k: v.clone() for k, v in opts[0].state[p].items()}
@@ -293,8 +295,9 @@ def test_a_kill_between_the_two_renames_of_a_save_loses_nothing(tmp_path, monkey
     run, model, _ = make(tmp_path, save_every=1)
     walk(run, model, stop_at=2)
     monkeypatch.setattr(running, "write_tensors", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    run.save(3)
     with pytest.raises(KeyboardInterrupt):
-        run.save(3)
+        run.finish_writing()
     assert not (tmp_path / CHECKPOINT).exists() and make(tmp_path)[0].start == 2
 
 
@@ -337,8 +340,9 @@ def test_a_failed_write_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     walk(run, model, stop_at=2)
     old = (tmp_path / CHECKPOINT).read_bytes()
     monkeypatch.setattr(files.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    run.save(3)
     with pytest.raises(OSError, match="disk full"):
-        run.save(3)
+        run.finish_writing()
     assert (tmp_path / CHECKPOINT).read_bytes() == old
 
 
