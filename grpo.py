@@ -53,10 +53,18 @@ class Batch:
     prob: torch.Tensor       # (B, P, len(NAMES)) of the first answer
     cfg: object              # runtime.config.Config
     draw: object             # ranks.Draw: the random numbers of the step
+    cond: object = None      # (B, ...) of an encoder that is frozen, once it has been run
 
     def autocast(self):
-        """A fresh context for forward passes of the networks."""
-        return autocast(self.cfg.precision, self.rgb.device, not self.cfg.checkpointing)
+        """A fresh context for forward passes; what needs no gradient keeps its 16-bit weights till the end of it."""
+        return autocast(self.cfg.precision, self.rgb.device, not (self.cfg.checkpointing and torch.is_grad_enabled()))
+
+    def encode(self, net):
+        """Condition of the photos; all copies of a network share that of a frozen encoder."""
+        with self.autocast():
+            cond = net.encode(self.rgb) if self.cond is None else self.cond
+        self.cond = cond if net.encodes_alike else None
+        return cond
 
     def portions(self, n):
         """Slices of n states in portions of cfg.micro: the same in rollout and update, hence a ratio of 1."""
@@ -72,19 +80,18 @@ def draw_batch(photos, modalities, cfg, draw, device):
     raises   ValueError  a point outside its photo
     """
     places = draw.integers(len(photos.rgb), (draw.batch,))
-    chosen = draw.choices(cfg.bank_pairs, cfg.pairs)
+    chosen = places[:, None], draw.choices(cfg.bank_pairs, cfg.pairs)
     one = draw.integer(len(modalities))
     names = modalities if cfg.modalities == "joint" else modalities[one:one + 1]
     size = photos.rgb.shape[-2:]
-    pts = photos.pts[places[:, None], chosen]
+    pts = photos.pts[chosen]
     if cfg.jitter > 1:                                                          # the answer holds around the point too
         near = draw.integers(cfg.jitter, (draw.batch, *pts.shape[1:]))
         pts = (pts + near - cfg.jitter // 2).clamp_min(0).minimum(torch.tensor(size) - 1)
     check_points("grpo.draw_batch", pts, size)
     index = torch.tensor([NAMES.index(m) for m in names]).repeat_interleave(len(places))
     return Batch(send(photos.rgb[places], device).float() / 255, places, [photos.names[i] for i in places], names,
-                 send(index, device), send(pts.int(), device), send(photos.prob[places[:, None], chosen], device), cfg,
-                 draw)
+                 send(index, device), send(pts.int(), device), send(photos.prob[chosen], device), cfg, draw)
 
 
 class Conditioned:
@@ -93,9 +100,7 @@ class Conditioned:
     def __init__(self, net, batch):
         self.net = net
         self.batch = batch
-        with batch.autocast():
-            cond = net.encode(batch.rgb)
-        self._encoded = torch.cat([cond] * len(batch.modalities))               # (M*B, ...)
+        self._encoded = torch.cat([batch.encode(net)] * len(batch.modalities))  # (M*B, ...)
         self.cond = self._encoded.detach().requires_grad_(self._encoded.requires_grad)
 
     def velocity(self, x, t, part, n):

@@ -124,10 +124,13 @@ def smallest_card(need):
 
 
 def state_bytes(unet, vae, full):
-    """Bytes of fp32 weights, AdamW, average and bf16 reference. full: all weights are trained, else LoRA's alone."""
+    """Bytes of weights, AdamW, average and bf16 reference. full: all weights are trained; else LoRA's, on bf16 weights.
+
+    The copy that a run goes back to when a figure drifts is not there: it lies in the host's memory, `host_bytes`
+    """
     trained = count_parameters(unet, trained=True)
     halved = sum(p.numel() for m in multiplying_layers(unet) for p in m.parameters())
-    of_unet = 12 * count_parameters(unet) - 2 * halved if full else 4 * count_parameters(unet)
+    of_unet = (12 if full else 4) * count_parameters(unet) - 2 * halved
     return of_unet + 4 * (count_parameters(vae) + trained * (3 if full else 5))
 
 

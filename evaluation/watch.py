@@ -13,7 +13,7 @@ from evaluation import metrics
 from evaluation.scores import METRICS, PAIRS, eval_pairs, predict_maps, score_maps
 from grpo import is_unanimous
 from runtime.files import read_json, read_log, write_json
-from runtime.ranks import combine_numbers, local_part, rank
+from runtime.ranks import autocast, combine_numbers, local_part, rank
 from runtime.run import about
 
 
@@ -69,7 +69,7 @@ class Watch:
         cfg = self.cfg
         if not cfg.eval_every or step and (step + 1) % cfg.eval_every:
             return {}
-        figures = self._figures(step) if self.nets.takes_part else {}
+        figures = self._figures(step)
         self.run.ended = bool(combine_numbers(dict(drifted_max=float(bool(self.drifted))))["drifted_max"])
         with torch.no_grad():
             for p, kept in zip(self.average_params, self.kept, strict=True):
@@ -80,9 +80,17 @@ class Watch:
         return figures
 
     def _figures(self, step):
-        """Figures of the average. Sets `drifted`, the figure that has left its band, and saves the best so far."""
+        """Figures of the average. Sets `drifted`, the figure that has left its band, and saves the best so far.
+
+        All ranks compute maps. On a GPU in bf16, as in training; on a CPU in fp32
+        """
         cfg = self.cfg
-        figures = diagnose(self.nets.average, cfg.size, cfg.eval_steps, validation_images(cfg), batch=cfg.micro or 64)
+        device = self.average_params[0].device
+        with autocast("fp32" if device.type == "cpu" else cfg.precision, device):
+            figures = diagnose(self.nets.average, cfg.size, cfg.eval_steps, validation_images(cfg),
+                               batch=cfg.micro or 64, together=True)
+        if not self.nets.takes_part:
+            return {}
         figures = combine_numbers(figures) if cfg.fsdp else figures             # so that all ranks decide alike
         start = (validation_rows(self.run.folder) or [figures])[0]
         self.drifted = drift(figures, start, cfg.band, cfg.forget)
@@ -115,7 +123,7 @@ def mean_accuracy(figures):
     return sum(values) / len(values) if values else math.nan
 
 
-def diagnose(policy, size, steps, n=24, seed=0, batch=64):
+def diagnose(policy, size, steps, n=24, seed=0, batch=64, together=False):
     """Figures on n validation scenes per domain, for the log: scores, and sharpness and spread of wild maps.
 
     No stage trains on these scenes. When the reward rises while sharpness or spread moves away from the start, the
@@ -124,7 +132,7 @@ def diagnose(policy, size, steps, n=24, seed=0, batch=64):
     out = {}
     for domain in ("wild", "synthetic"):
         maps = scene_pool(domain, "val", n, size).all()
-        pred = predict_maps(policy, maps["rgb"], steps, seed, batch)
+        pred = predict_maps(policy, maps["rgb"], steps, seed, batch, together)
         values = score_maps(pred, maps, eval_pairs(maps, PAIRS, 1, seed), warn=False)
         out |= {f"{domain}/{k}": float(np.nanmean(v)) for k, v in values.items()}
         if domain == "wild":

@@ -86,6 +86,8 @@ class DiT(nn.Module):
     exploration = "flow"
     lora_targets = ("qkv", "out")
     replays = True
+    encodes_alike = False                                                       # the encoder trains
+    walks = tuple((m,) for m in NAMES)
 
     def __init__(self, cfg=None, seed=0):
         super().__init__()

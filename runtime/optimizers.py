@@ -72,7 +72,9 @@ def orthogonalize(matrices, coefficients, steps, eps):
 
 
 def state_tensors(modules, opts, wanted=True):
-    """Copies on the CPU of all tensors of a run: "policy/..." of modules (dict name -> nn.Module), "opt0/..." of optimizers.
+    """Copies on the CPU of all tensors of a run, by flat name.
+
+    modules  dict name -> nn.Module: "NAME/...";  opts  optimizers: "opt0/..."
 
     wanted  False: only take part in gathering spread tensors
     """

@@ -242,6 +242,21 @@ def average_over_ranks(tensors):
                 x.copy_(mean.view_as(x))
 
 
+def share_rows(n):
+    """Numbers of those of n rows that this rank computes: as many on each; where n does not divide, some are doubled."""
+    each = -(-n // world())
+    return [(rank() * each + i) % n for i in range(each)]
+
+
+def gather_rows(x, n):
+    """All n rows, on the CPU, of which each rank has computed those of `share_rows`, x (n / world, ...)."""
+    if world() == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(world())]
+    dist.all_gather(parts, x.contiguous(), **patient)
+    return torch.cat(parts)[:n]
+
+
 def read_numbers(values):
     """A dict of numbers and 0-dim tensors as floats; a GPU is waited for once, not once a value."""
     tensors = {k: v.detach() for k, v in values.items() if isinstance(v, torch.Tensor)}

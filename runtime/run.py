@@ -266,9 +266,9 @@ class Run:
     def bound(self, values, most, text):
         """Stop all ranks unless all of `values` (n,) lie in -most .. most. raises NotFinite.
 
-        On a CPU they are read here, on a GPU at the next `update`, in the one wait of the step; several ranks stop there.
-        text  of the message, {} the first value outside; where n is the number of the step's photos, those outside
-              are named
+        On a CPU they are read here, on a GPU at the next `update`, in the one wait of the step; several ranks stop
+        there.
+        text  of the message, {} the first value outside; where n is the number of the step's photos, those are named
         """
         self.noted.append((values.detach().flatten(), most, text, self.where))
         if not values.is_cuda:

@@ -32,7 +32,8 @@ from runtime.run import Run  # noqa: E402
 SMALL = """--preset small --size 32 --width 32 --heads 2 --patch 8 --judge-width 32 --judge-heads 2 --judge-patch 8
     --base-scenes 4 --judge-scenes 4 --photos 4 --base-batch 2 --judge-batch 4 --pairs 4 --bank-pairs 8 --group 2
     --eval-every 0 --save-every 100 --steps 2 --base-steps 2 --judge-steps 2 --judge-warm 0 --kernels torch""".split()
-PAPER = """--preset paper --stage grpo --policy P --judge J --images I --batch 1 --size 64 --group 4 --pairs 4 --bank-pairs 4
+PAPER = """--preset paper --stage grpo --policy P --judge J --images I --batch 1
+    --size 64 --sample-steps 3 --group 4 --pairs 4 --bank-pairs 4
     --photos 2 --eval-every 0 --save-every 100 --steps 2 --kernels torch --exploration ddim""".split()
 # the published layers, thin
 THIN = measure.SD2 | dict(
