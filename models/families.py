@@ -23,6 +23,7 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 SYSTEM = ("你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的"
           "多模态大语言模型。")
+FULL = "full_attention"              # transformers' name of layers in which a token attends to all before it
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,18 @@ class Family:
         tokens, extra = features
         tokens = self.project(network, tokens)
         embeds = core.get_input_embeddings()(ids).to(tokens.dtype)
-        embeds = embeds.masked_scatter(is_image[..., None], tokens)
+        tokens = tokens.reshape(len(ids), -1, tokens.shape[-1])                 # (N, L_img, D), side by side in ids
+        column = is_image.int().argmax(1, keepdim=True) + torch.arange(tokens.shape[1], device=ids.device)
+        embeds = embeds.index_put((torch.arange(len(ids), device=ids.device)[:, None], column), tokens)
         deep = dict(visual_pos_masks=is_image, deepstack_visual_embeds=extra) if extra else {}
+        kinds = getattr(core.language_model.config, "layer_types", None) or ()
+        if mask is None and set(kinds) == {FULL}:
+            mask = {FULL: None}                                                 # else positions are read on the host
+        elif mask is not None and mask.ndim == 2:
+            mask = mask.long()
         return core.language_model(
             inputs_embeds=embeds, position_ids=position[0] if len(position) == 1 else position, use_cache=False,
-            attention_mask=mask if mask is None or mask.ndim == 4 else mask.long(), **deep).last_hidden_state
+            attention_mask=mask, **deep).last_hidden_state
 
 
 class InternVL(Family):

@@ -243,7 +243,7 @@ def average_over_ranks(tensors):
 
 
 def share_rows(n):
-    """Numbers of those of n rows that this rank computes: as many on each; where n does not divide, some are doubled."""
+    """Numbers of those of n rows that this rank computes: as many on each, some twice where n does not divide."""
     each = -(-n // world())
     return [(rank() * each + i) % n for i in range(each)]
 
