@@ -9,6 +9,7 @@ a CPU, with the norms and exponentials in fp32 as there, and `Operators` counts 
 import collections
 
 import torch
+from torch.nn.utils import clip_grad
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
@@ -200,6 +201,9 @@ def install(monkeypatch, bf16=False):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (1 << 40, 1 << 40))
     monkeypatch.setattr(ranks, "on_device", on_device)
     monkeypatch.setattr(mini_judge, "on_device", on_device)
+    group = clip_grad._group_tensors_by_device_and_dtype                        # C++: it sees the device beneath
+    monkeypatch.setattr(clip_grad, "_group_tensors_by_device_and_dtype", lambda lists: {
+        (CUDA if marked(lists[0][0]) else device, dtype): found for (device, dtype), found in group(lists).items()})
     if bf16:
         monkeypatch.setattr(torch, "autocast", lambda kind, *args, **kwargs: AUTOCAST("cpu", *args, **kwargs))
     return CUDA

@@ -139,17 +139,15 @@ def test_the_gradients_of_the_baselines_stay_on_their_device(watch, name):
     assert policy.head.weight.grad.abs().sum() > 0
 
 
-def test_a_step_of_grpo_waits_as_often_whatever_the_number_of_photos(watch):
-    counts = []
-    for flags in ("--batch 2", "--batch 4 --group 6"):
+def test_sampling_and_learning_never_wait_for_a_gpu(watch):
+    for flags in ("--batch 2", "--batch 4 --group 6", "--batch 2 --micro 3 --checkpointing"):
         cfg, policy, ref, bank = tiny(f"{flags} --noise-blocks 2 --modalities joint")
         rng = seeded(3)
         batch = batch_of(cfg, policy, *bank, rng, CUDA)
         watch.waits.clear()
         taken, advantage, _ = explore(policy, batch, rng)
         learn(policy, ref, batch, taken, advantage)
-        counts.append(sum(watch.waits.values()))
-    assert counts[0] == counts[1] <= 40, watch.waits
+        assert not sum(watch.waits.values()), watch.waits
 
 
 @pytest.mark.parametrize("flags", ["--rollout full --micro 3", "--rollout branch --modalities joint --lora 2"])
@@ -164,8 +162,10 @@ def test_marigold_learns_and_predicts_on_its_device(watch, tmp_path, flags):
     rng = seeded(3)
     batch = batch_of(cfg, policy, torch.randint(256, (3, 3, 32, 32)).byte(), torch.randint(32, (3, 8, 2, 2)),
                      torch.rand(3, 8, 4), rng, CUDA)
+    watch.waits.clear()
     taken, advantage, _ = explore(policy, batch, rng)
     parts = learn(policy, frozen_copy(policy), batch, taken, advantage)
+    assert watch.waits["to the GPU"] == sum(watch.waits.values()) == 1          # the times of the noise levels, once
     assert marked(parts["loss"]) and parts["policy/ratio_min"] == parts["policy/ratio_max"] == 1
     if "branch" in flags:
         return
