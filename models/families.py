@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from kernels import send
 from relations import MODALITIES
 
 TURN = "<|im_start|>"
@@ -247,7 +248,7 @@ class Prompt:
 
     def words(self, modalities, device):
         """The tokens of the deciding words: (M, 2), first answer first."""
-        return torch.tensor([self.answers[m] for m in modalities], device=device)
+        return send(torch.tensor([self.answers[m] for m in modalities]), device)
 
     def answer_values(self, values, modalities):
         """What stands at the deciding words: (N, M, vocab) -> (N, M, 2) fp32, first answer first."""
@@ -286,17 +287,17 @@ class Prompt:
             positions.append(here.expand(len(position), -1))
             block += [k] * len(self.blocks[name])
             last.append(len(ids) - 1)
-        block = torch.tensor(block, device=device)
+        block = send(torch.tensor(block), device)
         sees = (block[None] == -1) | (block[None] == block[:, None])            # the head and the token's own question
         sees &= torch.ones(len(ids), len(ids), dtype=torch.bool, device=device).tril()
-        return torch.tensor(ids, device=device), torch.cat(positions, 1), sees, torch.tensor(last, device=device)
+        return send(torch.tensor(ids), device), torch.cat(positions, 1), sees, send(torch.tensor(last), device)
 
     def pad(self, tails, device):
         """Sequences head + tail, padded on the left: ids (N, L), positions (1 or 3, N, L), mask (N, L)."""
         head, start = self.family.positions(self.head, self.image_id, device)
         length = max(map(len, tails))
-        ids = torch.tensor([[0] * (length - len(t)) + self.head + t for t in tails], device=device)
-        pad = torch.tensor([[length - len(t)] for t in tails], device=device)   # (N, 1)
+        ids = send(torch.tensor([[0] * (length - len(t)) + self.head + t for t in tails]), device)
+        pad = send(torch.tensor([[length - len(t)] for t in tails]), device)    # (N, 1)
         place = torch.arange(ids.shape[1], device=device) - pad
         follow = (start + torch.arange(length, device=device)).expand(len(head), -1)
         return ids, torch.cat((head, follow), 1)[:, place.clamp_min(0)], place >= 0

@@ -3,7 +3,7 @@ import pytest
 import torch
 from counts import count_step
 
-HELD = dict(waits=2, copies=8, launches=3404, casts=788)         # of a GRPO step of preset small, torch's path of kernels
+HELD = dict(waits=2, copies=8, launches=3404, casts=788)         # of a GRPO step of preset small, kernels in torch
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counted on the stand-in")

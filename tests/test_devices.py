@@ -29,7 +29,7 @@ from evaluation.scores import predict_maps
 from evaluation.watch import diagnose
 from judge import load_judge
 from models import families
-from models.copies import frozen_copy
+from models.copies import Networks, frozen_copy
 from models.dit import DiT, DiTConfig
 from models.finetune import add_lora, sentence_loss
 from predictor import load_predictor, photo_maps
@@ -151,7 +151,7 @@ def test_sampling_and_learning_never_wait_for_a_gpu(watch):
 
 
 @pytest.mark.parametrize("flags", ["--rollout full --micro 3", "--rollout branch --modalities joint --lora 2"])
-def test_marigold_learns_and_predicts_on_its_device(watch, tmp_path, flags):
+def test_marigold_learns_and_predicts_on_its_device(watch, monkeypatch, tmp_path, flags):
     with torch.random.fork_rng(devices=[]):
         parts = [test_marigold.fill(x) for x in (
             test_marigold.UNet(test_marigold.unet_config(3) | test_marigold.SMALL),
@@ -163,14 +163,38 @@ def test_marigold_learns_and_predicts_on_its_device(watch, tmp_path, flags):
     batch = batch_of(cfg, policy, torch.randint(256, (3, 3, 32, 32)).byte(), torch.randint(32, (3, 8, 2, 2)),
                      torch.rand(3, 8, 4), rng, CUDA)
     watch.waits.clear()
+    encoded = []
+    encode = type(policy).encode
+    monkeypatch.setattr(type(policy), "encode", lambda self, rgb: encoded.append(1) or encode(self, rgb))
     taken, advantage, _ = explore(policy, batch, rng)
     parts = learn(policy, frozen_copy(policy), batch, taken, advantage)
+    assert len(encoded) == 2                                                    # explore and learn have a batch each
     assert watch.waits["to the GPU"] == sum(watch.waits.values()) == 1          # the times of the noise levels, once
     assert marked(parts["loss"]) and parts["policy/ratio_min"] == parts["policy/ratio_max"] == 1
     if "branch" in flags:
         return
     assert not any(map(marked, policy.photo_maps(torch.rand(3, 40, 24), ensemble=2, steps=2).values()))
-    assert not any(map(marked, predict_maps(policy, torch.rand(2, 3, 32, 32), 2, 0).values()))
+    walked = []
+    velocity = type(policy).velocity
+    monkeypatch.setattr(type(policy), "velocity", lambda *args: walked.append(1) or velocity(*args))
+    maps = predict_maps(policy, torch.rand(2, 3, 32, 32), 2, 0)
+    assert len(walked) == 2 and len(maps) == 2 and not any(map(marked, maps.values()))      # one walk for both
+
+
+def test_under_lora_the_frozen_weights_are_16_bit_and_the_result_is_merged_into_the_published_ones(
+        monkeypatch, tmp_path):
+    install(monkeypatch, bf16=True)
+    cfg = parse([*TINY, "--stage", "grpo", "--policy", "P", "--judge", "J", "--lora", "2"])[1]
+    with StandIn():
+        nets = Networks(lambda: DiT(DiTConfig(16, 4, 32, 1, 1, 2)), cfg, CUDA)
+        base = nets.policy.blocks[0].qkv.base.weight
+        assert base.dtype == torch.bfloat16 and nets.reference.blocks[0].qkv.base.weight is base
+        layer = nets.average.blocks[0].qkv
+        layer.lora_B.data.fill_(0.5)
+        nets.save_average(tmp_path)
+    start = DiT(DiTConfig(16, 4, 32, 1, 1, 2)).blocks[0].qkv.weight
+    want = start + 0.5 * layer.lora_A.sum(0)
+    torch.testing.assert_close(DiT.load(tmp_path).blocks[0].qkv.weight, want, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["internvl", "qwen2_5_vl", "qwen3_vl"])
