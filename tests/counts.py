@@ -45,7 +45,6 @@ CASES = {  # name: stage, flags
     "small, judge": ("judge", SMALL),
     "small, GRPO": ("grpo", SMALL),
     "Marigold, all states at once": ("grpo", PAPER),
-    "Marigold, --micro 4 --checkpointing": ("grpo", [*PAPER, "--micro", "4", "--checkpointing"]),
     "Marigold, --micro 1 --checkpointing": ("grpo", [*PAPER, "--micro", "1", "--checkpointing"]),
     "Marigold, --micro 4 --checkpointing --lora 16": (
         "grpo", [*PAPER, "--micro", "4", "--checkpointing", "--lora", "16"]),

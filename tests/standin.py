@@ -9,6 +9,7 @@ a CPU, with the norms and exponentials in fp32 as there, and `Operators` counts 
 import collections
 
 import torch
+import torch.nn.functional as F
 from torch.nn.utils import clip_grad
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,7 +20,7 @@ AUTOCAST = torch.autocast
 WAITS = {"item", "tolist", "cpu", "nonzero", "__bool__", "__float__", "__int__", "__index__", "unique", "equal",
          "masked_select", "allclose", "bincount", "__contains__"}
 MAKES = {"tensor", "as_tensor", "new_tensor", "scalar_tensor", "asarray"}       # of numbers that the host has
-FP32 = {"layer_norm", "group_norm", "softmax", "log_softmax", "cross_entropy", "binary_cross_entropy_with_logits",
+FP32 = {"softmax", "log_softmax", "cross_entropy", "binary_cross_entropy_with_logits",
         "exp", "log", "pow", "__pow__", "__rpow__", "rsqrt", "reciprocal", "__rtruediv__", "norm", "sum", "cumsum",
         "prod", "softplus"}                                                     # of a GPU's autocast
 ACROSS = {"to", "cpu", "cuda", "copy_", "__set__", "_has_compatible_shallow_copy_type"}         # may see two devices
@@ -205,5 +206,9 @@ def install(monkeypatch, bf16=False):
     monkeypatch.setattr(clip_grad, "_group_tensors_by_device_and_dtype", lambda lists: {
         (CUDA if marked(lists[0][0]) else device, dtype): found for (device, dtype), found in group(lists).items()})
     if bf16:
+        for name in ("layer_norm", "group_norm"):                               # also when a layer is computed again
+            norm = getattr(F, name)
+            monkeypatch.setattr(F, name, lambda x, *args, norm=norm, **kwargs: norm(
+                x.float() if torch.is_autocast_enabled("cpu") else x, *args, **kwargs))
         monkeypatch.setattr(torch, "autocast", lambda kind, *args, **kwargs: AUTOCAST("cpu", *args, **kwargs))
     return CUDA
