@@ -120,10 +120,9 @@ class Transition(Leg):
     v: torch.Tensor          # (R, c, h, w) of the policy that acted
     squares: torch.Tensor    # (R,) px, side of the squares that shared their noise
 
-    def rows(self, part):
-        """The transition of some rows only (index)."""
-        cut = {k: getattr(self, k)[part] for k in ("x", "x_next", "mean", "v")}
-        return replace(self, squares=self.squares[part.to(self.squares.device)], **cut)
+    def cut(self, rows, squares=None):
+        """The transition of some rows only (slice or index), and their squares."""
+        return replace(self, squares=squares, **{k: getattr(self, k)[rows] for k in ("x", "x_next", "mean", "v")})
 
     def with_velocity(self, v):
         """The transition with v as the velocity, and its mean as the mean, of the policy that acted; the draws stay.
@@ -239,13 +238,15 @@ def sample_ode(policy, rgb, modality, steps, rng=None, noise=None, cond=None):
     """Deterministic Euler sampler: photos -> maps.
 
     rgb (B, 3, H, W); noise (B, c, h, w), standard normal (drawn from rng if None); returns (B, C, H, W)
+    modality  a name, or several that one walk gives: a list of maps
     """
+    names = (modality,) if isinstance(modality, str) else modality
     cond = policy.encode(rgb) if cond is None else cond
     noise = torch.randn(len(rgb), *policy.shape(rgb), generator=rng).to(rgb) if noise is None else noise
     x = policy.start(noise, steps)
     for t, s in itertools.pairwise(policy.times(steps)):
-        x = x + (s - t) * policy.velocity(x, torch.full((len(x),), t, device=x.device), cond, modality)
-    return policy.decode(x, modality, cond)
+        x = x + (s - t) * policy.velocity(x, torch.full((len(x),), t, device=x.device), cond, names[0])
+    return policy.decode(x, modality, cond) if names[0] == modality else [policy.decode(x, m, cond) for m in names]
 
 
 def photo_maps(policy, rgb, processing_res=0, steps=0, seed=0, ensemble=1):
@@ -262,8 +263,7 @@ def photo_maps(policy, rgb, processing_res=0, steps=0, seed=0, ensemble=1):
     for m in policy.modalities:
         rng = torch.Generator().manual_seed(seed)
         maps = sample_ode(policy, small.expand(ensemble, -1, -1, -1), m, steps or 10, rng)
-        maps = maps.float().mean(0, keepdim=True).cpu()
-        maps = F.interpolate(maps, rgb.shape[-2:], mode="bilinear", align_corners=False)
+        maps = F.interpolate(maps.float().mean(0, keepdim=True).cpu(), rgb.shape[-2:], mode="bilinear")
         out[m] = (F.normalize(maps, dim=1, eps=1e-6) if MODALITIES[m].kind == "vector" else maps)[0]
     return out
 

@@ -165,7 +165,7 @@ def _facing(maps, pts, window):
 
 def _brighter(maps, pts, window):
     gap = torch.stack(_gaps(maps, pts, window), -2).mT                          # (..., P, C)
-    return gap @ torch.tensor(LUMA, dtype=gap.dtype, device=gap.device)
+    return gap @ torch.stack([gap.new_full((), w) for w in LUMA])              # made there: a GPU is not waited for
 
 
 def _same(maps, pts, window):
@@ -241,7 +241,8 @@ def _sample_pairs(batch, size, n, generator, mask, grid, tries):
     cell = torch.zeros(H, W, dtype=torch.bool)
     cell[grid // 2::grid, grid // 2::grid] = True
     allowed = (allowed[:, 0] & cell).flatten(1)                                 # (B, H*W)
-    if batch and allowed.sum(1).min() < 2:
+    cells = len(range(grid // 2, H, grid)) * len(range(grid // 2, W, grid))
+    if batch and (cells if mask is None else allowed.sum(1).min()) < 2:
         raise ValueError(f"relations.sample_pairs: got an image of {H} x {W} px with fewer than two valid points; "
                          "want at least two; use a larger image or another mask")
     bands = torch.tensor(BANDS, dtype=torch.float32) * scale
@@ -295,6 +296,5 @@ def draw_markers(rgb, pts):
     masks = marker_masks(rgb.shape[-2:], pts)                                   # (B, P, 2, H, W)
     marked = rgb[:, None].expand(-1, pts.shape[1], -1, -1, -1)
     for i, colour in enumerate((RED, GREEN)):
-        value = torch.tensor(colour, dtype=rgb.dtype, device=rgb.device).view(3, 1, 1)
-        marked = torch.where(masks[:, :, i, None], value, marked)
+        marked = torch.where(masks[:, :, i, None], torch.stack([rgb.new_full((1, 1), c) for c in colour]), marked)
     return marked

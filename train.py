@@ -36,8 +36,9 @@ from runtime import ranks
 from runtime.command import run_command, run_stage
 from runtime.config import MICRO, UserError, fixed_settings, plan
 from runtime.flags import parse
+from runtime.optimizers import cosine, optimizers
 from runtime.ranks import STREAMS, generator
-from runtime.run import Run, cosine, optimizers
+from runtime.run import Run
 from runtime.weights import read_spec, weights_digest
 
 

@@ -124,10 +124,13 @@ def smallest_card(need):
 
 
 def state_bytes(unet, vae, full):
-    """Bytes of fp32 weights, AdamW, average and bf16 reference. full: all weights are trained, else LoRA's alone."""
+    """Bytes of weights, AdamW, average and bf16 reference. full: all weights are trained; else LoRA's, on bf16 weights.
+
+    The copy that a run goes back to when a figure drifts lies in the host's memory, as does a checkpoint in writing
+    """
     trained = count_parameters(unet, trained=True)
     halved = sum(p.numel() for m in multiplying_layers(unet) for p in m.parameters())
-    of_unet = 12 * count_parameters(unet) - 2 * halved if full else 4 * count_parameters(unet)
+    of_unet = (12 if full else 4) * count_parameters(unet) - 2 * halved
     return of_unet + 4 * (count_parameters(vae) + trained * (3 if full else 5))
 
 
@@ -141,6 +144,9 @@ def memory_table():
             vae = VAE(SD2["vae"])
             if how != "full":
                 lora.inject(unet, LORA_TARGETS, RANK, RANK)
+                for m in multiplying_layers(unet):                              # as models.copies.keep_in_bf16
+                    for name, p in list(m.named_parameters(recurse=False)):
+                        setattr(m, name, torch.nn.Parameter(p.to(torch.bfloat16), requires_grad=False))
             state = state_bytes(unet, vae, how == "full")
             decoding = px * px * 256 * 12                                       # bytes, the VAE decoder's widest layer
             for checkpointed, kept in enumerate(activations(unet, px)):

@@ -21,7 +21,7 @@ from models.schedule import Schedule
 from models.sd2 import VAE, UNet
 from runtime import ranks
 from runtime.flags import parse
-from runtime.run import optimizers
+from runtime.optimizers import optimizers
 
 
 def build_policy(sizes, device):
@@ -36,7 +36,7 @@ def build_policy(sizes, device):
 class Step:
     """One photo's GRPO step as train.train_grpo takes it: the paper's settings, random photo and answers.
 
-    It stands in for a runtime.run.Run: `backward` gathers the gradient, `fail` is an error.
+    It stands in for a runtime.run.Run: `backward` gathers the gradient, what `bound` notes is read with its norm.
     """
 
     def __init__(self, bench, px, *flags):
@@ -48,6 +48,7 @@ class Step:
             str(sizes.pairs), "--bank-pairs", str(sizes.pairs), "--exploration", "ddim",
             *(["--precision", "fp32"] if bench.dry else []), *flags])[1]
         self.device = device
+        self.noted = []
         self.nets = Networks(lambda: build_policy(sizes, device), self.cfg, device)
         self.opts = optimizers([self.nets.policy], self.cfg.lr, 0, weight_decay=0.0, betas=(0.9, 0.95))
         self.judged = Judgements(torch.randint(256, (1, 3, px, px), dtype=torch.uint8),
@@ -60,26 +61,22 @@ class Step:
         batch = draw_batch(judged, self.nets.policy.modalities, self.cfg, draw, self.device)
         maps, transitions = sample_groups(self.nets.actor, batch)
         scored = {m: score(maps, batch, m) for m in maps}
-        self.check(maps | {f"{m} reward": one.reward for m, one in scored.items()})
+        for x in (*maps.values(), *(one.reward for one in scored.values())):
+            self.bound(~x.flatten(1).isfinite().all(1), 0, "")
         return batch, transitions, advantage(scored, batch, transitions)
 
-    @staticmethod
-    def check(values):
-        """Wait for what Run.check looks at; numbers of random weights may be any."""
-        torch.stack([x.isfinite().all() for x in values.values()]).tolist()
+    def bound(self, values, most, text):
+        """As Run.bound; numbers of random weights may be any."""
+        self.noted.append(values.detach().flatten())
 
     def backward(self, share):
-        """As Run.backward: the host waits for each loss."""
-        self.check(dict(loss=share.detach()))
+        """As Run.backward."""
+        self.bound(share, 0, "")
         share.backward()
-
-    @staticmethod
-    def fail(text):
-        """As Run.fail of a run with one process."""
-        raise ValueError(f"bench.system: {text}")
 
     def gradient(self, prob=None):
         """Rollout and update: the gradient of one step."""
+        self.noted.clear()
         for p in self.nets.params:
             p.grad = None
         policy_gradient(self.nets, *self.explore(prob), self)
@@ -87,7 +84,8 @@ class Step:
     def update(self, prob=None):
         """The whole step: the gradient, its norm clipped, AdamW, the average, the acting copy."""
         self.gradient(prob)
-        torch.nn.utils.clip_grad_norm_(self.nets.params, 1.0).item()
+        norm = torch.nn.utils.clip_grad_norm_(self.nets.params, 1.0)
+        torch.cat([norm.flatten(), *self.noted]).tolist()                       # as Run.update waits
         for opt in self.opts:
             opt.step()
         self.nets.follow(1000)

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from data import scenes
 from data.photos import fit_square, open_image, resize_mode
 from data.pictures import row_of
+from kernels import send
 from relations import MODALITIES
 from runtime.files import find_files
 
@@ -129,9 +130,11 @@ class ScenePool:
     def pick(self, index, device="cpu"):
         """Maps of the scenes `index` (B,) as float32 on a device: dict of (B, C, H, W)."""
         if torch.is_tensor(index):
-            index = index.to(next(iter(self.maps.values())).device, non_blocking=True)
-        return {k: v[index].to(device) if v.dtype == torch.bool else v[index].to(device).float()
-                for k, v in self.maps.items()}
+            index = send(index, next(iter(self.maps.values())).device)
+        device = torch.device(device)
+        found = {k: v[index] if v.is_cuda or device.type == "cpu" else send(v[index], device)
+                 for k, v in self.maps.items()}
+        return {k: v.to(device, torch.bool if v.dtype == torch.bool else torch.float32) for k, v in found.items()}
 
     def draw(self, draw, device="cpu"):
         """This rank's scenes of a batch: their maps, as `pick`, and their names. draw: ranks.Draw of the step."""

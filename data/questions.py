@@ -19,7 +19,7 @@ from tqdm import tqdm
 from data import photos
 from data.pictures import save_png
 from data.pools import list_scenes, read_scene
-from relations import LUMA, MODALITIES, draw_markers, margin, relation, sample_pairs
+from relations import LUMA, MODALITIES, RULES, draw_markers, harden, margin, relation, sample_pairs
 from runtime.config import UserError
 from runtime.files import DamageGuard, decode_json, path_inside, read_json, refuse, write_json, write_rows
 from runtime.ranks import barrier, generator, rank, world
@@ -33,9 +33,9 @@ JSONL = {"train": "intrinsic_judgement_train.jsonl", "val": "intrinsic_judgement
 
 
 def true_relations(maps, pts):
-    """Relations of all modalities from ground truth: (B, P, M) int8; 0 where a point is invalid."""
+    """Relations of all modalities from ground truth: (B, P, M) int8; 0 where a point, inside the maps, is invalid."""
     nan = {m: maps[m].masked_fill(~maps["mask"], torch.nan) for m in MODALITIES}
-    return torch.stack([relation(nan[m], pts, m) for m in MODALITIES], -1)
+    return torch.stack([harden(RULES[row.rule](nan[m], pts, 0), row) for m, row in MODALITIES.items()], -1)
 
 
 def split_of(scene):

@@ -11,7 +11,7 @@ from data.questions import true_relations
 from evaluation import metrics, surface
 from predictor import sample_ode
 from relations import MODALITIES, at_points, margin, sample_pairs, srgb_decode
-from runtime.ranks import generator
+from runtime.ranks import gather_rows, generator, share_rows
 
 PAIRS = 24                        # per image and modality
 DEPTH_RANGE = (0.1, 100.0)        # metres, to which aligned predictions are clipped
@@ -77,17 +77,25 @@ def accuracy(score, truth):
 
 
 @torch.no_grad()
-def predict_maps(policy, rgb, steps, seed, batch=64):
-    """All maps of photos (B, 3, H, W): dict modality -> (B, C, H, W) on the CPU. The noise depends on `seed` alone."""
+def predict_maps(policy, rgb, steps, seed, batch=64, together=False):
+    """All maps of photos (B, 3, H, W): dict modality -> (B, C, H, W) on the CPU. The noise depends on `seed` alone.
+
+    together  True when all ranks call: each computes its share
+    """
     noise = torch.randn(len(rgb), *policy.shape(rgb), generator=generator(seed, 23))
     device = next(policy.parameters()).device
     out = {m: [] for m in policy.modalities}
-    for i in range(0, len(rgb), batch):
-        part = rgb[i:i + batch].to(device)
+    own = share_rows(len(rgb)) if together else list(range(len(rgb)))
+    for i in range(0, len(own), batch):
+        rows = own[i:i + batch]
+        part = rgb[rows].to(device)
         cond = policy.encode(part)
-        for m in policy.modalities:
-            out[m].append(sample_ode(policy, part, m, steps, noise=noise[i:i + batch].to(device), cond=cond).cpu())
-    return {m: torch.cat(v) for m, v in out.items()}
+        for walk in policy.walks:
+            maps = sample_ode(policy, part, walk, steps, noise=noise[rows].to(device), cond=cond)
+            for m, one in zip(walk, maps, strict=True):
+                out[m].append(one.float().cpu())
+    maps = {m: torch.cat(v) for m, v in out.items()}
+    return {m: gather_rows(x, len(rgb)) for m, x in maps.items()} if together else maps
 
 
 def map_errors(row, guess, true, ok, pts, truth):

@@ -16,7 +16,7 @@ from evaluation.agreement import photo_figures
 from evaluation.scores import METRICS, PAIRS, eval_pairs, predict_maps, score_maps
 from grpo import is_unanimous
 from runtime.files import read_json, read_log, write_json
-from runtime.ranks import combine_numbers, rank
+from runtime.ranks import autocast, combine_numbers, local_part, rank
 from runtime.run import about
 
 AGREEMENTS = ("reward", "agreement")     # figures of held-out photos that lie in [0, 1], 1 is best
@@ -62,7 +62,8 @@ class Watch:
         self.origin = origin | {k: v for k, v in about().items() if k in ("command", "commit")}
         seen = [row for row in validation_rows(run.folder) if row["step"] < run.start]
         self.drifted = drift(seen[-1], seen[0], cfg.band, cfg.forget) if seen else ""    # the same on every rank
-        self.kept = [p.detach().clone() for p in self.average_params]  # of the evaluation before
+        # of the evaluation before, in the host's memory: it is read when a figure has drifted, else only written
+        self.kept = [local_part(p).detach().to("cpu", copy=True) for p in self.average_params]
         run.ended = bool(self.drifted)
 
     @property
@@ -75,26 +76,34 @@ class Watch:
         cfg = self.cfg
         if not cfg.eval_every or step and (step + 1) % cfg.eval_every:
             return {}
-        figures = self._figures(step) if self.nets.takes_part else {}
+        figures = self._figures(step)
         self.run.ended = bool(combine_numbers(dict(drifted_max=float(bool(self.drifted))))["drifted_max"])
         with torch.no_grad():
             for p, kept in zip(self.average_params, self.kept, strict=True):
                 if self.run.ended:
-                    p.copy_(kept)
+                    local_part(p).copy_(kept)
                 else:
-                    kept.copy_(p)
+                    kept.copy_(local_part(p))
         return figures
 
     def _figures(self, step):
-        """Figures of the average. Sets `drifted`, the figure that has left its band, and saves the best so far."""
+        """Figures of the average. Sets `drifted`, the figure that has left its band, and saves the best so far.
+
+        All ranks compute maps. On a GPU in bf16, as in training; on a CPU in fp32
+        """
         cfg = self.cfg
         average = self.nets.average
+        device = self.average_params[0].device
         figures = {}
-        if self.held is None or average.replays:
-            figures = diagnose(average, cfg.size, cfg.eval_steps, validation_images(cfg), batch=cfg.micro or 64)
-        if self.held is not None:
-            figures |= {f"photos/{k}": float(np.nanmean(x))
-                        for k, x in photo_figures(average, self.held, cfg, cfg.eval_images).items()}
+        with autocast("fp32" if device.type == "cpu" else cfg.precision, device):
+            if self.held is None or average.replays:
+                figures = diagnose(average, cfg.size, cfg.eval_steps, validation_images(cfg), batch=cfg.micro or 64,
+                                   together=True)
+            if self.held is not None:
+                figures |= {f"photos/{k}": float(np.nanmean(x))
+                            for k, x in photo_figures(average, self.held, cfg, cfg.eval_images).items()}
+        if not self.nets.takes_part:
+            return {}
         figures = combine_numbers(figures) if cfg.fsdp else figures             # so that all ranks decide alike
         start = (validation_rows(self.run.folder) or [figures])[0]
         self.drifted = drift(figures, start, cfg.band, cfg.forget)
@@ -133,7 +142,7 @@ def is_agreement(name):
     return name.startswith(tuple(f"photos/{kind}/" for kind in AGREEMENTS))
 
 
-def diagnose(policy, size, steps, n=24, seed=0, batch=64):
+def diagnose(policy, size, steps, n=24, seed=0, batch=64, together=False):
     """Figures on n validation scenes per domain, for the log: scores, and sharpness and spread of wild maps.
 
     No stage trains on these scenes. When the reward rises while sharpness or spread moves away from the start, the
@@ -142,7 +151,7 @@ def diagnose(policy, size, steps, n=24, seed=0, batch=64):
     out = {}
     for domain in ("wild", "synthetic"):
         maps = scene_pool(domain, "val", n, size).all()
-        pred = predict_maps(policy, maps["rgb"], steps, seed, batch)
+        pred = predict_maps(policy, maps["rgb"], steps, seed, batch, together)
         values = score_maps(pred, maps, eval_pairs(maps, PAIRS, 1, seed), warn=False)
         out |= {f"{domain}/{k}": float(np.nanmean(v)) for k, v in values.items()}
         if domain == "wild":

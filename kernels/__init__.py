@@ -79,6 +79,11 @@ def uses_triton_with_floats(tensor):
     return uses_triton(tensor) and (INTERPRET or tensor.dtype != torch.float64)
 
 
+def send(x, device):
+    """A CPU tensor on a device. A GPU is not waited for: the tensor is copied through pinned memory."""
+    return x if device.type == "cpu" else x.pin_memory().to(device, non_blocking=True)
+
+
 def acc_dtype(*tensors):
     """Dtype of arithmetic on these tensors: fp32, or fp64 when one of them is."""
     acc = torch.float32

@@ -19,7 +19,8 @@ class Networks:
     """The copies of a policy that a GRPO run uses.
 
     policy     trains; with cfg.lora only its adapters do
-    reference  the frozen start; in bf16, without lora and fsdp, it stores in 16 bits what autocast would cast
+    reference  the frozen start; in bf16, without lora and fsdp, it stores in 16 bits what autocast would cast; so do,
+               with lora on a GPU, all copies, which share their frozen weights
     average    exponential moving average of the policy: it is evaluated and saved
     actor      samples the groups: the policy itself, or with cfg.compile a compiled copy of it, kept like the reference
 
@@ -38,6 +39,9 @@ class Networks:
         if not cfg.lora and not cfg.fsdp and in_bf16(cfg.precision, device):
             for net in {self.reference, self._actor} - {self.policy}:
                 keep_in_bf16(net.network)
+        self._is_rounded = bool(cfg.lora and not cfg.fsdp and device.type == "cuda" and in_bf16(cfg.precision, device))
+        if self._is_rounded:
+            keep_in_bf16(self.policy.network)
         for net in (self.policy, self.reference, self._actor) if cfg.compile else ():
             compile_velocity(net)
         for net in (self.policy, self.reference, self.average) if cfg.fsdp else ():
@@ -76,9 +80,12 @@ class Networks:
         if rank() > 0:
             return
         average = self.average
-        if self.cfg.fsdp:
+        if self.cfg.fsdp or self._is_rounded:
             average = prepare_policy(self._open_policy(), self.cfg)
+        if self.cfg.fsdp:
             average.network.load_state_dict(state)
+        elif self._is_rounded:                                                  # adapters of the weights as published
+            copy_parameters(trained_part(average).parameters(), self.modules["average"].parameters())
         average.save(folder, **about)
 
 

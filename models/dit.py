@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from data.maps import center_map
+from kernels import send
 from models import lora
 from models.positions import grid_positions
 from models.schedule import uniform_times
@@ -85,6 +86,8 @@ class DiT(nn.Module):
     exploration = "flow"
     lora_targets = ("qkv", "out")
     replays = True
+    encodes_alike = False                                                       # the encoder trains
+    walks = tuple((m,) for m in NAMES)
 
     def __init__(self, cfg=None, seed=0):
         super().__init__()
@@ -262,7 +265,7 @@ def flow_loss(policy, maps, modalities, draw):
     mask = maps["mask"]
     cond = policy.encode(rgb).repeat(len(modalities), 1, 1)                     # (M*B, L, D)
     x0 = torch.cat([to_state(maps, mask, m) for m in modalities])               # (M*B, 3, H, W)
-    index = torch.tensor([NAMES.index(m) for m in modalities]).repeat_interleave(len(rgb)).to(rgb.device)
+    index = send(torch.tensor([NAMES.index(m) for m in modalities]).repeat_interleave(len(rgb)), rgb.device)
     batch = len(modalities), draw.batch
     t = torch.sigmoid(draw.normal(batch, rgb.device, axis=1).flatten())         # logit-normal
     x1 = draw.normal((*batch, *x0.shape[1:]), rgb.device, axis=1).flatten(0, 1)

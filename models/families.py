@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from kernels import send
 from relations import MODALITIES
 
 TURN = "<|im_start|>"
@@ -24,6 +25,7 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 SYSTEM = ("你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的"
           "多模态大语言模型。")
+FULL = "full_attention"              # transformers' name of layers in which a token attends to all before it
 
 
 @dataclass(frozen=True)
@@ -65,11 +67,18 @@ class Family:
         tokens, extra = features
         tokens = self.project(network, tokens)
         embeds = core.get_input_embeddings()(ids).to(tokens.dtype)
-        embeds = embeds.masked_scatter(is_image[..., None], tokens)
+        tokens = tokens.reshape(len(ids), -1, tokens.shape[-1])                 # (N, L_img, D), side by side in ids
+        column = is_image.int().argmax(1, keepdim=True) + torch.arange(tokens.shape[1], device=ids.device)
+        embeds = embeds.index_put((torch.arange(len(ids), device=ids.device)[:, None], column), tokens)
         deep = dict(visual_pos_masks=is_image, deepstack_visual_embeds=extra) if extra else {}
+        kinds = getattr(core.language_model.config, "layer_types", None) or ()
+        if mask is None and set(kinds) == {FULL}:
+            mask = {FULL: None}                                                 # else positions are read on the host
+        elif mask is not None and mask.ndim == 2:
+            mask = mask.long()
         return core.language_model(
             inputs_embeds=embeds, position_ids=position[0] if len(position) == 1 else position, use_cache=False,
-            attention_mask=mask if mask is None or mask.ndim == 4 else mask.long(), **deep).last_hidden_state
+            attention_mask=mask, **deep).last_hidden_state
 
 
 class InternVL(Family):
@@ -252,7 +261,7 @@ class Prompt:
 
     def words(self, modalities, device):
         """The tokens of the deciding words: (M, 2), first answer first."""
-        return torch.tensor([self.answers[m] for m in modalities], device=device)
+        return send(torch.tensor([self.answers[m] for m in modalities]), device)
 
     def answer_values(self, values, modalities):
         """What stands at the deciding words: (N, M, vocab) -> (N, M, 2) fp32, first answer first."""
@@ -291,17 +300,17 @@ class Prompt:
             positions.append(here.expand(len(position), -1))
             block += [k] * len(self.blocks[name])
             last.append(len(ids) - 1)
-        block = torch.tensor(block, device=device)
+        block = send(torch.tensor(block), device)
         sees = (block[None] == -1) | (block[None] == block[:, None])            # the head and the token's own question
         sees &= torch.ones(len(ids), len(ids), dtype=torch.bool, device=device).tril()
-        return torch.tensor(ids, device=device), torch.cat(positions, 1), sees, torch.tensor(last, device=device)
+        return send(torch.tensor(ids), device), torch.cat(positions, 1), sees, send(torch.tensor(last), device)
 
     def pad(self, tails, device):
         """Sequences head + tail, padded on the left: ids (N, L), positions (1 or 3, N, L), mask (N, L)."""
         head, start = self.family.positions(self.head, self.image_id, device)
         length = max(map(len, tails))
-        ids = torch.tensor([[0] * (length - len(t)) + self.head + t for t in tails], device=device)
-        pad = torch.tensor([[length - len(t)] for t in tails], device=device)   # (N, 1)
+        ids = send(torch.tensor([[0] * (length - len(t)) + self.head + t for t in tails]), device)
+        pad = send(torch.tensor([[length - len(t)] for t in tails]), device)    # (N, 1)
         place = torch.arange(ids.shape[1], device=device) - pad
         follow = (start + torch.arange(length, device=device)).expand(len(head), -1)
         return ids, torch.cat((head, follow), 1)[:, place.clamp_min(0)], place >= 0

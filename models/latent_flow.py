@@ -58,6 +58,7 @@ class LatentFlow(nn.Module):
     lora_targets = LORA_TARGETS
     exploration = "ddim"
     replays = False
+    encodes_alike = True               # the VAE is frozen
     prompts = EMPTY
     forced = {}                        # options of the scheduler that the family sets, whatever its file says
     photo_first = True                 # order of the U-Net's input: photo, state
@@ -85,6 +86,9 @@ class LatentFlow(nn.Module):
         self.places = {MODALITY[name]: (name, k, place) for k, run in enumerate(runs)
                        for place, name in enumerate(run) if name in MODALITY}
         self.modalities = tuple(self.places)
+        # modalities that one walk gives
+        self.walks = tuple(filter(None, (tuple(m for m in self.places if self.places[m][1] == k)
+                                         for k in range(len(runs)))))
         run_of = torch.tensor([self.places.get(m, ("", 0, 0))[1] for m in NAMES])
         self.register_buffer("run_of", run_of, persistent=False)                # (len(NAMES),) run of each modality
         self.size = bounded_integer(about.get("default_processing_resolution") or self.default_size, 1, EDGE,
@@ -136,7 +140,7 @@ class LatentFlow(nn.Module):
         The U-Net gets the nearest of its 1000 timesteps; the noise levels are those of t itself.
         """
         t = t.double()
-        index = (self.schedule.t.to(t.device, non_blocking=True)[None] - t[:, None]).abs().argmin(1)
+        index = (self.schedule.times_on(t.device)[None] - t[:, None]).abs().argmin(1)
         norm = torch.hypot(1 - t, t)
         x = x.float() / _as_map(norm)                                           # x_vp
         v = self._native_velocity(x, index, cond, self._text_of(modality))

@@ -21,6 +21,7 @@ from transformers import (
 
 from data.maps import center_map
 from data.questions import true_relations
+from kernels import send
 from models.families import END, FAMILIES, TURN, UNKNOWN
 from models.positions import grid_positions
 from relations import LUMA, MODALITIES, NAMES, draw_markers, sample_pairs
@@ -106,7 +107,8 @@ class Probe(nn.Module):
 
     def index(self, pts):
         """Number of the token that holds a point: (..., 2) px -> (...)."""
-        return (pts // self.patch * torch.tensor([self.side, 1], device=pts.device)).sum(-1)
+        place = pts // self.patch
+        return place[..., 0] * self.side + place[..., 1]
 
     def forward(self, tokens, pts):
         """tokens (B, L, D), pts (B, P, 2, 2) px -> dense (B, L, K), pair logits (B, P, M), marker logits (B, L, 3)."""
@@ -160,8 +162,8 @@ def marker_loss(logits, index, shown):
     logits (B, L, 3); index (B, 2) tokens of red and green; shown (B,) bool, False: the photo has no markers
     """
     target = torch.zeros(logits.shape[:2], dtype=torch.long, device=logits.device)
-    target.scatter_(1, index, torch.tensor([1, 2], device=logits.device) * shown[:, None])
-    weight = logits.new_tensor([1.0, logits.shape[1] / 2, logits.shape[1] / 2])
+    target.scatter_(1, index, torch.arange(1, 3, device=logits.device) * shown[:, None])
+    weight = send(torch.tensor([1.0, logits.shape[1] / 2, logits.shape[1] / 2], dtype=logits.dtype), logits.device)
     total = weight[target].sum()                                                # of this rank's rows
     loss = F.cross_entropy(logits.float().flatten(0, 1), target.flatten(), weight=weight.float())
     return loss * (total / mean_over_ranks(total))
@@ -218,8 +220,8 @@ def judge_loss(judge, probe, maps, answers, draw, pairs=128):
     features = judge.vision(images)
     dense, pair_logits, marker_logits = probe(features[0], pts)
     target, ok = dense_targets(maps, probe.patch)
-    ok = ok * ok.new_tensor(dense_emphasis()).repeat_interleave(probe.patch**2)
-    emphasis = dense.new_tensor([EMPHASIS.get(m, 1.0) for m in NAMES]).float()
+    ok = ok * send(torch.tensor(dense_emphasis()), ok.device).repeat_interleave(probe.patch**2)
+    emphasis = send(torch.tensor([EMPHASIS.get(m, 1.0) for m in NAMES], dtype=dense.dtype), dense.device).float()
     loss_dense = ((dense - target).square() * ok).sum() / mean_over_ranks(ok.sum()).clamp_min(1)
     loss_pairs = (F.binary_cross_entropy_with_logits(pair_logits.float(), (rel > 0).float(), reduction="none")
                   * class_weights(rel) * emphasis).mean()

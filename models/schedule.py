@@ -58,6 +58,7 @@ class Schedule:
         self.abar = alpha**2
         self.final = 1.0 if config.get("set_alpha_to_one", True) else float(self.abar[0])
         level = np.sqrt(1 - self.abar)
+        self._placed = {}                                                       # device: times
         self.t = torch.from_numpy(level / (alpha + level))
 
     def timesteps(self, T):
@@ -69,6 +70,12 @@ class Schedule:
         if self.spacing == "leading":
             return [i * (n // T) + offset for i in range(T)][::-1]
         return (np.round(n - np.arange(T) * n / T).astype(int) - 1).tolist()
+
+    def times_on(self, device):
+        """The times `t` on a device, copied there once."""
+        if device not in self._placed:
+            self._placed[device] = self.t.to(device)
+        return self._placed[device]
 
     def steps(self, T, quirk=False):
         """(timestep, abar there, abar after the step) of each step; the last ends at the scheduler's final abar.

@@ -25,12 +25,14 @@ class FlowWrapper(nn.Module):
     """A network that offers predictor.Predictor, with the rest filled in. name: its SPEC."""
 
     replays = False
+    encodes_alike = False              # whether all copies of it encode a photo alike, policy and reference
 
     def __init__(self, network, name):
         super().__init__()
         self.network = network
         self.cfg = name
         self.modalities = tuple(network.modalities)
+        self.walks = tuple((m,) for m in self.modalities)                       # modalities that one walk gives
         self.size = network.size
         self.multiple = getattr(network, "multiple", 1)
         self.exploration = getattr(network, "exploration", "flow")
@@ -116,6 +118,8 @@ class FlowWrapper(nn.Module):
 
 class MapWrapper(FlowWrapper):
     """A network that offers predictor.MapPredictor: one step from the photo to the map."""
+
+    encodes_alike = True               # the scale is that of the frozen start
 
     def __init__(self, network, name):
         super().__init__(network, name)

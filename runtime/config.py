@@ -229,7 +229,7 @@ PRESETS = {
         photos=4000, pairs=64, bank_pairs=128, sample_steps=10, jitter=8, steps=2000, batch=16,
         clip=0.1, kl_weight=0.1, replay=0.2, lr=1e-4, ema=0.99, **ESTIMATORS["pair"]),
     # the paper's numbers; needs weights and photos: `problem` names them
-    "paper": ESTIMATORS["paper"],
+    "paper": dict(save_every=1000, **ESTIMATORS["paper"]),                      # a checkpoint of Marigold has 14 GB
     # a network that somebody has, on photos that somebody has: sizes, modalities and cells are the networks'. Maps are
     # larger than those of `mini`, so the estimator's squares are too: on 224 px twice as much is learnt (docs/runs.md)
     "tune": dict(

@@ -16,7 +16,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from runtime.config import UserError
 
 STREAMS = dict(base=1, judge=2, grpo=3, photos=4, lora=5, oracle=6)    # of random numbers, one per purpose
-PATIENCE = timedelta(hours=1)     # for a rank that is busy alone (evaluation, bank); a dead one is noticed at once
+PATIENCE = timedelta(minutes=10)  # for a collective of a step: on GPUs a process that has gone is missed only then
+LONG = timedelta(hours=24)        # for a rank that is busy alone (bank, drawing, evaluation); on gloo, which misses
+                                  # a process that has gone at once
+
+BUCKET = 100e6                    # bytes of gradients that are sent together
+patient = dict(group=None)        # the process group of such waits
 
 
 def rank():
@@ -56,7 +61,7 @@ def setup(cfg):
                         "--nproc_per_node=N")
     device = pick_device(cfg.device, "train.py")
     if device.type == "cuda":
-        torch.set_float32_matmul_precision("highest" if cfg.precision == "fp32" else "high")    # TF32 outside autocast
+        use_tf32(cfg.precision != "fp32")
     if world() > 1 and not dist.is_initialized():
         _join("nccl" if device.type == "cuda" else "gloo")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")                 # without it cuBLAS refuses to be exact
@@ -64,8 +69,14 @@ def setup(cfg):
     return device
 
 
+def use_tf32(on):
+    """Whether products and convolutions of fp32 tensors, what lies outside autocast, may round to TF32 on a GPU."""
+    torch.set_float32_matmul_precision("high" if on else "highest")
+    torch.backends.cudnn.allow_tf32 = on
+
+
 def _join(backend):
-    """Enter the process group.
+    """Enter the process group, and one on the CPU for long waits (`barrier`, `combine_numbers`).
 
     torchrun keeps one store over its restarts on a node. A restarted process would find addresses of dead processes in
     it, so each attempt has its own part of the store. With several nodes each node counts its attempts by itself.
@@ -74,12 +85,14 @@ def _join(backend):
     if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
         store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=PATIENCE)
+    patient["group"] = dist.new_group(backend="gloo", timeout=LONG)
 
 
 def shutdown():
     """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
+        patient["group"] = None
 
 
 def is_lost_peer(error):
@@ -105,7 +118,7 @@ def is_joined():
 
 def in_bf16(precision, device):
     """Whether the networks multiply in bf16: precision "bf16", or "auto" where the hardware has it."""
-    native = torch.cuda.is_bf16_supported() if device.type == "cuda" else \
+    native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else \
         getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
     return precision == "bf16" or (precision == "auto" and native)
 
@@ -192,9 +205,9 @@ def say(text):
 
 
 def barrier():
-    """Wait for all ranks (nothing to do for one process)."""
+    """Wait for all ranks, for hours if need be (nothing to do for one process)."""
     if world() > 1:
-        dist.barrier()
+        dist.barrier(**patient)
 
 
 def mean_over_ranks(x):
@@ -212,9 +225,46 @@ def add_over_ranks(x):
         dist.all_reduce(x)
 
 
+def average_over_ranks(tensors):
+    """Mean over ranks of tensors, in place: in buckets, of which one is on its way while the next is put together."""
+    if world() == 1:
+        return
+    buckets = [[]]
+    for x in tensors:
+        if sum(y.nbytes for y in buckets[-1]) > BUCKET:
+            buckets.append([])
+        buckets[-1].append(x)
+    sent = []
+    for bucket in (*filter(None, buckets), None):
+        if bucket:
+            flat = torch.cat([x.flatten() for x in bucket])
+            sent.append((bucket, flat, dist.all_reduce(flat, async_op=True)))
+        if sent and (bucket is None or len(sent) > 1):
+            own, flat, work = sent.pop(0)
+            work.wait()
+            flat /= world()
+            for x, mean in zip(own, flat.split([x.numel() for x in own]), strict=True):
+                x.copy_(mean.view_as(x))
+
+
+def share_rows(n):
+    """Numbers of those of n rows that this rank computes: as many on each, some twice where n does not divide."""
+    each = -(-n // world())
+    return [(rank() * each + i) % n for i in range(each)]
+
+
+def gather_rows(x, n):
+    """All n rows, on the CPU, of which each rank has computed those of `share_rows`, x (n / world, ...)."""
+    if world() == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(world())]
+    dist.all_gather(parts, x.contiguous(), **patient)
+    return torch.cat(parts)[:n]
+
+
 def read_numbers(values):
     """A dict of numbers and 0-dim tensors as floats; a GPU is waited for once, not once a value."""
-    tensors = {k: v.detach().double() for k, v in values.items() if isinstance(v, torch.Tensor)}
+    tensors = {k: v.detach() for k, v in values.items() if isinstance(v, torch.Tensor)}
     read = torch.stack(list(tensors.values())).tolist() if tensors else ()
     return {**values, **dict(zip(tensors, read, strict=True))}
 
@@ -222,14 +272,14 @@ def read_numbers(values):
 def combine_numbers(values):
     """Numbers to log, of all ranks: their mean; the least of a name that ends in _min, the greatest for _max.
 
+    It waits for hours, if need be, for a rank that is busy alone.
     values  dict name -> number or 0-dim tensor, the same names on each rank
     """
     if world() == 1:
         return values
-    device = "cuda" if dist.is_initialized() and dist.get_backend() == "nccl" else "cpu"        # what it can send
-    own = torch.tensor([*read_numbers(values).values()], dtype=torch.float64, device=device)
+    own = torch.tensor([*read_numbers(values).values()], dtype=torch.float64)
     each = [torch.empty_like(own) for _ in range(world())]
-    dist.all_gather(each, own)
+    dist.all_gather(each, own, **patient)
     each = torch.stack(each)                                                    # (ranks, values)
     ends = dict(_min=each.amin(0), _max=each.amax(0))
     return {k: ends.get(k[-4:], each.mean(0))[i].item() for i, k in enumerate(values)}

@@ -13,6 +13,7 @@ import platform
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy
@@ -20,15 +21,17 @@ import torch
 import transformers
 from tqdm import tqdm
 
+from kernels import send
 from runtime.config import UserError
 from runtime.files import finite_json, read_checked, read_log, sync, write_json, write_rows, write_tensors
+from runtime.optimizers import load_state_tensors, state_tensors
 from runtime.ranks import (
     Draw,
     add_over_ranks,
+    average_over_ranks,
     combine_numbers,
     gather_tensor,
     generator,
-    give_form,
     is_spread,
     local_part,
     rank,
@@ -68,67 +71,6 @@ def about():
                 numpy=numpy.__version__, device=gpu, processes=str(world()), threads=str(torch.get_num_threads()))
 
 
-# optimizers ---------------------------------------------------------------------------------------------------------
-
-def cosine(step, steps, warmup=0):
-    """Learning-rate factor: linear warm-up, then cosine from 1 to 0."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup))
-
-
-def optimizers(modules, lr, muon, weight_decay, betas=(0.9, 0.98)):
-    """AdamW for everything, or, with `muon` (its learning rate) > 0, Muon for the weights of hidden linear layers.
-
-    modules  list of nn.Module; embeddings, convolutions, biases, output layers (names in head, dense) stay with AdamW
-    differs: the paper uses AdamW throughout; training from scratch on a CPU, Muon needs about half as many photos.
-    """
-    hidden = {id(m.weight) for module in modules for name, m in module.named_modules()
-              if muon and isinstance(m, torch.nn.Linear) and not name.endswith(("head", "dense"))}
-    params = [p for module in modules for p in module.parameters() if p.requires_grad]
-    matrices = [p for p in params if id(p) in hidden]
-    rest = [p for p in params if id(p) not in hidden]
-    fused = all(p.is_cuda for p in rest)                                        # needs no copy of the parameters
-    chosen = [torch.optim.AdamW(rest, lr=lr, betas=betas, weight_decay=weight_decay, fused=fused or None)]
-    if matrices:
-        chosen.append(torch.optim.Muon(matrices, lr=muon, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
-    for group in (g for one in chosen for g in one.param_groups):
-        group["peak"] = group["lr"]
-    return chosen
-
-
-def state_tensors(modules, opts, wanted=True):
-    """All tensors of a run by flat name: "policy/..." of modules (dict name -> nn.Module), "opt0/..." of optimizers.
-
-    wanted  False: only take part in gathering spread tensors
-    """
-    flat = {f"{name}/{k}": v for name, module in modules.items() for k, v in module.state_dict().items()}
-    for n, opt in enumerate(opts):
-        for index, state in opt.state_dict()["state"].items():
-            flat |= {f"opt{n}/{index}/{k}": torch.as_tensor(v) for k, v in state.items()}
-    found = {}
-    for k, v in flat.items():
-        v = gather_tensor(v.detach())
-        if wanted:
-            found[k] = v.cpu().contiguous().clone()
-    return found
-
-
-def load_state_tensors(flat, modules, opts):
-    """Inverse of `state_tensors`, in place."""
-    for name, module in modules.items():
-        module.load_state_dict({k: give_form(flat[f"{name}/{k}"], v) for k, v in module.state_dict().items()})
-    for n, opt in enumerate(opts):
-        params = [p for group in opt.param_groups for p in group["params"]]
-        state = {}
-        for key in (k for k in flat if k.startswith(f"opt{n}/")):
-            _, index, k = key.split("/")
-            state.setdefault(int(index), {})[k] = give_form(flat[key], params[int(index)])
-        opt.load_state_dict(dict(opt.state_dict(), state=state))
-
-
-# the run ------------------------------------------------------------------------------------------------------------
-
 class Run:
     """One stage's folder, log and checkpoints.
 
@@ -139,6 +81,7 @@ class Run:
     """
 
     active = None                 # the run whose loop is under way: SIGTERM lets it finish its step and save
+    writing = None                # Future of the checkpoint that is being written
     suspect = None                # step that the loop takes under torch's anomaly detection (--detect-anomaly)
 
     def __init__(self, folder, settings, seed, n_steps, modules, opts, save_every=100, keep=2):
@@ -156,8 +99,10 @@ class Run:
         self.stopping = False         # all processes agree to stop after this step
         self.ended = False            # the run ends before its last step: set by who watches it
         self.problem = ""
+        self.noted = []               # (values, most, text, photos) that `bound` has not read yet
         self.folder.mkdir(parents=True, exist_ok=True)
         self.newest = None                                                      # step of a complete CHECKPOINT
+        Run.finish_writing()                                                    # of a run that stopped
         self.start = self.done = self._restore()
         seen = combine_numbers(dict(step_min=self.start, step_max=self.start))
         if seen["step_min"] != seen["step_max"]:
@@ -248,6 +193,8 @@ class Run:
                 self.step_began = time.perf_counter()
                 yield step, Draw(self.rng(step, stream), batch)
                 self.done = step + 1
+                if Run.writing and Run.writing.done():
+                    Run.finish_writing()                                        # a full disk is told now
                 self.stopping = self.stopping or (world() == 1 and self.stop)
                 if self.done % self.save_every == 0 or self.done == end or self.stopping or self.ended:
                     self.save(self.done)
@@ -261,6 +208,7 @@ class Run:
         finally:
             Run.active = None
             torch.autograd.set_detect_anomaly(False)
+            Run.finish_writing()
 
     def begin_result(self, last_file=""):
         """Whether this process is to write the result of the run: rank 0, once the last step has been taken.
@@ -278,54 +226,86 @@ class Run:
         return True
 
     def save(self, step):
-        """Write the checkpoint of `step` finished steps; the one before it stays under the name of its own step."""
+        """Copy the state of `step` finished steps and write it beside the steps that follow (`finish_writing`)."""
         if rank() > 0 and not any(is_spread(p) for m in self.modules.values() for p in m.parameters()):
             return
+        Run.finish_writing()
         flat = state_tensors(self.modules, self.opts, wanted=rank() == 0)
-        if rank() > 0:
-            return
+        if rank() == 0:
+            pool = ThreadPoolExecutor(1)
+            header = dict(step=str(step), seed=str(self.seed), settings=json.dumps(self.settings), **about())
+            Run.writing = pool.submit(self._write, flat, step, header)
+            pool.shutdown(wait=False)
+
+    def _write(self, flat, step, header):
+        """Write a checkpoint; the one before it stays under the name of its own step."""
         log = self.folder / "metrics.jsonl"
         path = self.folder / CHECKPOINT
         if log.exists():
             sync(log)
         if self.newest is not None and self.newest != step and self.keep > 1:
             os.replace(path, self.folder / f"checkpoint-{self.newest:08d}.safetensors")
-        write_tensors(path, flat, step=str(step), seed=str(self.seed), settings=json.dumps(self.settings), **about())
+        write_tensors(path, flat, **header)
         self.newest = step
         for old in self.checkpoints()[self.keep:]:
             old.unlink(missing_ok=True)
 
-    def _describe(self, text):
-        shown = ", ".join(map(str, self.where[:8])) + (", ..." if len(self.where) > 8 else "")
+    @staticmethod
+    def finish_writing():
+        """Wait for the checkpoint that is being written. raises OSError: it could not be written."""
+        writing, Run.writing = Run.writing, None
+        if writing:
+            writing.result()
+
+    def _describe(self, text, where=None):
+        where = self.where if where is None else where
+        shown = ", ".join(map(str, where[:8])) + (", ..." if len(where) > 8 else "")
         return (f"{self.folder.name}: step {self.step}: {text}{f' (photos: {shown})' if shown else ''}; "
                 "nothing was updated")
 
-    def fail(self, text):
-        """Stop all ranks, here when alone, else at the next `update`: none is left waiting. raises NotFinite."""
-        self.problem = self.problem or self._describe(text)
-        if world() == 1:
+    def bound(self, values, most, text):
+        """Stop all ranks unless all of `values` (n,) lie in -most .. most. raises NotFinite.
+
+        On a CPU they are read here, on a GPU at the next `update`, in the one wait of the step; several ranks stop
+        there.
+        text  of the message, {} the first value outside; where n is the number of the step's photos, those are named
+        """
+        self.noted.append((values.detach().flatten(), most, text, self.where))
+        if not values.is_cuda:
+            self._read()
+
+    def _read(self, *norms):
+        """Numbers of 0-dim tensors; in the same wait what was noted by `bound`: the first outside is the problem."""
+        noted = self.noted
+        self.noted = []
+        parts = [*(n.detach().flatten() for n in norms), *(values for values, *_ in noted)]
+        read = torch.cat(parts).tolist() if parts else []
+        at = len(norms)
+        for values, most, text, where in noted:
+            found = read[at:at + len(values)]
+            at += len(values)
+            bad = [i for i, x in enumerate(found) if not -most <= x <= most]
+            if bad and not self.problem:                                        # the first stays
+                where = [where[i] for i in bad] if len(where) == len(found) else where
+                self.problem = self._describe(text.format(found[bad[0]]), where)
+        if self.problem and world() == 1:
             raise NotFinite(self.step, self.problem)
+        return read[:len(norms)]
 
     def check(self, **kinds):
-        """Name the first value that is not finite, and its photos. raises NotFinite.
+        """Name the first value that is not finite, and its photos, as `bound` does. raises NotFinite.
 
         kinds  such as map=dict modality -> (B, ...): "depth map is not finite"
         """
-        values = {f"{name} {kind}": x for kind, found in kinds.items() for name, x in found.items()}
-        if not values:
-            return
-        bad = torch.stack([~x.detach().flatten(1).isfinite().all(1) for x in values.values()]).tolist()  # one wait
-        for what, rows in zip(values, bad, strict=True):
-            if any(rows) and not self.problem:                                  # at several ranks the first stays
-                self.where = [self.where[i] for i, row in enumerate(rows) if row]
-                self.fail(f"{what} is not finite")
+        for kind, found in kinds.items():
+            for name, x in found.items():
+                self.bound(~x.detach().flatten(1).isfinite().all(1), 0, f"{name} {kind} is not finite")
 
     def backward(self, loss):
         """Add the gradient of a scalar to what has been gathered since the last update. raises NotFinite."""
         if self.step == Run.suspect:
             loss.backward()                                                     # names the operation
-        if not loss.isfinite():
-            self.fail(f"loss is {loss.item()}, lower the learning rate")
+        self.bound(loss, sys.float_info.max, "loss is {}, lower the learning rate")
         if self.step != Run.suspect:
             loss.backward()
 
@@ -333,24 +313,29 @@ class Run:
         return next((f"{name}/{k.replace('|', '.')}" for name, module in self.modules.items()
                      for k, p in module.named_parameters() if p is param), "a parameter")
 
-    def _gather(self, params):
+    def _average(self, params):
         """Average gradients over ranks, those that a rank has not as zeros; agree on stopping. raises NotFinite."""
-        bad = next((p for p in params if p.grad is not None and not local_part(p.grad).isfinite().all()), None)
-        if bad is not None:                                                     # here it is still known whose it is
-            self.problem = self.problem or self._describe(f"gradient of {self._name(bad)} is not finite")
+        own = [p for p in params if p.grad is not None]
+        sizes = self._read(*([torch.nn.utils.get_total_norm([local_part(p.grad) for p in own])] if own else []))
+        if not all(map(math.isfinite, sizes)):                                  # here it is still known whose it is
+            self.problem = self.problem or self._describe_gradient(own)
         state = torch.tensor([*(p.grad is not None for p in params), self.stop, bool(self.problem)],
-                             dtype=torch.float32, device=params[0].device)
+                             dtype=torch.float32)
+        state = send(state, params[0].device)
         add_over_ranks(state)
         *used, stop, problem = (state > 0).tolist()
         if problem:
             raise NotFinite(self.step, self.problem)
         self.stopping = stop
         moved = [p for p, needed in zip(params, used, strict=True) if needed and not is_spread(p)]
-        if moved:
-            flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in moved])
-            add_over_ranks(flat)
-            for p, g in zip(moved, flat.split([p.numel() for p in moved]), strict=True):
-                p.grad = give_form((g / world()).view_as(p), p)
+        for p in moved:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        average_over_ranks([p.grad for p in moved])
+
+    def _describe_gradient(self, params):
+        """What is wrong with gradients of which one is not finite."""
+        bad = next((p for p in params if p.grad is not None and not local_part(p.grad).isfinite().all()), None)
+        return self._describe(f"gradient of {self._name(bad)} is not finite")
 
     def update(self, loss, params, factor, clip=1.0):
         """Backward, average the gathered gradients over ranks, clip each parameter list by its own norm, step, clear.
@@ -362,15 +347,15 @@ class Run:
         """
         if loss is not None:
             self.backward(loss)
+        every = [p for group in params for p in group]
         if world() > 1:
-            self._gather([p for group in params for p in group])
+            self._average(every)
         norms = [gather_tensor(torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None]))
                  for group in params]
-        sizes = torch.stack([n.to(params[0][0].device) for n in norms]).tolist()                # one wait
+        norms = [n.to(every[0].device) for n in norms]                          # an empty list's lies on the CPU
+        sizes = self._read(*norms)
         if not all(map(math.isfinite, sizes)):
-            bad = next((p for group in params for p in group
-                        if p.grad is not None and not gather_tensor(p.grad).isfinite().all()), None)
-            raise NotFinite(self.step, self._describe(f"gradient of {self._name(bad)} is not finite"))
+            raise NotFinite(self.step, self._describe_gradient(every))
         for group, norm in zip(params, norms, strict=True):
             torch.nn.utils.clip_grads_with_norm_(group, clip, norm)
         for opt in self.opts:

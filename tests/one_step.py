@@ -25,17 +25,20 @@ def explore(actor, batch, rng):
 
 
 class Gather:
-    """Stands in for a Run: `backward` gathers the gradient, `fail` is an error."""
+    """Stands in for a Run: `backward` gathers the gradient, `bound` keeps what Run reads at the update."""
 
     def __init__(self):
         self.losses = []
+        self.bounds = []
 
     def backward(self, loss):
         self.losses.append(loss.detach())
         loss.backward()
 
-    def fail(self, text):
-        raise AssertionError(text)
+    def bound(self, values, most, text):
+        self.bounds.append((values, most))
+        if not values.is_cuda:
+            assert values <= most, text.format(float(values))
 
 
 def learn(policy, reference, batch, transitions, advantage, update=1, run=None):

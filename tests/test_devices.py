@@ -28,7 +28,7 @@ from evaluation.scores import predict_maps
 from evaluation.watch import diagnose
 from judge import load_judge
 from models import families
-from models.copies import frozen_copy
+from models.copies import Networks, frozen_copy
 from models.dit import DiT, DiTConfig
 from models.finetune import add_lora, sentence_loss
 from predictor import load_predictor, photo_maps
@@ -91,8 +91,8 @@ def test_all_stages_and_the_tables_run_on_a_gpu_and_resume(watch, monkeypatch, t
     train.main(args)
     assert {p.name for p in tmp_path.iterdir()} >= {"base", "judge", "grpo", "bank", "report.json", "panel.png"}
     assert [len(files.read_log(tmp_path / s / "metrics.jsonl")) for s in ("base", "judge", "grpo")] == [3, 3, 3]
-    # one step each: the loss is finite, the norms, the log
-    assert waits["train_base"]["__bool__"] == 1 and waits["train_base"]["tolist"] == 2
+    # one step: the norms with what else decides whether it goes on, then the log
+    assert "__bool__" not in waits["train_base"] and waits["train_base"]["tolist"] == 2
 
 
 def tiny(flags=""):
@@ -137,21 +137,19 @@ def test_the_gradients_of_the_baselines_stay_on_their_device(watch, name):
     assert policy.head.weight.grad.abs().sum() > 0
 
 
-def test_a_step_of_grpo_waits_as_often_whatever_the_number_of_photos(watch):
-    counts = []
-    for flags in ("--batch 2", "--batch 4 --group 6"):
+def test_sampling_and_learning_never_wait_for_a_gpu(watch):
+    for flags in ("--batch 2", "--batch 4 --group 6", "--batch 2 --micro 3 --checkpointing"):
         cfg, policy, ref, bank = tiny(f"{flags} --noise-blocks 2 --modalities joint")
         rng = seeded(3)
         batch = batch_of(cfg, policy, *bank, rng, CUDA)
         watch.waits.clear()
         taken, advantage, _ = explore(policy, batch, rng)
         learn(policy, ref, batch, taken, advantage)
-        counts.append(sum(watch.waits.values()))
-    assert counts[0] == counts[1] <= 40, watch.waits
+        assert not sum(watch.waits.values()), watch.waits
 
 
 @pytest.mark.parametrize("flags", ["--rollout full --micro 3", "--rollout branch --modalities joint --lora 2"])
-def test_marigold_learns_and_predicts_on_its_device(watch, tmp_path, flags):
+def test_marigold_learns_and_predicts_on_its_device(watch, monkeypatch, tmp_path, flags):
     with torch.random.fork_rng(devices=[]):
         parts = [test_marigold.fill(x) for x in (
             test_marigold.UNet(test_marigold.unet_config(3) | test_marigold.SMALL),
@@ -162,13 +160,39 @@ def test_marigold_learns_and_predicts_on_its_device(watch, tmp_path, flags):
     rng = seeded(3)
     batch = batch_of(cfg, policy, torch.randint(256, (3, 3, 32, 32)).byte(), torch.randint(32, (3, 8, 2, 2)),
                      torch.rand(3, 8, 4), rng, CUDA)
+    watch.waits.clear()
+    encoded = []
+    encode = type(policy).encode
+    monkeypatch.setattr(type(policy), "encode", lambda self, rgb: encoded.append(1) or encode(self, rgb))
     taken, advantage, _ = explore(policy, batch, rng)
     parts = learn(policy, frozen_copy(policy), batch, taken, advantage)
+    assert len(encoded) == 2                                                    # explore and learn have a batch each
+    assert watch.waits["to the GPU"] == sum(watch.waits.values()) == 1          # the times of the noise levels, once
     assert marked(parts["loss"]) and parts["policy/ratio_min"] == parts["policy/ratio_max"] == 1
     if "branch" in flags:
         return
     assert not any(map(marked, policy.photo_maps(torch.rand(3, 40, 24), ensemble=2, steps=2).values()))
-    assert not any(map(marked, predict_maps(policy, torch.rand(2, 3, 32, 32), 2, 0).values()))
+    walked = []
+    velocity = type(policy).velocity
+    monkeypatch.setattr(type(policy), "velocity", lambda *args: walked.append(1) or velocity(*args))
+    maps = predict_maps(policy, torch.rand(2, 3, 32, 32), 2, 0)
+    assert len(walked) == 2 and len(maps) == 2 and not any(map(marked, maps.values()))      # one walk for both
+
+
+def test_under_lora_the_frozen_weights_are_16_bit_and_the_result_is_merged_into_the_published_ones(
+        monkeypatch, tmp_path):
+    install(monkeypatch, bf16=True)
+    cfg = parse([*TINY, "--stage", "grpo", "--policy", "P", "--judge", "J", "--lora", "2"])[1]
+    with StandIn():
+        nets = Networks(lambda: DiT(DiTConfig(16, 4, 32, 1, 1, 2)), cfg, CUDA)
+        base = nets.policy.blocks[0].qkv.base.weight
+        assert base.dtype == torch.bfloat16 and nets.reference.blocks[0].qkv.base.weight is base
+        layer = nets.average.blocks[0].qkv
+        layer.lora_B.data.fill_(0.5)
+        nets.save_average(tmp_path)
+    start = DiT(DiTConfig(16, 4, 32, 1, 1, 2)).blocks[0].qkv.weight
+    want = start + 0.5 * layer.lora_A.sum(0)
+    torch.testing.assert_close(DiT.load(tmp_path).blocks[0].qkv.weight, want, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["internvl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"])

@@ -126,6 +126,7 @@ def test_evaluation_draws_the_same_noise_for_every_predictor(maps):
         """A predictor whose maps are its noise."""
 
         modalities = NAMES
+        walks = tuple((m,) for m in NAMES)
 
         def times(self, T):
             return [1 - i / T for i in range(T)] + [0.0]

@@ -26,8 +26,8 @@ from models.mini_judge import MiniSizes, Probe, judge_loss
 from predictor import Transition
 from relations import NAMES
 from runtime.flags import parse
+from runtime.optimizers import load_state_tensors, optimizers, state_tensors
 from runtime.ranks import Draw, on_device
-from runtime.run import load_state_tensors, optimizers, state_tensors
 
 DEVICE = torch.device(os.environ.get("REASONX_TEST_DEVICE", "cuda"))
 ROOT = Path(__file__).resolve().parents[1]

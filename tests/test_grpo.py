@@ -790,7 +790,7 @@ def test_each_row_has_the_squares_it_asked_for_and_their_share_of_the_loss(mode)
         moved = v + 0.01 * torch.randn(v.shape, generator=generator(5))
         advantage = torch.randn(taken.x_next.shape[:2], generator=generator(6))
         whole = grpo.step_loss(moved, v, taken, advantage, 10.0, 0.0)[0]
-        parts = [grpo.step_loss(moved[r:r + 1], v[r:r + 1], taken.rows(torch.tensor([r])),
+        parts = [grpo.step_loss(moved[r:r + 1], v[r:r + 1], taken.cut(slice(r, r + 1), taken.squares[r:r + 1]),
                                 advantage[r:r + 1], 10.0, 0.0)[0] for r in range(len(v))]
         torch.testing.assert_close(whole, torch.stack(parts).mean(), rtol=1e-4, atol=1e-6)
 

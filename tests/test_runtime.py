@@ -2,6 +2,9 @@
 import json
 import locale
 import math
+import socket
+import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,8 +19,10 @@ from runtime import files, ranks
 from runtime import run as running
 from runtime.command import run_command
 from runtime.config import UserError
+from runtime.flags import parse
+from runtime.optimizers import BatchedMuon, cosine, load_state_tensors, optimizers, state_tensors
 from runtime.ranks import generator
-from runtime.run import CHECKPOINT, NotFinite, Run, cosine, load_state_tensors, optimizers, state_tensors
+from runtime.run import CHECKPOINT, NotFinite, Run
 
 
 def net(seed=0):
@@ -84,6 +89,49 @@ def test_the_shares_of_all_ranks_are_the_whole(monkeypatch):
     assert torch.equal(torch.cat(parts, 1), x) and all(p.shape == (2, 4) for p in parts)
 
 
+def test_fp32_is_fp32_everywhere_and_bf16_is_never_emulated(monkeypatch):
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    monkeypatch.setattr(ranks, "pick_device", lambda *_: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    for flag, want in (("fp32", ("highest", False)), ("bf16", ("high", True))):
+        ranks.setup(parse(["--precision", flag])[1])
+        assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == want
+    ranks.use_tf32(before[1])
+    torch.set_float32_matmul_precision(before[0])
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert not ranks.in_bf16("auto", torch.device("cuda")) and ranks.in_bf16("bf16", torch.device("cuda"))
+
+
+def test_a_collective_ends_in_minutes_and_a_wait_for_one_rank_in_hours(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    for name, value in dict(RANK=0, WORLD_SIZE=1, MASTER_ADDR="127.0.0.1", MASTER_PORT=port).items():
+        monkeypatch.setenv(name, str(value))
+    ranks._join("gloo")
+    monkeypatch.setattr(ranks, "world", lambda: 2)
+    seen = {}
+    for name in ("barrier", "all_gather", "all_reduce"):
+        monkeypatch.setattr(ranks.dist, name, lambda *_, group=None, name=name: seen.update({name: group}))
+    ranks.barrier()
+    ranks.combine_numbers(dict(a=1))
+    ranks.add_over_ranks(torch.ones(1))
+    groups = (seen["barrier"], seen["all_gather"], seen["all_reduce"] or ranks.dist.group.WORLD)
+    hours = [g._get_backend(torch.device("cpu")).options._timeout.total_seconds() / 3600 for g in groups]
+    ranks.shutdown()
+    assert hours[0] == hours[1] > 12 and hours[2] < 0.5 and ranks.patient == dict(group=None)
+
+
+@pytest.mark.parametrize("n", [1, 5, 6])
+def test_ranks_compute_all_rows_between_them_and_as_many_each(monkeypatch, n):
+    x = torch.arange(n)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    parts = [x[(monkeypatch.setenv("RANK", str(r)), ranks.share_rows(n))[1]] for r in range(3)]
+    monkeypatch.setattr(ranks.dist, "all_gather", lambda each, *_, **__: [
+        y.copy_(part) for y, part in zip(each, parts, strict=True)])
+    assert torch.equal(ranks.gather_rows(parts[0], n), x) and len({len(p) for p in parts}) == 1
+
+
 # learning rate, averaged weights ----------------------------------------------------------------------------------
 
 def test_cosine_falls_from_one_to_zero_and_warms_up():
@@ -117,6 +165,24 @@ def test_without_muon_everything_is_adamw():
     assert isinstance(only, torch.optim.AdamW) and len(only.param_groups[0]["params"]) == len(list(model.parameters()))
 
 
+def test_batched_muon_steps_as_torch_muon_does():
+    def after(kind):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 24), nn.Linear(24, 8))
+        matrices = [m.weight for m in model]
+        opt = kind(matrices, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+        for i in range(3):
+            model.zero_grad()
+            model(torch.randn(4, 8, generator=generator(i))).square().sum().backward()
+            matrices[1].grad = matrices[1].grad if i else None                  # without a gradient nothing moves
+            opt.step()
+        return matrices, [opt.state[p]["momentum_buffer"] for p in matrices]
+
+    for got, want in zip(after(BatchedMuon), after(torch.optim.Muon), strict=True):
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=2e-4)                 # bf16 products of a step of 0.01
+
+
 # checkpoints ------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("muon", [0, 0.02])
@@ -139,8 +205,8 @@ def test_what_is_restored_or_averaged_over_ranks_has_the_strides_of_its_weight(t
     grad = p.grad.clone()
     for module in (ranks, running):
         monkeypatch.setattr(module, "world", lambda: 2)
-    monkeypatch.setattr(ranks.dist, "all_reduce", lambda x: None)
-    run._gather([p])
+    monkeypatch.setattr(ranks.dist, "all_reduce", lambda x, **_: SimpleNamespace(wait=lambda: None))
+    run._average([p])
     assert torch.equal(p.grad, grad / 2) and p.grad.stride() == p.stride()
     opts[0].step()
     state = {k: v.clone() for k, v in opts[0].state[p].items()}
@@ -258,9 +324,27 @@ def test_a_kill_between_the_two_renames_of_a_save_loses_nothing(tmp_path, monkey
     run, model, _ = make(tmp_path, save_every=1)
     walk(run, model, stop_at=2)
     monkeypatch.setattr(running, "write_tensors", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    run.save(3)
     with pytest.raises(KeyboardInterrupt):
-        run.save(3)
+        run.finish_writing()
     assert not (tmp_path / CHECKPOINT).exists() and make(tmp_path)[0].start == 2
+
+
+def test_a_checkpoint_is_of_the_step_at_which_it_was_asked_for(tmp_path, monkeypatch):
+    """It is written beside the steps: they go on while the file is not there yet, and do not change what is in it."""
+    run, model, opts = make(tmp_path)
+    go_on = threading.Event()
+    write = files.write_tensors
+    monkeypatch.setattr(running, "write_tensors", lambda *args, **kw: go_on.wait(30) and write(*args, **kw))
+    want = flat(model, opts)
+    run.save(1)
+    with torch.no_grad():
+        model[0].weight.zero_()
+    assert not (tmp_path / CHECKPOINT).exists()
+    go_on.set()
+    run.finish_writing()
+    found, header = files.read_checked(tmp_path / CHECKPOINT)
+    assert equal(want, found) and header["step"] == "1"
 
 
 def test_a_half_written_last_row_of_the_log_is_dropped(tmp_path):
@@ -302,8 +386,9 @@ def test_a_failed_write_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     walk(run, model, stop_at=2)
     old = (tmp_path / CHECKPOINT).read_bytes()
     monkeypatch.setattr(files.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    run.save(3)
     with pytest.raises(OSError, match="disk full"):
-        run.save(3)
+        run.finish_writing()
     assert (tmp_path / CHECKPOINT).read_bytes() == old
 
 

@@ -8,6 +8,7 @@ import re
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -32,6 +33,7 @@ from runtime import run as running
 from runtime.command import run_command
 from runtime.config import UserError
 from runtime.flags import parse
+from runtime.optimizers import optimizers, state_tensors
 from runtime.run import NotFinite, Run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -521,17 +523,17 @@ def test_two_processes_with_the_same_data_are_one_process(tmp_path, monkeypatch)
     def after(folder):
         torch.manual_seed(0)
         used, idle = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
-        opts = running.optimizers([used, idle], lr=0.1, muon=0.1, weight_decay=0.1)
+        opts = optimizers([used, idle], lr=0.1, muon=0.1, weight_decay=0.1)
         one = Run(folder, {}, 0, 3, dict(used=used, idle=idle), opts)
         for _ in one.steps("toy"):
             one.update(used(torch.ones(2, 4)).square().mean(), [list(used.parameters()), list(idle.parameters())], 1.0)
-        return running.state_tensors(dict(used=used, idle=idle), opts)
+        return state_tensors(dict(used=used, idle=idle), opts)
 
     alone = after(tmp_path / "alone")
     for module in (ranks, running):
         monkeypatch.setattr(module, "world", lambda: 2)
-    monkeypatch.setattr(ranks.dist, "all_reduce", lambda x, *_, **__: x.mul_(2))
-    monkeypatch.setattr(ranks.dist, "all_gather", lambda each, x: [y.copy_(x) for y in each])
+    monkeypatch.setattr(ranks.dist, "all_reduce", lambda x, **_: SimpleNamespace(x=x.mul_(2), wait=lambda: None))
+    monkeypatch.setattr(ranks.dist, "all_gather", lambda each, x, group: [y.copy_(x) for y in each])
     assert equal(alone, after(tmp_path / "together"))
 
 
