@@ -10,9 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import rooms
+import torch
 from PIL import Image
 from safetensors import safe_open
 
+import train
+from predictor import load_predictor
 from runtime.files import read_log
 
 ROOT = Path(__file__).parents[1]
@@ -21,6 +24,11 @@ TOY = {
     "train.py": "--size 32 --steps 2 --photos 4 --pairs 8 --bank-pairs 8 --group 2 --batch 2 --sample-steps 3 "
                 "--eval-images 2 --eval-steps 2 --eval-every 1 --save-every 1",
     "predictor.py": "--device cpu", "judge.py": "--device cpu", "eval.py": "--pairs 2"}
+# of a ramp from black to white, at every 64th pixel from 16 on: the published ONNX graph by onnxruntime 1.32
+METRES = ((1.0994, 1.0352, 1.0000, 0.9879),
+          (1.2011, 1.0840, 1.0245, 0.9888),
+          (1.2325, 1.2289, 1.1273, 0.9762),
+          (1.2458, 1.2477, 1.1957, 1.0719))
 RUNNER = """
 import sys, json, importlib
 for line in json.load(open(sys.argv[1])):
@@ -94,7 +102,7 @@ def project(tmp_path_factory):
 @pytest.fixture(scope="module")
 def printed(project):
     """What the page's commands print."""
-    predictor, judge = blocks("bash")
+    predictor, judge = blocks("bash")[:2]
     return run_lines(project, command_lines(predictor) + command_lines(judge))
 
 
@@ -110,6 +118,32 @@ def test_a_predictor_of_the_page_is_tuned_saved_opened_and_scored(project, print
     depth = np.load(project / "out" / "maps" / "photo_depth.npy")
     assert depth.shape == (1, 40, 40) and np.isfinite(depth).all()
     assert "rooms, depth: 2 images evaluated of 2 expected" in printed and "AbsRel" in printed
+
+
+FASTDEPTH = ROOT.parent / "shared" / "data" / "fastdepth" / "fastdepth_folded.npz"
+
+
+@pytest.mark.skipif(not FASTDEPTH.is_file(), reason="shared data is absent")
+def test_the_worked_example_is_the_published_network_and_is_tuned_on_maps(tmp_path, monkeypatch):
+    code, = (b for b in blocks("python") if b.startswith("# my_fastdepth.py"))
+    (tmp_path / "my_fastdepth.py").write_text(code)
+    shutil.copy(FASTDEPTH, tmp_path)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "maps").mkdir()
+    for i in range(10):
+        picture(tmp_path / "photos" / f"{i}.jpg", seed=i)
+        np.save(tmp_path / "maps" / f"{i}_depth.npy", np.tile(np.arange(1, 33, dtype=np.float32), (32, 1)))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    network = load_predictor("my_fastdepth:FastDepth")
+    assert sum(p.numel() for p in network.parameters()) == 1_352_225
+    ramp = torch.linspace(0, 1, 224).expand(1, 3, 224, 224)
+    with torch.no_grad():
+        metres = network.network.predict(ramp, "depth")[0, 0, 16::64, 16::64]
+    torch.testing.assert_close(metres, torch.tensor(METRES), atol=1e-4, rtol=0)
+    train.main([*command_lines(blocks("bash")[2].splitlines()[0])[0][1:], "--replay", "0"])
+    log = read_log(tmp_path / "out" / "fast" / "photos" / "metrics.jsonl")
+    assert all(row["policy/ratio_min"] == row["policy/ratio_max"] == 1 for row in log) and log[0]["grad/norm"] > 0
 
 
 def test_a_judge_of_the_page_answers_fills_a_bank_and_is_scored(printed):
