@@ -132,7 +132,7 @@ class Desk:
             line = error_line(error)
             if not line:
                 traceback.print_exc()
-            return (400, dict(error=line)) if line else (500, dict(error="a bug: the terminal shows it"))
+            return 400 if line else 500, dict(error=line or "a bug: the terminal shows it")
 
 
 class Handler(BaseHTTPRequestHandler):

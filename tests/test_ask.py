@@ -178,6 +178,7 @@ def test_requests_of_other_pages_and_too_large_ones_are_refused(server, headers,
     assert status == code and found["error"]
     if "Host" in headers:
         assert send(server, path="/", **headers)[0] == 404
+        assert ask_page(server, QUESTION, Origin=f"http://127.0.0.1:{server.server_port}", **headers)[0] == code
 
 
 @pytest.mark.parametrize("body, words", [
@@ -340,9 +341,12 @@ def test_two_clicks_and_keys_in_a_browser_ask_what_the_command_asks(page, folder
     page.run("get('red').focus()")
     page.press("Tab")
     assert page.run("document.activeElement.getAttribute('aria-valuetext')") == "3 from the left, 4 from the top"
+    page.run("place('red', 3, 27), place('green', 4, 27), run(ask)")
+    page.until("!busy")
+    assert "one point to the judge" in page.run("get('status').textContent")
+    assert page.run("document.querySelectorAll('article').length") == 0         # no answer to another question stays
     page.upload("#file", folder / "sub" / "<b>.png")
     page.until("get('status').textContent.startsWith('<b>.png, 40 x 28')")
-    assert page.run("document.querySelectorAll('article').length") == 0
 
 
 @needs_browser
