@@ -198,7 +198,7 @@ class Handler(BaseHTTPRequestHandler):
 
 def arguments(argv):
     """Parse and check the command line."""
-    p = Parser(prog="ask", allow_abbrev=False, description="Ask the judge about two points of a photo, on a page.")
+    p = Parser(prog="evaluation.ask", allow_abbrev=False, description=__doc__.splitlines()[0])
     p.add_argument("images", nargs="?", default="", metavar="PHOTO_OR_DIR", help="photos to choose from [drop one]")
     p.add_argument("--model", default="out/mini/judge", metavar="SPEC", help=f"judge: {RULES} [out/mini/judge]")
     p.add_argument("--predictor", default="", metavar="SPEC", help="whose maps are compared with the judge [none]")
@@ -219,18 +219,18 @@ def open_server(port):
 def main(argv=None):
     """Command line: serve the page until Ctrl-C."""
     args = arguments(argv)
-    device = pick_device(args.device, "ask")
+    device = pick_device(args.device, "evaluation.ask")
     with open_server(args.port) as server:
         judge = load_judge(args.model, device)
         policy = load_predictor(args.predictor).to(device) if args.predictor else None
         server.desk = Desk(judge, policy, args.images, device)
         server.about = dict(judge=args.model, predictor=args.predictor, size=judge.size, photos=server.desk.photos,
                             most=max(MOST.values()))
-        print(f"ask: http://127.0.0.1:{server.server_port} (Ctrl-C ends it)", flush=True)
+        print(f"evaluation.ask: http://127.0.0.1:{server.server_port} (Ctrl-C ends it)", flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             server.serve_forever()
         server.desk.lock.acquire(timeout=PATIENCE)                              # the answer under way is finished
 
 
 if __name__ == "__main__":
-    run_command(main, "ask")
+    run_command(main, "evaluation.ask")

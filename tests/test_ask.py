@@ -280,7 +280,7 @@ def test_ctrl_c_ends_the_command_and_nothing_was_written(folder, tmp_path, monke
         thread.join()
         signal.signal(signal.SIGINT, before)
     assert codes == [200, 200]
-    assert capsys.readouterr().out == f"ask: http://127.0.0.1:{made[0].server_port} (Ctrl-C ends it)\n"
+    assert capsys.readouterr().out == f"evaluation.ask: http://127.0.0.1:{made[0].server_port} (Ctrl-C ends it)\n"
     assert list(tmp_path.iterdir()) == []
     assert sorted(p.name for p in folder.rglob("*")) == ["<b>.png", "a.png", "link.png", "sub"]
 
