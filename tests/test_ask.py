@@ -11,6 +11,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import served_stub
 import torch
 from browser import Browser, needs_browser
 from expect import seeded, strict
@@ -85,6 +86,19 @@ def test_the_page_gives_the_probabilities_and_words_of_the_judges_command(server
     status, found = ask_page(server, QUESTION)
     assert status == 200 and [one["prob"] for one in found["answers"]] == seen
     assert [f"{one['modality']}: {one['judge']}" for one in found["answers"]] == printed
+
+
+def test_a_judge_behind_a_server_is_asked_like_any_other_and_may_be_gone(folder, capsys, monkeypatch):
+    question = json.dumps(QUESTION).encode()
+    with served_stub.serve("vllm") as stub:
+        judging.main([str(folder / "a.png"), "--red", *map(str, RED), "--green", *map(str, GREEN), "--model", stub.spec,
+                      "--all", "--both-orders"])
+        code, found = ask.Desk(load_judge(stub.spec), None, str(folder)).answer(ask.JSON, question)
+    printed = capsys.readouterr().out.splitlines()
+    assert code == 200 and [f"{one['modality']}: {one['judge']}" for one in found["answers"]] == printed
+    monkeypatch.setattr("models.served.PAUSES", (0,))
+    code, found = ask.Desk(load_judge("http://127.0.0.1:9#m"), None, str(folder)).answer(ask.JSON, question)
+    assert code == 400 and "want a server" in found["error"]
 
 
 def test_both_orders_are_the_judge_and_the_judge_asked_about_the_exchanged_pair(server):
