@@ -223,6 +223,22 @@ def arguments(argv):
     return p, args
 
 
+def see_pair(judge, rgb, xy, device="cpu"):
+    """What a judge is asked about two points of a photo of any shape: its square and the points there.
+
+    rgb      (3, H, W) in [0, 1];  xy (2, 2) integers x, y inside it, red first
+    returns  (1, 3, S, S), the photo resized whole, and pts (1, 1, 2, 2), for `ask`
+    raises   ValueError: the two are one point to the judge
+    """
+    if hasattr(judge, "squeeze"):                                               # its maps are resized as the photo is
+        judge.squeeze = True
+    pts = square_points(xy.flip(-1), rgb.shape[-2:], judge.size, judge.grid)
+    if pts[0].equal(pts[1]):
+        raise ValueError(f"red and green are one point to the judge: it sees {judge.size} x {judge.size} px, in cells "
+                         f"of {judge.grid}; want two farther apart")
+    return resize(rgb, judge.size, judge.size)[None].to(device), pts.to(device)[None, None]
+
+
 def describe_answer(modality, prob):
     """An answer as text; prob: probabilities of the first answer, in one order of the colours or in both."""
     mean = sum(prob) / len(prob)
@@ -254,15 +270,10 @@ def main(argv=None):
         if not isinstance(judge, Judge):
             p.error(f"--text: {args.model} generates no text; want a vision-language model")
         judge.text = len(judge.prompt.answers) < len(MODALITIES)                # only where its words cannot be scored
-    if isinstance(judge, MapsJudge):
-        judge.squeeze = True                                                    # as the photo is here
-    small = resize(rgb, judge.size, judge.size)[None].to(device)
-    xy = torch.tensor([args.red, args.green])                                   # (2, 2) x, y
-    pts = square_points(xy.flip(-1), (H, W), judge.size, judge.grid)
-    if pts[0].equal(pts[1]):
-        p.error(f"--red and --green are one point to the judge: it sees {judge.size} x {judge.size} px, in cells of "
-                f"{judge.grid}; want two farther apart")
-    pts = pts.to(device)[None, None]                                            # (1, 1, 2, 2)
+    try:
+        small, pts = see_pair(judge, rgb, torch.tensor([args.red, args.green]), device)
+    except ValueError as error:
+        p.error(str(error))
     marked = draw_markers(small, pts)[:, 0]
     if args.save:
         save_png(args.save, marked[0].cpu().numpy())

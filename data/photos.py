@@ -46,7 +46,11 @@ def open_image(path, max_pixels=None):
     most = 8 * (max_pixels or limit["pixels"]) + (1 << 20)                        # bytes: 16-bit RGBA, 1 MB of metadata
     if path.stat().st_size > most:
         refuse(where, f"{path.stat().st_size} bytes", f"at most {most}", "remove it, or raise --max-pixels")
-    image, wide = formats.open_picture(path.read_bytes(), where, SMALLEST, max_pixels)
+    return _open_content(path.read_bytes(), where, max_pixels)
+
+
+def _open_content(content, where, max_pixels=None):
+    image, wide = formats.open_picture(content, where, SMALLEST, max_pixels)
     image.info["wide"] = wide
     with DamageGuard(where, "a damaged image", "a whole one"):
         if image.format == "TIFF":
@@ -93,8 +97,16 @@ def read_rgb(path, max_pixels=None):
     raises   FileNotFoundError; ValueError for a file that is damaged, no image, below 8 x 8, above max_pixels
              (None: --max-pixels)
     """
-    image = open_image(path, max_pixels)
-    where = f"photos.py: cannot read {str(path)!r}"
+    return _as_rgb(open_image(path, max_pixels), f"photos.py: cannot read {str(path)!r}")
+
+
+def decode_photo(content, name):
+    """As read_rgb, of a file's bytes; errors call it `name`."""
+    where = f"photos.py: cannot read {name!r}"
+    return _as_rgb(_open_content(content, where), where)
+
+
+def _as_rgb(image, where):
     if image.mode in ("I", "F") or image.mode.startswith("I;16") or image.info.get("samples") == ("int", 8):
         return torch.from_numpy(_gray_light(image, where)).expand(3, -1, -1).contiguous()
     with DamageGuard(where, "a damaged image", "a whole one"):

@@ -17,7 +17,7 @@ from runtime.ranks import is_first_to_fail, is_joined, is_lost_peer, shutdown
 from runtime.run import NotFinite, Run
 
 
-def _line(error):
+def error_line(error):
     """What to print of an error that has a remedy, in one line; "" for a bug, which keeps its traceback."""
     text = " ".join(str(error).split())
     compiler = _compiler_error(error)
@@ -93,7 +93,7 @@ def run_command(main, name, resumes=False):
         raise SystemExit(130) from None
     except (UserError, OSError, ValueError, ArithmeticError, MemoryError, RuntimeError,
             SafetensorError) as error:
-        text = _line(error)
+        text = error_line(error)
         if is_lost_peer(error):
             text = "another process was lost; the same command resumes from the last checkpoint"
         is_told = isinstance(error, NotFinite) and not text                     # by another process
