@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,15 @@ def ask_page(server, body, **headers):
     """(status, what the page is told)."""
     status, _, text = send(server, body, **headers)
     return status, strict(text)
+
+
+def wait(condition):
+    """Wait until it is true, at most half a minute."""
+    for _ in range(3000):
+        if condition():
+            return
+        time.sleep(0.01)
+    raise TimeoutError
 
 
 # answers ------------------------------------------------------------------------------------------------------------
@@ -236,8 +246,7 @@ def test_one_request_is_worked_on_and_those_beyond_the_queue_are_sent_away(serve
     threads = [threading.Thread(target=lambda: codes.append(ask_page(server, QUESTION)[0])) for _ in range(ask.QUEUE)]
     for thread in threads:
         thread.start()
-    while server.desk.queue._value:
-        pass
+    wait(lambda: server.desk.queue._value == 0)
     status, found = ask_page(server, QUESTION)
     gate.set()
     for thread in threads:
@@ -280,8 +289,7 @@ def test_ctrl_c_ends_the_command_and_nothing_was_written(folder, tmp_path, monke
     monkeypatch.setattr(ask, "open_server", lambda port: made.append(real(port)) or made[0])
 
     def use():
-        while not getattr(made[0] if made else None, "about", None):
-            pass
+        wait(lambda: hasattr(made[0] if made else None, "about"))
         codes.append(ask_page(made[0], QUESTION)[0])
         codes.append(ask_page(made[0], (folder / "a.png").read_bytes(), Content_Type="application/octet-stream")[0])
         os.kill(os.getpid(), signal.SIGINT)
@@ -355,6 +363,9 @@ def test_two_clicks_and_keys_in_a_browser_ask_what_the_command_asks(page, folder
     page.run("get('red').focus()")
     page.press("Tab")
     assert page.run("document.activeElement.getAttribute('aria-valuetext')") == "3 from the left, 4 from the top"
+    page.run("get('red').focus()")
+    page.press("ArrowRight", 20)
+    assert page.run("now.red") == [39, 23]                                      # the photo's edge
     page.run("place('red', 3, 27), place('green', 4, 27), run(ask)")
     page.until("!busy")
     assert "one point to the judge" in page.run("get('status').textContent")
