@@ -230,7 +230,7 @@ def see_pair(judge, rgb, xy, device="cpu"):
     returns  (1, 3, S, S), the photo resized whole, and pts (1, 1, 2, 2), for `ask`
     raises   ValueError: the two are one point to the judge
     """
-    if hasattr(judge, "squeeze"):                                               # its maps are resized as the photo is
+    if isinstance(judge, MapsJudge):                                            # its maps are resized as the photo is
         judge.squeeze = True
     pts = square_points(xy.flip(-1), rgb.shape[-2:], judge.size, judge.grid)
     if pts[0].equal(pts[1]):
