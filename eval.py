@@ -14,7 +14,7 @@ from pathlib import Path
 
 from data.pools import ScenePool, scene_batch
 from evaluation import benchmark_report
-from evaluation.benchmark_table import ALIGNMENTS, DATASETS, MissingData
+from evaluation.benchmark_table import ALIGNMENTS, DATASETS, PLAIN, MissingData
 from evaluation.da2k import report_pairs
 from evaluation.report import compared_paths, report_judge, report_scenes
 from evaluation.scores import PAIRS, eval_pairs, judge_scores, predict_maps, score_maps
@@ -100,7 +100,7 @@ def arguments(argv):
     for name in ("task", "limit", "pred_dir", "pred_space", "panels", "check_data"):
         if getattr(args, name) and not public and not (pairs and name in ("limit", "pred_dir", "check_data")):
             p.error(f"--{name.replace('_', '-')} belongs to a benchmark, not to --dataset {args.dataset}")
-    if args.align != "depth" and not public and not (pairs and args.pred_dir and args.align == "disparity"):
+    if args.align != PLAIN and not public and not (pairs and args.pred_dir and args.align == "disparity"):
         p.error(f"--align {args.align} belongs to a benchmark of depth, not to --dataset {args.dataset}")
     if args.dataset == "judge" and not args.scenes:
         p.error("--dataset judge needs --scenes DIR, a folder with ground truth (docs/files.md)")
@@ -145,7 +145,7 @@ def _add_predictor_flags(p):
     p.flip()
     p.add_argument("--pred-dir", default="",
                    help="score saved maps in Marigold's naming, e.g. test/kitchen_0004/pred_0001.npy")
-    p.add_argument("--align", default="depth", choices=tuple(ALIGNMENTS),
+    p.add_argument("--align", default=PLAIN, choices=tuple(ALIGNMENTS),
                    help="how a benchmark's depth is brought to metres: least squares in depth, in disparity (of "
                         "networks and folders of disparities), or RANSAC in log depth; printed with every number "
                         "[depth]")

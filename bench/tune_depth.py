@@ -25,7 +25,8 @@ from runtime.command import run_command
 from runtime.config import UserError, plain_settings
 from runtime.files import read_json, write_json
 from runtime.flags import Parser, parse
-from runtime.run import Run, about, cosine, optimizers
+from runtime.optimizers import cosine, optimizers
+from runtime.run import Run, about
 
 SIZE = 56                         # px, side of the photos: 4 x 4 tokens
 STREAM = 40                       # of random numbers, which no stage of train.py has

@@ -26,14 +26,14 @@ import math
 import numpy as np
 
 from evaluation import metrics
-from models.depth_families import SIGN
+from evaluation.benchmark_table import PLAIN
+from models.depth_families import AFFINE, SIGN
 
 MIN_DISPARITY = 1e-3              # 1/m, floor before the inversion (Marigold); log-ransac gives no larger depth either
 TRIALS = 1000                     # lines that RANSAC tries
 SAMPLE = 10_000                   # pixels, evenly spaced, on which the lines are compared
 BLOCK = 50                        # lines at a time
 SEED = 0
-AFFINE = "depth up to scale"      # what a depth means where nothing else is said
 
 
 def read_space(pred, means, align):
@@ -41,7 +41,7 @@ def read_space(pred, means, align):
 
     pred   (H, W), larger is farther;  means  a key of depth_families.SIGN;  align  of benchmark_table.ALIGNMENTS
     """
-    if align == "depth" or means == AFFINE:
+    if align == PLAIN or means == AFFINE:
         return np.asarray(pred), True
     sign = SIGN[means]
     value = sign * np.asarray(pred, np.float32)                                 # metres, or a disparity
@@ -92,7 +92,7 @@ def fit_depth(bench, pred, sample):
     x, known = read_space(pred, sample.get("means", AFFINE), bench.align)
     ok = sample["mask"]
     target = sample["depth"]
-    if bench.align != "depth":
+    if bench.align != PLAIN:
         ok = np.asarray(ok, bool) & known
         if not ok.any():
             metrics.reject(f"--align {bench.align}", "no predicted value above 0 at a pixel with truth",

@@ -30,9 +30,10 @@ class Benchmark:
     prediction: str = ""      # how Marigold names a saved depth map: rgb_id (pred_0001.npy) or id (pred_STEM.npy)
 
 
+PLAIN = "depth"                  # --align: least squares in depth, the default
 FIT = "scale and shift by least squares in depth over the mask, clip to the range, unweighted mean over images"
 ALIGNMENTS = {  # --align (alignment.py): what is printed with every number, and the rule
-    "depth": ("aligned in depth", FIT),
+    PLAIN: ("aligned in depth", FIT),
     "disparity": ("aligned in disparity",
                   "scale and shift by least squares in disparity (1 / truth) where the predicted disparity is above 0, "
                   "clip at .001, invert, clip to the range, unweighted mean over images"),

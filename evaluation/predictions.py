@@ -24,9 +24,8 @@ from data import formats
 from data.photos import resize_long
 from data.pictures import row_of
 from evaluation import benchmarks, protocols
-from evaluation.alignment import AFFINE
 from evaluation.benchmark_table import MIT_LIGHTS
-from models.depth_families import SIGN
+from models.depth_families import AFFINE, SIGN
 from predictor import load_predictor, predict_photo
 from relations import srgb_decode
 from runtime.files import read_log, write_rows

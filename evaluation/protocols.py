@@ -16,6 +16,7 @@ from data.maps import assumed_camera
 from data.pictures import colour_map
 from evaluation import benchmarks, metrics, surface
 from evaluation.alignment import fit_depth
+from evaluation.benchmark_table import PLAIN
 from evaluation.colour import ADOBE_TO_SRGB
 from relations import srgb_encode
 
@@ -211,7 +212,7 @@ def metric_values(bench, rows):
 
 def paper_numbers(bench, name):
     """ReasonX's numbers of a metric, [(base, number of base, of base-X)]; none beside another alignment than theirs."""
-    return PAPER.get((bench.dataset, bench.task), {}).get(name, []) if bench.align == "depth" else []
+    return PAPER.get((bench.dataset, bench.task), {}).get(name, []) if bench.align == PLAIN else []
 
 
 def image_weights(name, rows):

@@ -17,7 +17,7 @@ import transformers
 
 from models import checkpoint, lora
 from models.card import Card, model_card
-from models.depth_families import SIGN, UNUSED, check_model_type, find_family
+from models.depth_families import AFFINE, SIGN, UNUSED, check_model_type, find_family
 from relations import MODALITIES
 from runtime.files import DamageGuard, read_json, refuse, replace_files, write_json
 from runtime.weights import bounded_integer, hub_folder, plain_config, refuse_flip, remove_flip
@@ -46,7 +46,7 @@ class DepthNetwork(nn.Module):
         self.processor = processor
         self.license = license
         self.modalities = family.modalities
-        self.depth_means = family.means
+        self.depth_means = family.means or AFFINE
         self.facts = dict(flip_x=flip_x) if flip_x else {}
         mean, std, self.sides = read_pixels(processor, family, model.config)
         self.size = max(self.sides)

@@ -28,7 +28,8 @@ BILINEAR = dict(mode="bilinear", antialias=True)
 ALIASED = dict(mode="bilinear")
 CORNERS = dict(mode="bilinear", align_corners=True)
 # times it, the smaller values of a map are closer
-SIGN = {"disparity": -1, "inverse depth": -1, "depth up to scale": 1, "metres": 1}
+AFFINE = "depth up to scale"          # what a depth means where nothing else is said
+SIGN = {"disparity": -1, "inverse depth": -1, AFFINE: 1, "metres": 1}
 # weights of the first fusion layer that nothing reaches; older checkpoints lack them
 UNUSED = r"neck\.fusion_stage\.layers\.0\.residual_layer1\."
 # ends of the paths of an attention's linear layers, under the names of any version

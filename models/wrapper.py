@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from models import lora
 from models.copies import frozen_copy
-from models.depth_families import SIGN
+from models.depth_families import AFFINE, SIGN
 from models.schedule import uniform_times
 from relations import MODALITIES, NAMES
 from runtime.files import write_json, write_tensors, write_text
@@ -37,7 +37,7 @@ class FlowWrapper(nn.Module):
         self.multiple = getattr(network, "multiple", 1)
         self.exploration = getattr(network, "exploration", "flow")
         self.lora_targets = getattr(network, "lora_targets", _linear_layers(network))
-        self.depth_means = getattr(network, "depth_means", "depth up to scale")
+        self.depth_means = getattr(network, "depth_means", AFFINE)
         if self.depth_means not in SIGN:
             raise ValueError(f"predictor: {name}: got depth_means {self.depth_means!r}; want one of {', '.join(SIGN)}")
 

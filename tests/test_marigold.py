@@ -1341,7 +1341,7 @@ def test_a_hub_id_is_downloaded_without_pickles(folders, monkeypatch):
         return str(folders["depth"])
     monkeypatch.setattr("runtime.weights.snapshot_download", download)
     assert load_predictor("prs-eth/marigold-some").modalities == ("depth",)
-    assert asked.pop(0)[1] == ["config.json", "model_index.json"]               # what it is, before its weights
+    assert asked.pop(0)[1] == ["config.json", "model_index.json", "predictor.json"]     # what it is, before its weights
     (name, patterns), = asked
     wanted = lambda path: any(fnmatch.fnmatch(path, p) for p in patterns)       # noqa: E731
     assert name == "prs-eth/marigold-some"

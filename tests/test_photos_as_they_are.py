@@ -23,6 +23,7 @@ from data import bank, formats, headers, photos, pools
 from evaluation import benchmark_report, benchmarks
 from evaluation.benchmark_table import choose_benchmarks, missing_page
 from models.dit import DiT
+from relations import NAMES
 from runtime.files import find_files, is_twin
 
 PHOTO = Image.fromarray(RGB)
@@ -273,10 +274,13 @@ def test_three_runs_into_the_folder_of_the_photos_predict_the_photos(folder, tmp
     items = benchmarks.find_data(choose_benchmarks("photos")[0], tmp_path)[1]
     assert [item["name"] for item in items] == names
     filled = []
-    judge = type("Judge", (), dict(size=16, grid=1, digest=lambda self: "x"))()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bank.Bank, "fill", lambda self, rgb, n, device, names: filled.extend(names))
-        bank.fill_bank(tmp_path / "bank", tmp_path, judge, 2, "cpu")
+
+    def ask(self, rgb, pts, names, modalities):
+        filled.extend(names)
+        return torch.full((*pts.shape[:2], len(NAMES)), 0.5)
+
+    judge = type("Judge", (), dict(size=16, grid=1, digest=lambda self: "x", ask=ask))()
+    bank.fill_bank(tmp_path / "bank", tmp_path, judge, 2, "cpu")
     assert filled == [str(tmp_path / name) for name in names]
 
 
