@@ -289,7 +289,8 @@ class Run:
                 where = [where[i] for i in bad] if len(where) == len(found) else where
                 self.problem = self._describe(text.format(found[bad[0]]), where)
         if self.problem and world() == 1:
-            raise NotFinite(self.step, self.problem)
+            problem, self.problem = self.problem, ""
+            raise NotFinite(self.step, problem)
         return read[:len(norms)]
 
     def check(self, **kinds):
