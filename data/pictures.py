@@ -26,16 +26,21 @@ def _levels(x):
     return np.round(np.clip(np.asarray(x, np.float64), 0, 1) * 255).astype(np.uint8)
 
 
-def save_png(path, image):
-    """Write a PIL image, or a (3, H, W) or (H, W) array in [0, 1] as 8 bit, atomically; returns the path."""
+def png_bytes(image):
+    """A PNG of a PIL image, or of a (3, H, W) or (H, W) array in [0, 1] as 8 bit."""
     if not isinstance(image, Image.Image):
         pixels = _levels(image)
         image = Image.fromarray(pixels if pixels.ndim == 2 else pixels.transpose(1, 2, 0).copy())
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def save_png(path, image):
+    """Write `png_bytes`, atomically; returns the path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(path, buffer.getvalue())
+    write_bytes(path, png_bytes(image))
     return path
 
 
