@@ -32,9 +32,10 @@ from runtime.files import DamageGuard, decode_json, find_files, read_checked, re
 TEMPLATE = Path(__file__).with_name("page.html")
 VALUES = 1_000_000                # numbers of maps in a page, 16 bits each
 PHOTOS = 8                        # of a folder of maps
+WORDS = ("photo", "base", "X", "truth")      # layers of a run
 POINTS = 100                      # of a curve over the steps
 SIDE = 168                        # px to which a small map is enlarged, by a whole factor
-BAR = 132                         # px, width of an interval's bar
+BAR = 96                          # px, width of an interval's bar
 
 
 def write_page(place, now=None):
@@ -44,21 +45,20 @@ def write_page(place, now=None):
     raises  FileNotFoundError: nothing to show; Refusal: damaged files; OSError
     """
     place = Path(place)
-    folder = place if place.is_dir() else None
     with DamageGuard(place, "what makes no page", "the files of one command", "run that command again"):
         report, run, rows = read_parts(place, now)
-        parts = [describe_run(report, run, rows), *tables(report)]
-        parts += views_of(folder, is_maps=not report and not rows) if folder else []
-        parts += [curves(rows), judge_part(report, folder)]
+        maps = read_panel(place) if report or rows else read_maps(place)
+        parts = [tables(report), views(*maps), curves(rows), judge_part(report, place)]
         if report:
             text = html.escape(json.dumps(report, indent=1, ensure_ascii=False))
             parts.append(f"<details><summary>Every number, as JSON</summary><pre tabindex=0>{text}</pre></details>")
-        if not any(parts[1:]):
+        if not any(parts):
             raise FileNotFoundError(f"got nothing to show in {str(place)!r}; want a folder with report.json, "
                                     "ablation.json, metrics.jsonl or maps of predictor.py, or a file of eval.py --json")
         title = html.escape(f"{place.resolve().parent.name}/{place.name}")
-        page = TEMPLATE.read_text().replace("TITLE", title).replace("BODY", "\n".join(filter(None, parts)))
-    path = folder / "report.html" if folder else place.with_suffix(".html")
+        page = TEMPLATE.read_text().replace("TITLE", title)
+        page = page.replace("BODY", "\n".join([describe_run(report, run, rows), *parts]))
+    path = place / "report.html" if place.is_dir() else place.with_suffix(".html")
     write_text(path, page)
     return path
 
@@ -90,8 +90,10 @@ def read_parts(place, now=None):
 # words and tables ---------------------------------------------------------------------------------------------------
 
 def number(x):
-    """A number for people: four digits; "" for none."""
-    return f"{x:.4g}" if isinstance(x, (int, float)) else "" if x is None else str(x)
+    """A number for people: four digits, a list with commas, "" for none."""
+    if isinstance(x, list):
+        return ",".join(map(number, x))
+    return f"{x:.4g}" if isinstance(x, float) else "" if x is None else str(x)
 
 
 def table(caption, header, rows):
@@ -100,7 +102,8 @@ def table(caption, header, rows):
     lines = ["<tr>" + "".join(f"<th scope=col>{html.escape(header[i])}</th>" for i in used) + "</tr>"]
     for row in rows:
         cells = [row[i] if isinstance(row[i], Markup) else html.escape(str(row[i])) for i in used]
-        lines.append(f"<tr><th scope=row>{cells[0]}</th>" + "".join(f"<td>{c}</td>" for c in cells[1:]) + "</tr>")
+        lines.append(f"<tr><th scope=row>{cells[0]}</th>" + "".join(
+            f"<td{' class=text' * c[:1].isalpha()}>{c}</td>" for c in cells[1:]) + "</tr>")
     words = html.escape(caption)
     return (f'<div class=wide tabindex=0 role=region aria-label="{words}"><table><caption>{words}</caption>'
             + "\n".join(lines) + "</table></div>")
@@ -112,12 +115,10 @@ class Markup(str):
 
 def describe_run(report, run, rows):
     """What ran: command, commit, seed, device; how far it is; its settings beside the preset's and the paper's."""
-    about = report.get("about") or {k: v for k, v in run.items() if k != "settings"}
-    facts = dict(about)
-    facts |= {k: report[k] for k in ("seed", "seeds", "split") if k in report}
     settings = run.get("settings", {})
-    if rows:
-        facts["steps"] = f"{rows[-1]['step'] + 1} of {settings.get('steps', '?')}"
+    facts = dict(report.get("about") or {k: v for k, v in run.items() if k != "settings"})
+    facts |= {k: report[k] for k in ("seed", "seeds", "split") if k in report}
+    facts |= dict(steps=f"{rows[-1]['step'] + 1} of {settings.get('steps')}") if rows else {}
     lines = "".join(f"<dt>{html.escape(str(k))}</dt><dd>{html.escape(str(v))}</dd>" for k, v in facts.items())
     text = f"<h2>What ran</h2><dl>{lines}</dl>"
     columns = {name: plain_settings(Config(**PRESETS[name])) for name in PRESETS}
@@ -125,17 +126,12 @@ def describe_run(report, run, rows):
     if not known:
         return text
     preset = min(columns, key=lambda name: sum(columns[name][k] != v for k, v in known.items()))
-    lines = [(k, setting(v), setting(columns[preset][k]), setting(columns["paper"][k]),
+    lines = [(k, *(number(x) or "none" for x in (v, columns[preset][k], columns["paper"][k])),
               "" if v == columns["paper"][k] else "differs") for k, v in known.items()]
     n = sum(bool(line[-1]) for line in lines)
     caption = f"Settings of GRPO, closest to preset {preset}; {n} of {len(lines)} differ from the paper's"
-    return (text + f"<details><summary>{caption}</summary>"
-            + table(caption, ("setting", "this run", f"preset {preset}", "paper", ""), lines) + "</details>")
-
-
-def setting(value):
-    """A setting's value as the command line writes it."""
-    return ",".join(map(str, value)) if isinstance(value, list) else "none" if value == "" else str(value)
+    head = ("setting", "this run", f"preset {preset}", "paper", "")
+    return f"{text}<details><summary>{caption}</summary>{table(caption, head, lines)}</details>"
 
 
 def interval_bar(low, middle, high, reach, word):
@@ -168,14 +164,14 @@ def change_table(caption, metrics, relative=True):
             ends = f"[{scale * low:+.3g}, {scale * high:+.3g}]"
         spans.append((low, change, high) if finite(low, change, high) else None)
         paper = "; ".join(f"{p['base']} {number(p['value'])} → {number(p['x'])}" for p in row.get("paper", ()))
-        rows.append([name, METRICS[name][0] if name in METRICS else "", number(row.get("base")), number(value),
-                     f"{scale * change:+.3g} {unit}" if "change" in row and finite(change) else "", ends,
-                     row.get("verdict", ""), paper])
+        rows.append([name, number(row.get("base")), number(value),
+                     f"{scale * change:+.3g} {unit}" if "change" in row and finite(change) else "", "",
+                     row.get("verdict", ""), ends, METRICS[name][0] if name in METRICS else "", paper])
     reach = max((abs(x) for span in spans if span for x in span), default=0) or 1
     for row, span in zip(rows, spans, strict=True):
-        row.insert(6, Markup(interval_bar(*span, reach, row[6])) if span else "")
-    return table(caption, ("metric", "", "before", "after" if any(row[2] for row in rows) else "value", "change",
-                           "95 %", "", "verdict", "paper: before → after"), rows)
+        row[4] = Markup(interval_bar(*span, reach, row[5])) if span else ""
+    return table(caption, ("metric", "before", "after" if any(row[1] for row in rows) else "value", "change", "",
+                           "verdict", "95 %", "", "paper: before → after"), rows)
 
 
 def finite(*values):
@@ -184,7 +180,7 @@ def finite(*values):
 
 
 def tables(report):
-    """Before/after tables of any report, as HTML texts."""
+    """Before/after tables of any report; "" without one."""
     out = []
     for part in report.get("tables", [report]):
         if isinstance(part.get("metrics"), dict):
@@ -210,7 +206,7 @@ def tables(report):
             rows[name] = dict(change=mean, low=ends[0], high=ends[1],
                               verdict=verdict(*ends, better) if finite(*ends) and better else "")
         out.append(change_table(f"{metric}: change, mean over seeds", rows))
-    return ["<h2>Before and after</h2>", f"<div class=tables>{''.join(out)}</div>"] if out else []
+    return f"<h2>Before and after</h2><div class=tables>{''.join(out)}</div>" if out else ""
 
 
 # maps ---------------------------------------------------------------------------------------------------------------
@@ -234,73 +230,78 @@ def layer(word, value, picture):
                 values=base64.b64encode(levels.tobytes()).decode())
 
 
-def view(title, layers, stride, left, right):
-    """HTML of a picture with a line to move: the layer `left` before it, `right` behind it, values below."""
+def view(title, layers, stride):
+    """A picture with a line to move, and the values of a pixel below."""
     _, height, width = layers[0]["size"]
     words = html.escape(title)
     return (f'<figure class=view><figcaption>{words}</figcaption><div class=picture style="width:'
             f'{max(1, SIDE // width) * width}px"><canvas width={width} height={height} tabindex=0 role=img '
-            f'aria-label="{words}; arrow keys read values" data-stride={stride} data-left="{html.escape(left)}" '
-            f'data-right="{html.escape(right)}" data-layers="{html.escape(json.dumps(layers))}"></canvas><i></i></div>'
+            f'aria-label="{words}; arrow keys read values" data-stride={stride} '
+            f'data-layers="{html.escape(json.dumps(layers))}"></canvas><i></i></div>'
             f'<input type=range min=0 max={width} value={width // 2} aria-label="{words}: place of the line">'
             '<output>&nbsp;</output></figure>')
 
 
-def views_of(folder, is_maps):
-    """Pictures with a line to move, as HTML texts: of panel.safetensors, or of a folder of maps of predictor.py."""
-    groups, stride, left, right = [], 1, "base", "X"
+def read_panel(folder):
+    """Maps of a run: groups [(photo, [(modality, its layers)])], their stride, the two layers to begin with."""
     path = folder / "panel.safetensors"
-    if path.is_file() and not is_maps:
-        tensors, header = read_checked(path)
-        stride = int(header["stride"])
-        names = decode_json(header["names"].encode(), str(path))
-        for i, name in enumerate(names):
-            photo = tensors[f"{i}/photo/photo"].numpy()
-            found = {}
-            for key in (k for k in tensors if k.startswith(f"{i}/") and "/photo/" not in k):
-                _, m, word = key.split("/")
-                found.setdefault(m, {"photo": layer("photo", photo, photo)})[word] = layer(
-                    word, tensors[key].numpy(), picture_of(m, tensors[key].numpy()))
-            order = sorted(found, key=lambda m: (m not in MODALITIES, [*MODALITIES, m].index(m)))
-            groups.append((name, [(m, [found[m][w] for w in ("photo", "base", "X", "truth") if w in found[m]])
-                                  for m in order]))
-    elif is_maps:
-        groups, stride, left, right = map_groups(folder)
-    words = list(dict.fromkeys(one["name"] for _, many in groups for _, layers in many for one in layers))
-    if not words:
-        return []
-    choose = "".join(f'<label>{side} of the line <select id={side}>' + "".join(
-        f"<option{' selected' * (w == chosen)}>{html.escape(w)}</option>" for w in words) + "</select></label>"
-        for side, chosen in (("left", left), ("right", right)))
-    note = f" Every {stride}th pixel is here, as it is." if stride > 1 else ""
-    out = ["<h2>Maps</h2>", f"<p>Move the line; point at a pixel, or focus a picture and use the arrow keys, to read its "
-           f"value (row, column).{note}</p><p class=choose>{choose}</p><noscript>Needs JavaScript.</noscript>"]
-    for name, many in groups:
-        out.append(f"<h3>{html.escape(name)}</h3><div class=row>"
-                   + "".join(view(f"{m} of {name}" if m else name, layers, stride, left, right) for m, layers in many)
-                   + "</div>")
-    return out
-
-
-def map_groups(folder):
-    """Maps that predictor.py wrote: a group a photo, of one picture with a layer a map; stride; the first two names."""
-    found = {}
-    for path in find_files(folder, "*_*.npy"):
-        name, _, m = path.stem.rpartition("_")
-        value = decode_npy(path.read_bytes(), str(path))
-        if value.ndim == 3 and path.with_suffix(".png").is_file() and (name in found or len(found) < PHOTOS):
-            found.setdefault(name, {})[m] = (value, path.with_suffix(".png"))
-    stride = stride_for(sum(value.size for maps in found.values() for value, _ in maps.values()), VALUES)
+    if not path.is_file():
+        return [], 1, "", ""
+    tensors, header = read_checked(path)
     groups = []
+    for i, name in enumerate(decode_json(header["names"].encode(), str(path))):
+        photo = tensors.pop(f"{i}/photo/photo").numpy()
+        found = {}
+        for key in (k for k in tensors if k.startswith(f"{i}/")):
+            _, m, word = key.split("/")
+            value = tensors[key].numpy()
+            found.setdefault(m, [layer("photo", photo, photo)]).append(layer(word, value, picture_of(m, value)))
+        groups.append((name, [(m, sorted(found[m], key=lambda one: WORDS.index(one["name"])))
+                              for m in sorted(found, key=table_order)]))
+    return groups, int(header["stride"]), "base", "X"
+
+
+def read_maps(folder):
+    """As read_panel, of maps that predictor.py wrote: one picture a photo, with a layer a map."""
+    found = {}
+    for path in find_files(folder, "*_*.npy") if folder.is_dir() else ():
+        name, _, m = path.stem.rpartition("_")
+        if path.with_suffix(".png").is_file() and (name in found or len(found) < PHOTOS):
+            found.setdefault(name, {})[m] = decode_npy(path.read_bytes(), str(path))
+    stride = stride_for(sum(value.size for maps in found.values() for value in maps.values()), VALUES)
+    groups = []
+    words = [""]
     for name, maps in found.items():
         layers = []
-        for m in sorted(maps, key=lambda m: [*MODALITIES, m].index(m)):
-            value, path = maps[m]
-            picture = picture_of(m, value) if row_of(m).kind == "distance" else read_rgb(path).numpy()
-            layers.append(layer(m, value[:, ::stride, ::stride], picture[:, ::stride, ::stride]))
+        for m in sorted(maps, key=table_order):
+            is_depth = row_of(m).kind == "distance"                             # its PNG is gray
+            picture = picture_of(m, maps[m]) if is_depth else read_rgb(folder / f"{name}_{m}.png").numpy()
+            layers.append(layer(m, *(x[:, ::stride, ::stride] for x in (maps[m], picture))))
         groups.append((name, [("", layers)]))
-    words = [one["name"] for one in groups[0][1][0][1]] if groups else [""]
+        words = [one["name"] for one in layers]
     return groups, stride, words[0], words[-1]
+
+
+def table_order(modality):
+    """Place of a modality in the table of relations.py; others last."""
+    return [*MODALITIES, modality].index(modality)
+
+
+def views(groups, stride, left, right):
+    """Pictures with a line to move and the choice of their layers; "" without any. As read_panel returns them."""
+    words = list(dict.fromkeys(one["name"] for _, many in groups for _, layers in many for one in layers))
+    if not words:
+        return ""
+    choose = "".join(f"<label>{side} of the line <select id={side}>" + "".join(
+        f"<option{' selected' * (w == chosen)}>{html.escape(w)}</option>" for w in words) + "</select></label>"
+        for side, chosen in (("left", left), ("right", right)))
+    note = f" Of every {stride} rows and columns one is here, with its own values." if stride > 1 else ""
+    out = ["<h2>Maps</h2><p>Move the line. Point at a pixel, or focus a picture and use the arrow keys, to read the "
+           f"values at (row, column).{note}</p><p class=choose>{choose}</p><noscript>Needs JavaScript.</noscript>"]
+    for name, many in groups:
+        shown = (view(f"{m} of {name}" if m else name, layers, stride) for m, layers in many)
+        out.append(f"<h3>{html.escape(name)}</h3><div class=row>{''.join(shown)}</div>")
+    return "".join(out)
 
 
 # curves and the judge -----------------------------------------------------------------------------------------------
@@ -349,32 +350,29 @@ def curves(rows):
 def judge_part(report, folder):
     """Calibration, accuracy by margin and the surest mistakes of a judge; "" where nothing is known of it."""
     parts = report.get("tables", [report])
-    found = {part.get("dataset"): part.get("reliability", part.get("judge", {})) for part in parts}
     out = []
-    for name, figures in found.items():
-        figures = {m: f for m, f in figures.items() if isinstance(f, dict) and f.get("bins")}
-        if figures:
-            ideal = Line("ideal", [0.5, 1.0], [0.5, 1.0])
-            lines = [Line(m, [b["confidence"] for b in f["bins"]], [b["accuracy"] for b in f["bins"]])
-                     for m, f in figures.items()]
-            out += [f"<h3>{html.escape(str(name))}</h3>",
-                    table(f"{name}: the judge's answers", ("modality", "n", "accuracy", "undecided", "ECE"),
-                          [(m, *(number(f.get(k)) for k in ("n", "accuracy", "undecided", "ece")))
-                           for m, f in figures.items()]),
-                    "<div class=row>", chart(f"{name}: accuracy by confidence", "confidence", [ideal, *lines]),
-                    chart(f"{name}: accuracy by margin", "margin, lower edge", [
-                        Line(m, [b["low"] for b in f["margins"]], [b["accuracy"] for b in f["margins"]])
-                        for m, f in figures.items()]), "</div>"]
-    mistakes = next((part["mistakes"] for part in parts if part.get("mistakes")), {})
-    if mistakes and folder and (folder / "mistakes.safetensors").is_file():
+    for part in parts:
+        name = str(part.get("dataset"))
+        figures = {m: f for m, f in part.get("reliability", part.get("judge", {})).items() if isinstance(f, dict)}
+        charts = []
+        for kind, x, label in (("bins", "confidence", "confidence"), ("margins", "low", "margin, lower edge")):
+            lines = [Line(m, [b[x] for b in f[kind]], [b["accuracy"] for b in f[kind]])
+                     for m, f in figures.items() if kind in f]
+            ideal = [Line("ideal", [0.5, 1.0], [0.5, 1.0])] if lines and kind == "bins" else []
+            charts.append(chart(f"{name}: accuracy by {x if ideal else 'margin'}", label, [*lines, *ideal]))
+        out.append(f"<div class=row>{''.join(charts)}</div>" if any(charts) else "")
+    if (folder / "mistakes.safetensors").is_file():
         pictures, _ = read_checked(folder / "mistakes.safetensors")
-        out += ["<h3>Its surest mistakes</h3><div class=row>"]
-        for name, one in mistakes.items():
-            picture = pictures[name].numpy() / 255
-            prob = one["prob"] if one["prob"] > 0.5 else 1 - one["prob"]
-            words = html.escape(f"{name.partition(' ')[0]}: said {one['said']} ({prob:.3f}), true is {one['truth']}")
-            side = max(1, SIDE // picture.shape[2]) * picture.shape[2]
-            out.append(f'<figure><img width={side} alt="photo {html.escape(str(one["photo"]))} with markers" '
-                       f'src="{data_address(picture)}"><figcaption>{words}</figcaption></figure>')
-        out.append("</div>")
-    return "\n".join(["<h2>The judge</h2>", *out]) if out else ""
+        figures = [mistake(name, one, pictures[name].numpy() / 255)
+                   for part in parts for name, one in part.get("mistakes", {}).items()]
+        out.append(f"<h3>Its surest mistakes</h3><div class=row>{''.join(figures)}</div>" if figures else "")
+    return "\n".join(["<h2>The judge</h2>", *out]) if any(out) else ""
+
+
+def mistake(name, one, picture):
+    """A photo with markers, and what the judge said of them. name, one: as report.save_mistakes returns them."""
+    sure = max(one["prob"], 1 - one["prob"])
+    words = html.escape(f"{name.partition(' ')[0]}: said {one['said']} ({sure:.3f}), true is {one['truth']}")
+    side = max(1, SIDE // picture.shape[2]) * picture.shape[2]
+    return (f'<figure><img width={side} alt="photo {html.escape(str(one["photo"]))} with a red and a green marker" '
+            f'src="{data_address(picture)}"><figcaption>{words}</figcaption></figure>')

@@ -258,9 +258,8 @@ def save_panel(path, rgb, before, after, truth=None, labels=None, rows=ROWS):
     """
     tiles = []
     values = {}
-    labels = labels or ["photo"] * len(rgb)
     for i in range(min(rows, len(rgb))):
-        tiles.append((labels[i], rgb[i].numpy()))
+        tiles.append((labels[i] if labels else "photo", rgb[i].numpy()))
         values[f"{i}/photo/photo"] = rgb[i]
         for m in before:
             for word, maps in (("base", before), ("X", after), ("truth", truth)):
@@ -273,7 +272,7 @@ def save_panel(path, rgb, before, after, truth=None, labels=None, rows=ROWS):
     save_png(path, panel(tiles, columns=len(tiles) // min(rows, len(rgb))))
     k = stride_for(sum(x.numel() for x in values.values()), VALUES)
     write_tensors(path.with_suffix(".safetensors"), {name: x[..., ::k, ::k].float() for name, x in values.items()},
-                  names=json.dumps(labels[:rows]), stride=str(k))
+                  names=json.dumps((labels or [f"photo {i}" for i in range(len(rgb))])[:rows]), stride=str(k))
 
 
 def save_mistakes(path, maps, answers):
