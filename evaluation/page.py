@@ -48,7 +48,7 @@ def write_page(place, now=None):
     with DamageGuard(place, "what makes no page", "the files of one command", "run that command again"):
         report, run, rows = read_parts(place, now)
         maps = read_panel(place) if report or rows else read_maps(place)
-        parts = [tables(report), views(*maps), curves(rows), judge_part(report, place)]
+        parts = [tables(report), views(*maps), curves(rows), judge_section(report, place)]
         if report:
             text = html.escape(json.dumps(report, indent=1, ensure_ascii=False))
             parts.append(f"<details><summary>Every number, as JSON</summary><pre tabindex=0>{text}</pre></details>")
@@ -56,8 +56,8 @@ def write_page(place, now=None):
             raise FileNotFoundError(f"got nothing to show in {str(place)!r}; want a folder with report.json, "
                                     "ablation.json, metrics.jsonl or maps of predictor.py, or a file of eval.py --json")
         title = html.escape(f"{place.resolve().parent.name}/{place.name}")
-        page = TEMPLATE.read_text().replace("TITLE", title)
-        page = page.replace("BODY", "\n".join([describe_run(report, run, rows), *parts]))
+        page = TEMPLATE.read_text().replace("<!--title-->", title)
+        page = page.replace("<!--body-->", "\n".join([describe_run(report, run, rows), *parts]))
     path = place / "report.html" if place.is_dir() else place.with_suffix(".html")
     write_text(path, page)
     return path
@@ -166,7 +166,7 @@ def change_table(caption, metrics, relative=True):
         paper = "; ".join(f"{p['base']} {number(p['value'])} → {number(p['x'])}" for p in row.get("paper", ()))
         rows.append([name, number(row.get("base")), number(value),
                      f"{scale * change:+.3g} {unit}" if "change" in row and finite(change) else "", "",
-                     row.get("verdict", ""), ends, METRICS[name][0] if name in METRICS else "", paper])
+                     number(row.get("verdict")), ends, METRICS[name][0] if name in METRICS else "", paper])
     reach = max((abs(x) for span in spans if span for x in span), default=0) or 1
     for row, span in zip(rows, spans, strict=True):
         row[4] = Markup(interval_bar(*span, reach, row[5])) if span else ""
@@ -347,7 +347,7 @@ def curves(rows):
     return f"<h2>Over the steps</h2><div class=row>{text}</div>" if text else ""
 
 
-def judge_part(report, folder):
+def judge_section(report, folder):
     """Calibration, accuracy by margin and the surest mistakes of a judge; "" where nothing is known of it."""
     parts = report.get("tables", [report])
     out = []
