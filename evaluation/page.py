@@ -27,7 +27,7 @@ from evaluation.plots import Line, figure
 from evaluation.scores import METRICS
 from relations import MODALITIES
 from runtime.config import PRESETS, Config, plain_settings
-from runtime.files import DamageGuard, decode_json, find_files, read_checked, read_json, read_log, write_text
+from runtime.files import DamageGuard, find_files, read_checked, read_json, read_log, write_text
 
 TEMPLATE = Path(__file__).with_name("page.html")
 VALUES = 1_000_000                # numbers of maps in a page, 16 bits each
@@ -47,7 +47,7 @@ def write_page(place, now=None):
     place = Path(place)
     with DamageGuard(place, "what makes no page", "the files of one command", "run that command again"):
         report, run, rows = read_parts(place, now)
-        maps = read_panel(place) if report or rows else read_maps(place)
+        maps = read_panel(place, report.get("shown")) if report or rows else read_maps(place)
         parts = [tables(report), views(*maps), curves(rows), judge_section(report, place)]
         if report:
             text = html.escape(json.dumps(report, indent=1, ensure_ascii=False))
@@ -236,20 +236,20 @@ def view(title, layers, stride):
     words = html.escape(title)
     return (f'<figure class=view><figcaption>{words}</figcaption><div class=picture style="width:'
             f'{max(1, SIDE // width) * width}px"><canvas width={width} height={height} tabindex=0 role=img '
-            f'aria-label="{words}; arrow keys read values" data-stride={stride} '
+            f'aria-label="{words}; arrow keys read values" data-stride={int(stride)} '
             f'data-layers="{html.escape(json.dumps(layers))}"></canvas><i></i></div>'
             f'<input type=range min=0 max={width} value={width // 2} aria-label="{words}: place of the line">'
             '<output>&nbsp;</output></figure>')
 
 
-def read_panel(folder):
+def read_panel(folder, shown):
     """Maps of a run: groups [(photo, [(modality, its layers)])], their stride, the two layers to begin with."""
     path = folder / "panel.safetensors"
-    if not path.is_file():
+    if not shown or not path.is_file():
         return [], 1, "", ""
-    tensors, header = read_checked(path)
+    tensors, _ = read_checked(path)
     groups = []
-    for i, name in enumerate(decode_json(header["names"].encode(), str(path))):
+    for i, name in enumerate(shown["names"]):
         photo = tensors.pop(f"{i}/photo/photo").numpy()
         found = {}
         for key in (k for k in tensors if k.startswith(f"{i}/")):
@@ -258,7 +258,7 @@ def read_panel(folder):
             found.setdefault(m, [layer("photo", photo, photo)]).append(layer(word, value, picture_of(m, value)))
         groups.append((name, [(m, sorted(found[m], key=lambda one: WORDS.index(one["name"])))
                               for m in sorted(found, key=table_order)]))
-    return groups, int(header["stride"]), "base", "X"
+    return groups, shown["stride"], "base", "X"
 
 
 def read_maps(folder):

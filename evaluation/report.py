@@ -5,7 +5,6 @@
 
 Numbers are unweighted means over images; a change has a paired bootstrap 95 % interval (intervals.py).
 """
-import json
 import sys
 from pathlib import Path
 
@@ -197,8 +196,8 @@ def report_wild(cfg, device, start, result):
                 more["mistakes"] = save_mistakes(out / "mistakes.safetensors", seen, answers)
         results.append(report_scenes(name, values[1], values[0], scores) | more)
         if name == "wild":
-            save_panel(out / "panel.png", maps["rgb"], *pred, truth=maps)
-    write_json(out / "report.json", dict(about=about(), seed=cfg.seed, tables=results))
+            shown = save_panel(out / "panel.png", maps["rgb"], *pred, truth=maps)
+    write_json(out / "report.json", dict(about=about(), seed=cfg.seed, shown=shown, tables=results))
     print(f"\nwritten: {out}/report.json, {out}/panel.png; "
           f"maps of your own photos: python predictor.py PHOTO --checkpoint {result}")
     update_page(out, say=True)
@@ -245,16 +244,16 @@ def report_photos(cfg, device, held, start, result):
                 "exists; change with paired bootstrap 95 % interval",
                 lines, ("figure", "judge", "photos", "base", "X", "change", "95 %", ""))
     folder = cfg.grpo_folder
+    figures["shown"] = save_panel(folder / "panel.png", held.rgb[:ROWS].float() / 255, *shown, labels=held.names)
     write_json(folder / "report.json", dict(about=about(), seed=cfg.seed, **figures))
-    save_panel(folder / "panel.png", held.rgb[:ROWS].float() / 255, *shown, labels=held.names)
     update_page(folder, say=True)
 
 
 def save_panel(path, rgb, before, after, truth=None, labels=None, rows=ROWS):
     """Write a picture: a row per photo (n, 3, H, W) with the maps before and after, and the true maps if known.
 
-    Their values lie beside it in a .safetensors of at most VALUES numbers: "ROW/MODALITY/WORD" (C, h, w), every
-    `stride`-th pixel; its header names the photos
+    Their values lie beside it in a .safetensors of at most VALUES numbers: "ROW/MODALITY/WORD" (C, h, w).
+    returns  dict for report.json: names of the photos; stride: of so many rows and columns one is there
     """
     tiles = []
     values = {}
@@ -271,8 +270,8 @@ def save_panel(path, rgb, before, after, truth=None, labels=None, rows=ROWS):
                     values[f"{i}/{m}/{word}"] = value
     save_png(path, panel(tiles, columns=len(tiles) // min(rows, len(rgb))))
     k = stride_for(sum(x.numel() for x in values.values()), VALUES)
-    write_tensors(path.with_suffix(".safetensors"), {name: x[..., ::k, ::k].float() for name, x in values.items()},
-                  names=json.dumps((labels or [f"photo {i}" for i in range(len(rgb))])[:rows]), stride=str(k))
+    write_tensors(path.with_suffix(".safetensors"), {name: x[..., ::k, ::k].float() for name, x in values.items()})
+    return dict(names=(labels or [f"photo {i}" for i in range(len(rgb))])[:rows], stride=k)
 
 
 def save_mistakes(path, maps, answers):

@@ -62,14 +62,14 @@ def folder(tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "out <b>"
     (out / "grpo").mkdir(parents=True)
     maps = some_maps(0)
-    report.save_panel(out / "panel.png", maps["rgb"], {m: some_maps(1)[m] for m in NAMES},
-                      {m: some_maps(2)[m] for m in NAMES}, truth=maps, labels=["a.jpg", HOSTILE])
+    seen = report.save_panel(out / "panel.png", maps["rgb"], {m: some_maps(1)[m] for m in NAMES},
+                             {m: some_maps(2)[m] for m in NAMES}, truth=maps, labels=["a.jpg", HOSTILE])
     answers = some_answers(maps)
     table = dict(dataset="wild", n=2, metrics=some_metrics(), judge={f"judge/{m}": 0.5 for m in NAMES},
                  reliability=answer_figures(answers, maps),
                  mistakes=report.save_mistakes(out / "mistakes.safetensors", maps, answers))
     write_json(out / "report.json", dict(about=dict(command=f"train.py --out {HOSTILE}", commit="1a2b3c", device="cpu"),
-                                         seed=7, tables=[table]))
+                                         seed=7, shown=seen, tables=[table]))
     write_rows(out / "grpo" / "metrics.jsonl", [log_row(step) for step in range(0, 40, 10)])
     write_json(out / "grpo" / "run.json", dict(settings=plain_settings(Config(**PRESETS["mini"])), seed=7))
     write_page(out)
@@ -180,8 +180,8 @@ def test_a_picture_holds_the_values_of_the_maps(folder):
 def test_large_maps_are_thinned_to_whole_pixels(tmp_path):
     rgb = torch.rand(1, 3, 300, 200)
     depth = torch.rand(1, 1, 300, 200)
-    report.save_panel(tmp_path / "panel.png", rgb, dict(depth=depth), dict(depth=depth))
-    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "reward": 0.5}\n')
+    seen = report.save_panel(tmp_path / "panel.png", rgb, dict(depth=depth), dict(depth=depth))
+    write_json(tmp_path / "report.json", dict(shown=seen))
     write_page(tmp_path)
     [layers] = layers_of(text_of(tmp_path))
     assert (tmp_path / "panel.safetensors").stat().st_size < 4.1 * report.VALUES
@@ -225,7 +225,7 @@ def test_photos_without_truth_have_absolute_changes(tmp_path):
     ("report.json", '{"tables": [{"metrics": {"a": {"paper": 3}}}]}'),
     ("report.json", '{"means": {"paper": 7}}'), ("panel.safetensors", "x"), ("metrics.jsonl", '{"step": "x"}\n[]\n')])
 def test_damaged_files_are_one_line_and_never_end_a_run(folder, tmp_path, capsys, name, content):
-    (tmp_path / "report.json").write_text('{"n": 1}')
+    (tmp_path / "report.json").write_text('{"shown": {"names": ["a"], "stride": 1}}')
     (tmp_path / name).write_text(content)
     with pytest.raises((Refusal, ValueError)):
         write_page(tmp_path)
