@@ -30,7 +30,7 @@ from runtime.config import PRESETS, Config, plain_settings
 from runtime.files import DamageGuard, find_files, read_checked, read_json, read_log, write_text
 
 TEMPLATE = Path(__file__).with_name("page.html")
-VALUES = 1_000_000                # numbers of maps in a page, 16 bits each
+VALUES = 3_000_000                # numbers of maps in a page, 16 bits each
 PHOTOS = 8                        # of a folder of maps
 WORDS = ("photo", "base", "X", "truth")      # layers of a run
 POINTS = 100                      # of a curve over the steps
@@ -120,7 +120,7 @@ def describe_run(report, run, rows):
     facts |= {k: report[k] for k in ("seed", "seeds", "split") if k in report}
     facts |= dict(steps=f"{rows[-1]['step'] + 1} of {settings.get('steps')}") if rows else {}
     lines = "".join(f"<dt>{html.escape(str(k))}</dt><dd>{html.escape(str(v))}</dd>" for k, v in facts.items())
-    text = f"<h2>What ran</h2><dl>{lines}</dl>"
+    text = f"<h2>What ran</h2><dl>{lines}</dl>" if facts else ""
     columns = {name: plain_settings(Config(**PRESETS[name])) for name in PRESETS}
     known = {k: v for k, v in settings.items() if k in columns["paper"]}
     if not known:
@@ -142,12 +142,12 @@ def interval_bar(low, middle, high, reach, word):
             f'<path class=middle d="M{x:.1f} 1V13"/></svg>')
 
 
-def change_table(caption, metrics, relative=True):
+def change_table(caption, metrics, relative=True, first="metric"):
     """Table of figures, with a bar for each interval.
 
     metrics   dict name -> number, or dict: base, x or value, change, its interval low, high (change_low, change_high
               where low, high are the value's), verdict, paper
-    relative  changes are shares of the base, shown in percent
+    relative  changes are shares of the base, shown in percent;  first  head of the column of names
     """
     rows = []
     spans = []
@@ -170,7 +170,7 @@ def change_table(caption, metrics, relative=True):
     reach = max((abs(x) for span in spans if span for x in span), default=0) or 1
     for row, span in zip(rows, spans, strict=True):
         row[4] = Markup(interval_bar(*span, reach, row[5])) if span else ""
-    return table(caption, ("metric", "before", "after" if any(row[1] for row in rows) else "value", "change", "",
+    return table(caption, (first, "before", "after" if any(row[1] for row in rows) else "value", "change", "",
                            "verdict", "95 %", "", "paper: before → after"), rows)
 
 
@@ -205,7 +205,7 @@ def tables(report):
             better = METRICS.get(metric.partition("/")[2], ("", 0))[1]
             rows[name] = dict(change=mean, low=ends[0], high=ends[1],
                               verdict=verdict(*ends, better) if finite(*ends) and better else "")
-        out.append(change_table(f"{metric}: change, mean over seeds", rows))
+        out.append(change_table(f"{metric}: change, mean over seeds", rows, first="row"))
     return f"<h2>Before and after</h2><div class=tables>{''.join(out)}</div>" if out else ""
 
 
