@@ -16,8 +16,9 @@ from data.pools import ScenePool, scene_batch
 from evaluation import benchmark_report
 from evaluation.benchmark_table import ALIGNMENTS, DATASETS, PLAIN, MissingData
 from evaluation.da2k import report_pairs
+from evaluation.page import update_page
 from evaluation.report import compared_paths, report_judge, report_scenes
-from evaluation.scores import PAIRS, eval_pairs, judge_scores, predict_maps, score_maps
+from evaluation.scores import PAIRS, eval_pairs, judge_answers, judge_scores, predict_maps, score_maps
 from judge import load_judge
 from predictor import load_predictor
 from relations import NAMES
@@ -25,6 +26,7 @@ from runtime.command import run_command
 from runtime.files import write_json
 from runtime.flags import Parser
 from runtime.ranks import pick_device
+from runtime.run import about
 from runtime.weights import add_flip
 
 PROCEDURAL = ("synthetic", "broad", "wild")
@@ -44,7 +46,8 @@ def main(argv=None):
         print(f"eval.py: {error}\n{error.page}", file=sys.stderr)
         raise SystemExit(2) from None
     if args.json:
-        write_json(args.json, result)
+        write_json(args.json, dict(result, about=about()))
+        update_page(args.json, say=True)
 
 
 def evaluate_scenes(args):
@@ -70,7 +73,9 @@ def evaluate_scenes(args):
     pairs = eval_pairs(maps, PAIRS, 1, args.seed)
     pred = [predict_maps(policy, maps["rgb"], args.denoise_steps or 10, args.seed) for policy in policies]
     values = [score_maps(p, maps, pairs) for p in pred]
-    judge_values = judge_scores(judge, maps, pred[-1], args.seed, args.dataset) if judge is not None else None
+    judge_values = None
+    if judge is not None:
+        judge_values = judge_scores(judge_answers(judge, maps, args.seed, args.dataset), maps, pred[-1])
     return report_scenes(args.dataset, values[0], values[1] if old else None, judge_values)
 
 

@@ -24,6 +24,7 @@ from bench.arithmetic import count_flops
 from data.album import judgements
 from data.pools import scene_pool
 from evaluation import report, scores, watch
+from evaluation.page import update_page
 from evaluation.plots import Line, figure
 from predictor import load_predictor
 from relations import NAMES
@@ -275,6 +276,7 @@ def main(argv=None):
     files.write_text(Path(args.out) / "ablation.md", text + "\n")
     draw_curves(Path(args.out) / "ablation.svg", runs)
     print(f"written: {args.out}/ablation.json, ablation.md, ablation.svg")
+    update_page(args.out, say=True)
 
 
 if __name__ == "__main__":

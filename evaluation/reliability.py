@@ -14,7 +14,7 @@ from tqdm import tqdm
 from data import questions
 from evaluation.intervals import bootstrap_interval
 from evaluation.scores import device_of
-from relations import MODALITIES, NAMES
+from relations import MODALITIES, NAMES, margin
 
 BINS = 10                         # of the confidence in [0.5, 1]
 MARGINS = (0.0, 0.05, 0.1, 0.2, 0.4)   # lower edges, in units of relations.margin
@@ -120,6 +120,31 @@ def judge_figures(judge, rows, folder, rules, swap_average=False):
             out[m]["heuristic"] = float(right.mean())
             out[m] |= swap_figures(single[on], swapped[on], row.yes_no)
             out[m]["orders"] = order_figures(single[on], swapped[on], row.yes_no, first[on], scenes[on])
+    return out
+
+
+def answer_figures(answers, maps):
+    """Figures of a judge's answers about scenes with true maps: dict modality -> accuracy_figures.
+
+    answers  of scores.judge_answers about the same scenes
+    """
+    out = {}
+    for m, (pts, truth, prob) in answers.items():
+        on = truth != 0
+        if on.any():
+            size = margin(maps[m].masked_fill(~maps["mask"], torch.nan), pts, m).abs()
+            out[m] = accuracy_figures(*(x.double().numpy() for x in (prob[on], truth[on] > 0, size[on])))
+    return out
+
+
+def worst_answers(answers, n=2):
+    """The n most confident wrong answers, of different photos: dict modality -> list of (photo, pair), surest first."""
+    out = {}
+    for m, (_, truth, prob) in answers.items():
+        is_wrong = (truth != 0) & ((prob > 0.5) != (truth > 0)) & (prob != 0.5)
+        sure = (prob - 0.5).abs().where(is_wrong, 0).max(1)                     # one a photo
+        order = sure.values.argsort(descending=True, stable=True)[:n]
+        out[m] = [(i, int(sure.indices[i])) for i in order.tolist() if sure.values[i] > 0]
     return out
 
 

@@ -1,37 +1,49 @@
 """The tables of scenes and judges, and what a training run reports at its end.
 
+    python -m evaluation.report DIR                      DIR/report.html again (page.py): a run, an ablation, maps
+    python -m evaluation.report FILE.json                FILE.html of what eval.py --json wrote
+
 Numbers are unweighted means over images; a change has a paired bootstrap 95 % interval (intervals.py).
 """
 import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from data import questions
+from data.album import move_points
 from data.oracle import ORACLE
 from data.orders import BothOrders
+from data.photos import fit_square
 from data.pictures import panel, picture_of, save_png
 from data.pools import ScenePool
 from evaluation import reliability
 from evaluation.agreement import confidence, photo_figures
 from evaluation.intervals import bootstrap_interval, verdict
+from evaluation.page import stride_for, update_page, write_page
 from evaluation.scores import (
     HEURISTICS,
     METRICS,
     PAIRS,
     eval_pairs,
+    judge_answers,
     judge_scores,
     predict_maps,
     score_maps,
 )
 from judge import load_judge
 from predictor import load_predictor
-from relations import MODALITIES, NAMES
-from runtime.files import write_json
+from relations import MODALITIES, NAMES, draw_markers
+from runtime.command import run_command
+from runtime.files import write_json, write_tensors
+from runtime.flags import Parser
 from runtime.ranks import pick_device
 from runtime.run import about
 
 ROWS = 4                          # photos in a panel
+VALUES = 150_000                  # numbers of its maps that stay beside it, 600 kB
+MISTAKE = 96                      # px, longest side of a photo that shows a judge's mistake
 
 
 def compared_paths(args):
@@ -173,17 +185,23 @@ def report_wild(cfg, device, start, result):
         pairs = eval_pairs(maps, PAIRS, 1, 0)
         pred = [predict_maps(p, maps["rgb"], cfg.eval_steps, 0, cfg.micro or 64) for p in (before, after)]
         values = [score_maps(p, maps, pairs) for p in pred]
-        answers = None
+        scores = None
+        more = {}
         if judge_model is not None and name != "synthetic":
             seen = maps if judge_model.size == cfg.size else ScenePool(name, "test", cfg.eval_images,
                                                                        judge_model.size).all()
-            answers = judge_scores(judge_model, seen, pred[0], 0, name)
-        results.append(report_scenes(name, values[1], values[0], answers))
+            answers = judge_answers(judge_model, seen, 0, name)
+            scores = judge_scores(answers, seen, pred[0])
+            more = dict(reliability=reliability.answer_figures(answers, seen))
+            if name == "wild":
+                more["mistakes"] = save_mistakes(out / "mistakes.safetensors", seen, answers)
+        results.append(report_scenes(name, values[1], values[0], scores) | more)
         if name == "wild":
-            save_panel(out / "panel.png", maps["rgb"], *pred, truth=maps)
-    write_json(out / "report.json", dict(about=about(), seed=cfg.seed, tables=results))
+            shown = save_panel(out / "panel.png", maps["rgb"], *pred, truth=maps)
+    write_json(out / "report.json", dict(about=about(), seed=cfg.seed, shown=shown, tables=results))
     print(f"\nwritten: {out}/report.json, {out}/panel.png; "
           f"maps of your own photos: python predictor.py PHOTO --checkpoint {result}")
+    update_page(out, say=True)
 
 
 def report_photos(cfg, device, held, start, result):
@@ -227,15 +245,22 @@ def report_photos(cfg, device, held, start, result):
                 "exists; change with paired bootstrap 95 % interval",
                 lines, ("figure", "judge", "photos", "base", "X", "change", "95 %", ""))
     folder = cfg.grpo_folder
+    figures["shown"] = save_panel(folder / "panel.png", held.rgb[:ROWS].float() / 255, *shown, labels=held.names)
     write_json(folder / "report.json", dict(about=about(), seed=cfg.seed, **figures))
-    save_panel(folder / "panel.png", held.rgb[:ROWS].float() / 255, *shown, labels=held.names)
+    update_page(folder, say=True)
 
 
 def save_panel(path, rgb, before, after, truth=None, labels=None, rows=ROWS):
-    """Write a picture: a row per photo (n, 3, H, W) with the maps before and after, and the true maps if known."""
+    """Write a picture: a row per photo (n, 3, H, W) with the maps before and after, and the true maps if known.
+
+    Their values lie beside it in a .safetensors of at most VALUES numbers: "ROW/MODALITY/WORD" (C, h, w).
+    returns  dict for report.json: names of the photos; stride: of so many rows and columns one is there
+    """
     tiles = []
+    values = {}
     for i in range(min(rows, len(rgb))):
         tiles.append((labels[i] if labels else "photo", rgb[i].numpy()))
+        values[f"{i}/photo/photo"] = rgb[i]
         for m in before:
             for word, maps in (("base", before), ("X", after), ("truth", truth)):
                 if maps is not None:
@@ -243,4 +268,45 @@ def save_panel(path, rgb, before, after, truth=None, labels=None, rows=ROWS):
                     if word == "truth" and MODALITIES[m].kind == "distance":    # show sky at the largest depth
                         value = value.masked_fill(~truth["mask"][i], value[truth["mask"][i]].max())
                     tiles.append((f"{m} {word}", picture_of(m, value.numpy())))
+                    values[f"{i}/{m}/{word}"] = value
     save_png(path, panel(tiles, columns=len(tiles) // min(rows, len(rgb))))
+    k = stride_for(sum(x.numel() for x in values.values()), VALUES)
+    write_tensors(path.with_suffix(".safetensors"), {name: x[..., ::k, ::k].float() for name, x in values.items()})
+    return dict(names=(labels or [f"photo {i}" for i in range(len(rgb))])[:rows], stride=k)
+
+
+def save_mistakes(path, maps, answers):
+    """Write photos with the markers of a judge's most confident wrong answers, uint8 (3, h, w) by "MODALITY NUMBER".
+
+    maps, answers  of scenes, and of scores.judge_answers about them
+    returns        dict of the same names -> photo, pts (of the judge's size), prob of the first answer, said, truth
+    """
+    pictures = {}
+    found = {}
+    for m, worst in reliability.worst_answers(answers).items():
+        pts, truth, prob = answers[m]
+        for k, (i, j) in enumerate(worst):
+            size = maps["rgb"].shape[-1]
+            side = min(size, MISTAKE)
+            places = move_points(pts[i, j], size, side)[None, None]
+            marked = draw_markers(fit_square(maps["rgb"][i], side)[None], places)
+            first, second = MODALITIES[m].words
+            pictures[f"{m} {k}"] = (255 * marked[0, 0]).round().to(torch.uint8)
+            found[f"{m} {k}"] = dict(photo=i, pts=pts[i, j].tolist(), prob=float(prob[i, j]),
+                                     said=first if prob[i, j] > 0.5 else second,
+                                     truth=first if truth[i, j] > 0 else second)
+    write_tensors(path, pictures)
+    return found
+
+
+def main(argv=None):
+    """Command line: the page of what lies in a folder."""
+    p = Parser(prog="evaluation.report", allow_abbrev=False, description="Write DIR/report.html, a page to look at.")
+    p.add_argument("place", metavar="DIR",
+                   help="folder of a run, of bench.ablate or of maps; or FILE.json of eval.py --json")
+    p.limits()
+    print(f"written: {write_page(p.parse_args(argv).place)}")
+
+
+if __name__ == "__main__":
+    run_command(main, "evaluation.report")

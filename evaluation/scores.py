@@ -165,13 +165,12 @@ def device_of(judge):
     return next((p.device for p in weights), torch.device("cpu"))
 
 
-def judge_scores(judge, maps, pred, seed, domain=""):
-    """Accuracy of a judge, of a predictor's maps and of the heuristics on pairs at points that the judge can read.
+def judge_answers(judge, maps, seed, domain=""):
+    """What a judge says of `eval_pairs` at points that it can read, and what is true.
 
-    A pair that the judge does not know counts for none of them.
     maps     of a scene pool, of the judge's size;  domain  of the scenes, whose names are "DOMAIN NUMBER"
-    pred     dict modality -> (B, C, H, W) of the same scenes, of any size
-    returns  dict "judge/m", "predictor/m", "heuristic/m" -> (B,) numpy
+    returns  dict modality -> pts (B, P, 2, 2), truth (B, P) int8, prob (B, P) of the first answer, on the CPU. truth is
+             0 and counts nowhere where there is no pair, and where prob is NaN: the judge does not know it
     """
     out = {}
     pairs = eval_pairs(maps, PAIRS, judge.grid, seed)
@@ -181,7 +180,18 @@ def judge_scores(judge, maps, pred, seed, domain=""):
         pts, truth = pairs[m]
         prob = torch.cat([judge.ask(maps["rgb"][i:i + 32].to(device), pts[i:i + 32].to(device), names[i:i + 32]).cpu()
                           for i in range(0, len(pts), 32)])[..., k]
-        truth = truth.where(prob.isfinite(), 0)
+        out[m] = (pts, truth.where(prob.isfinite(), 0), prob)
+    return out
+
+
+def judge_scores(answers, maps, pred):
+    """Accuracy of a judge, of a predictor's maps and of the heuristics on the pairs of `judge_answers`.
+
+    maps     that the judge was asked about;  pred  dict modality -> (B, C, H, W) of the same scenes, of any size
+    returns  dict "judge/m", "predictor/m", "heuristic/m" -> (B,) numpy
+    """
+    out = {}
+    for m, (pts, truth, prob) in answers.items():
         out[f"judge/{m}"] = accuracy(prob - 0.5, truth)
         if m in pred:
             places = move_points(pts, maps["rgb"].shape[-1], pred[m].shape[-1])

@@ -13,20 +13,13 @@ import torch
 from data.pools import scene_pool
 from evaluation import metrics
 from evaluation.agreement import photo_figures
-from evaluation.scores import METRICS, PAIRS, eval_pairs, predict_maps, score_maps
+from evaluation.drift import drift, is_agreement, validation_rows
+from evaluation.page import update_page
+from evaluation.scores import PAIRS, eval_pairs, predict_maps, score_maps
 from grpo import is_unanimous
-from runtime.files import read_json, read_log, write_json
+from runtime.files import read_json, write_json
 from runtime.ranks import autocast, combine_numbers, local_part, rank
 from runtime.run import about
-
-AGREEMENTS = ("reward", "agreement")     # figures of held-out photos that lie in [0, 1], 1 is best
-LEAST_ERROR = 0.05                # a start that disagrees less with the judge counts as this: a pair more is no drift
-
-
-def validation_rows(folder):
-    """Rows of a run's log that hold validation figures."""
-    return [row for row in read_log(folder / "metrics.jsonl")
-            if any(k.startswith(("synthetic/", "photos/")) for k in row)]
 
 
 def reward_statistics(scored):
@@ -77,6 +70,9 @@ class Watch:
         if not cfg.eval_every or step and (step + 1) % cfg.eval_every:
             return {}
         figures = self._figures(step)
+        if rank() == 0:
+            figures |= dict(band=cfg.band, forget=cfg.forget)                   # that the page draws
+            update_page(self.run.folder if cfg.images else self.run.folder.parent, dict(step=step, **figures))
         self.run.ended = bool(combine_numbers(dict(drifted_max=float(bool(self.drifted))))["drifted_max"])
         with torch.no_grad():
             for p, kept in zip(self.average_params, self.kept, strict=True):
@@ -137,11 +133,6 @@ def mean_accuracy(figures):
     return sum(values) / len(values) if values else math.nan
 
 
-def is_agreement(name):
-    """Whether a validation figure is agreement with the judge."""
-    return name.startswith(tuple(f"photos/{kind}/" for kind in AGREEMENTS))
-
-
 def diagnose(policy, size, steps, n=24, seed=0, batch=64, together=False):
     """Figures on n validation scenes per domain, for the log: scores, and sharpness and spread of wild maps.
 
@@ -160,27 +151,3 @@ def diagnose(policy, size, steps, n=24, seed=0, batch=64, together=False):
                 out |= {f"wild/{m}_high_frequency": float(np.mean(energy)),
                         f"wild/{m}_spread": float(pred[m].std((2, 3)).mean())}
     return out
-
-
-def drift(now, start, band, forget):
-    """The first figure that has left its band since the start, in words; "" when there is none.
-
-    now, start  validation figures
-    band        factor by which sharpness and spread of maps of photos (wild scenes) may change, either way; 0: any
-    forget      share by which a synthetic validation error, or the disagreement with the judge on held-out photos, may
-                grow; 0: any
-    """
-    for name in now:
-        if start.get(name) is None or now[name] is None:                        # not finite, or not measured
-            continue
-        if band and (name.startswith("wild/") and name.endswith(("_high_frequency", "_spread"))
-                     or name.startswith(("photos/high_frequency/", "photos/spread/"))):
-            factor = now[name] / max(start[name], 1e-12)
-            if not 1 / band <= factor <= band:
-                return f"{name} is {factor:.2g} x what it was (--band {band:g})"
-        if forget and is_agreement(name) and 1 - now[name] > (1 + forget) * max(1 - start[name], LEAST_ERROR):
-            return f"{name} has fallen from {start[name]:.4g} to {now[name]:.4g} (--forget {forget:g})"
-        domain, _, metric = name.partition("/")
-        if forget and domain == "synthetic" and METRICS[metric][1] < 0 and now[name] > (1 + forget) * start[name]:
-            return f"{name} has grown from {start[name]:.4g} to {now[name]:.4g} (--forget {forget:g})"
-    return ""

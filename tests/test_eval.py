@@ -11,7 +11,16 @@ import eval as evaluation
 from data.pools import ScenePool, scene_batch
 from data.questions import true_relations
 from evaluation.report import compare_scores
-from evaluation.scores import HEURISTICS, METRICS, PAIRS, eval_pairs, judge_scores, predict_maps, score_maps
+from evaluation.scores import (
+    HEURISTICS,
+    METRICS,
+    PAIRS,
+    eval_pairs,
+    judge_answers,
+    judge_scores,
+    predict_maps,
+    score_maps,
+)
 from evaluation.watch import diagnose, drift
 from relations import NAMES
 from runtime.command import run_command
@@ -236,13 +245,13 @@ class Oracle(torch.nn.Linear):
 
 
 def test_a_judge_that_knows_the_truth_is_always_right_and_so_are_the_true_maps(maps):
-    got = judge_scores(Oracle(maps), maps, perfect(maps), 0)
+    got = judge_scores(judge_answers(Oracle(maps), maps, 0), maps, perfect(maps))
     assert all((got[f"{who}/{m}"] == 1).all() for m in NAMES for who in ("judge", "predictor"))
 
 
 def test_a_judge_that_always_says_yes_is_at_chance_on_balanced_albedo(maps):
     truth = eval_pairs(maps, PAIRS, 1, 0)["albedo"][1]
-    got = judge_scores(Oracle(maps, yes=True), maps, perfect(maps), 0)["judge/albedo"]
+    got = judge_scores(judge_answers(Oracle(maps, yes=True), maps, 0), maps, perfect(maps))["judge/albedo"]
     np.testing.assert_allclose(got, ((truth > 0).sum(1) / (truth != 0).sum(1)).numpy())
     half = PAIRS // 2
     assert (got[((truth > 0).sum(1) == half).numpy() & ((truth < 0).sum(1) == half).numpy()] == 0.5).all()
@@ -252,7 +261,7 @@ def test_judge_and_predictor_are_compared_on_pairs_the_judge_can_be_asked(maps, 
     judge, asked = Oracle(maps), []
     judge.grid = 4
     monkeypatch.setattr(judge, "ask", lambda rgb, pts, names: asked.append(pts) or Oracle.ask(judge, rgb, pts))
-    judge_scores(judge, maps, perfect(maps), 0)
+    judge_answers(judge, maps, 0)
     assert len(asked) == len(NAMES) and all((pts % 4 == 2).all() for pts in asked)
 
 

@@ -52,7 +52,7 @@ def go(out, *extra):
 
 @functools.cache
 def tiny_run(root):
-    """A complete toy run under a folder: OUT/base, judge, bank, grpo, report.json, panel.png."""
+    """A complete toy run under a folder: OUT/base, judge, bank, grpo, report.json, report.html, panel.png."""
     out = Path(root) / "tiny_run"
     go(out)
     return out
@@ -87,7 +87,8 @@ def refused(capsys, *argv):
 def test_one_command_leaves_every_part(run):
     for name in ("base/predictor.safetensors", "judge/model.safetensors", "judge/tokenizer.json",
                  "grpo/predictor.safetensors", "base/metrics.jsonl", "judge/metrics.jsonl",
-                 "grpo/metrics.jsonl", "report.json", "panel.png"):
+                 "grpo/metrics.jsonl", "report.json", "panel.png", "panel.safetensors", "mistakes.safetensors",
+                 "report.html"):
         assert (run / name).stat().st_size > 0, name
     assert not list(run.rglob("*.part")) and len(list((run / "bank").rglob("*.safetensors"))) == 4
 
