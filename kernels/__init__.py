@@ -24,6 +24,7 @@ except ImportError:                                      # no wheel for this pla
     triton = tl = SimpleNamespace(jit=lambda fn: fn, constexpr=None, float32=None, float64=None)
     HAS_TRITON = False
     TritonError = RuntimeError
+LAYER = 1 << 22                                         # elements; below, the call costs the CPU more than eager's bytes
 REFUSALS = (TritonError, RuntimeError, ImportError, OSError, subprocess.SubprocessError)    # of a launch
 
 INTERPRET = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
@@ -77,6 +78,16 @@ def uses_triton_with_floats(tensor):
     A compiled kernel receives Python floats as fp32, so fp64 states take the torch path; the interpreter keeps fp64.
     """
     return uses_triton(tensor) and (INTERPRET or tensor.dtype != torch.float64)
+
+
+def fuses_layer(x):
+    """Whether a network's layer takes its kernel on x: under autocast, with Triton, uncompiled, if x is large enough.
+
+    torch.compile fuses such a layer with what stands beside it, which an operator would forbid.
+    """
+    if torch.compiler.is_compiling() or x.numel() < LAYER or not torch.is_autocast_enabled(x.device.type):
+        return False
+    return uses_triton(x)
 
 
 def acc_dtype(*tensors):
