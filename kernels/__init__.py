@@ -24,7 +24,7 @@ except ImportError:                                      # no wheel for this pla
     triton = tl = SimpleNamespace(jit=lambda fn: fn, constexpr=None, float32=None, float64=None)
     HAS_TRITON = False
     TritonError = RuntimeError
-LAYER = 1 << 22                                         # elements; below, the call costs the CPU more than eager's bytes
+LAYER = 1 << 22                                        # elements; below, a call costs the CPU more than eager's bytes
 REFUSALS = (TritonError, RuntimeError, ImportError, OSError, subprocess.SubprocessError)    # of a launch
 
 INTERPRET = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
@@ -85,9 +85,9 @@ def fuses_layer(x):
 
     torch.compile fuses such a layer with what stands beside it, which an operator would forbid.
     """
-    if torch.compiler.is_compiling() or x.numel() < LAYER or not torch.is_autocast_enabled(x.device.type):
+    if torch.compiler.is_compiling() or x.numel() < LAYER or not uses_triton(x):
         return False
-    return uses_triton(x)
+    return torch.is_autocast_enabled(x.device.type)
 
 
 def acc_dtype(*tensors):

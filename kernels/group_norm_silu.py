@@ -4,8 +4,8 @@ math       mean, var over a group's channels and all pixels;  rstd = 1 / sqrt(va
            h = weight xhat + bias;  s = sigmoid(h);  y = h s
 gradient   dh = g s (1 + h (1 - s));  dbias = sum dh, dweight = sum dh xhat, over images and pixels
            dx = rstd (weight dh - avg(weight dh) - xhat avg(weight dh xhat)), avg over a group
-why fused  bytes per bf16 element: eager autocast 32 forward (cast, norm in two passes, SiLU, cast), 44 backward, 8 kept
-           for it; here 6, 10 and 2. torch.compile: 6 forward; 16 backward, channels last 26: it stores dh in fp32
+why fused  bytes per bf16 element: eager autocast 28 forward (cast, norm, SiLU, cast; each reads once), 40 backward, 8
+           kept for it; here 6, 10 and 2. torch.compile: 6 forward; 16 backward, channels last 26: it stores dh in fp32
 launches   forward three: moments of tiles, of groups, the map. Backward three, and one that adds the images' sums
 source     GroupNorm (Wu and He 2018) and SiLU as the ResNet blocks of Stable Diffusion have them
 

@@ -4,9 +4,9 @@ math       xhat = (x - mean) / sqrt(var + eps) over the width of a token;  y = x
            scale and shift are an image's; 1 + scale is rounded to their dtype, as torch rounds it
 gradient   dshift = sum g, dscale = sum g xhat, over the tokens of an image;  d = g (1 + scale)
            dx = rstd (d - avg d - xhat avg(d xhat)), avg over the width
-why fused  bytes per element, x in fp32 and y in bf16 as under autocast: eager 30 forward (norm, product, sum, cast), about
-           60 backward, 8 kept for it; here 6, 10 and none but x. torch.compile: 6 forward, 16 backward, since the sums
-           over tokens read x and g again
+why fused  bytes per element, x in fp32 and y in bf16 as under autocast: eager 30 forward (norm, product, sum, cast) and
+           50 backward; here 6 and 10, and nothing but x is kept. torch.compile: 6 and 16, since its sums over tokens
+           read x and g again
 launches   one forward; backward one, and two that add partial sums and round them
 source     adaLN of DiT (Peebles and Xie 2023)
 

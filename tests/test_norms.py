@@ -1,4 +1,4 @@
-"""Norms of networks: torch's own layers to the bit on a CPU, one kernel under autocast on a GPU, torch's if compiled."""
+"""Norms of networks: torch's own bits on a CPU and where compiled, one kernel under autocast on a GPU."""
 import pytest
 import torch
 import torch.nn.functional as F
@@ -25,8 +25,15 @@ def calls(triton_path, monkeypatch):
     """Names of the kernels that were called; layers of any size take them."""
     made = []
     monkeypatch.setattr(kernels, "LAYER", 0)
+
+    def watch(name, call):
+        def watched(*args):
+            made.append(name)
+            return call(*args)
+        monkeypatch.setattr(norms, name, watched)
+
     for name in ("group_norm_silu", "layer_norm_modulate"):
-        monkeypatch.setattr(norms, name, lambda *args, of=getattr(norms, name), name=name: made.append(name) or of(*args))
+        watch(name, getattr(norms, name))
     return made
 
 
@@ -52,6 +59,11 @@ def test_torchs_own_bits_where_no_kernel_runs(calls, monkeypatch):
     with autocast():
         want, got = of_both_norms()
     assert all(map(torch.equal, want, got)) and calls == []
+
+
+def test_tensors_without_data_take_torchs_layers():
+    x = torch.empty(1, 128, 256, 256, device="meta")                            # what the arithmetic of bench/ counts
+    assert norms.norm_silu(torch.nn.GroupNorm(2, 128, device="meta"), x).shape == x.shape
 
 
 def test_compiled_code_keeps_the_definition_in_one_graph(calls):
