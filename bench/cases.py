@@ -3,7 +3,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels import draw_markers, log_ratio, pair_reward, sde_step
+from kernels import draw_markers, group_norm_silu, layer_norm_modulate, log_ratio, pair_reward, sde_step
 from relations import MODALITIES, check_points
 
 
@@ -19,6 +19,7 @@ class Case:
     into: int = -1               # index of the argument that receives a gradient; -1: forward only
     launches: int = 1            # of the kernel, with what adds its partial sums
     cached: int = 0              # bytes that the L2 cache delivers
+    recorded: bool = True        # tests compile it ahead of time and hold its counts
 
 
 def make_rng(device, seed=0):
@@ -113,5 +114,33 @@ def draw_markers_cases(device, cut=1):
                    2 * B * P * 3 * side**2)
 
 
+def group_norm_silu_cases(device, cut=1):
+    """Maps of a ResNet block at 512 px: VAE decoder, one map; U-Net, 8 states, in both memory formats; an odd size."""
+    for label, B, C, side, groups, last in (
+            ("1 x 128 x 512 x 512", 1, 128, 512, 32, False), ("8 x 320 x 64 x 64", 8, 320, 64, 32, False),
+            ("8 x 320 x 64 x 64, channels_last", 8, 320, 64, 32, True), ("odd, 3 x 70 x 37 x 37", 3, 70, 37, 5, False)):
+        side = cut_size(side, cut)
+        x = random_normal(B, C, side, side, device=device).bfloat16()
+        x = x.to(memory_format=torch.channels_last) if last else x
+        args = (x, random_normal(C, device=device), random_normal(C, device=device, seed=1), groups, 1e-5, x.dtype)
+        fns = group_norm_silu.group_norm_silu_ref, group_norm_silu.group_norm_silu
+        yield Case(f"{label}, forward", *fns, args, 3 * x.nbytes, launches=3, recorded=groups == 32)
+        yield Case(f"{label}, + backward", *fns, args, 8 * x.nbytes, into=0, launches=7, recorded=groups == 32)
+
+
+def layer_norm_modulate_cases(device, cut=1):
+    """Tokens of preset small in a group's tail, 512 states; and an odd size. The stream is fp32, the condition bf16."""
+    for label, B, L, D in (("512 x 256 x 384", 512, 256, 384), ("odd, 3 x 37 x 371", 3, 37, 371)):
+        x = random_normal(cut_size(B, cut), cut_size(L, cut), D, device=device)
+        scale, shift = random_normal(len(x), 1, 2 * D, device=device, seed=1).bfloat16().chunk(2, -1)
+        args = x, scale, shift, 1e-5, torch.bfloat16
+        fns = layer_norm_modulate.layer_norm_modulate_ref, layer_norm_modulate.layer_norm_modulate
+        n = x.numel()
+        even = D % 16 == 0
+        yield Case(f"{label}, forward", *fns, args, 6 * n, recorded=even)
+        yield Case(f"{label}, + backward", *fns, args, 16 * n, into=0, launches=4, recorded=even)
+
+
 OPS = dict(check_points=check_points_cases, pair_reward=pair_reward_cases, sde_step=sde_step_cases,
-           log_ratio=log_ratio_cases, draw_markers=draw_markers_cases)
+           log_ratio=log_ratio_cases, draw_markers=draw_markers_cases, group_norm_silu=group_norm_silu_cases,
+           layer_norm_modulate=layer_norm_modulate_cases)

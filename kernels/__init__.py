@@ -24,6 +24,7 @@ except ImportError:                                      # no wheel for this pla
     triton = tl = SimpleNamespace(jit=lambda fn: fn, constexpr=None, float32=None, float64=None)
     HAS_TRITON = False
     TritonError = RuntimeError
+LAYER = 1 << 22                                        # elements; below, a call costs the CPU more than eager's bytes
 REFUSALS = (TritonError, RuntimeError, ImportError, OSError, subprocess.SubprocessError)    # of a launch
 
 INTERPRET = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
@@ -82,6 +83,16 @@ def uses_triton_with_floats(tensor):
 def send(x, device):
     """A CPU tensor on a device. A GPU is not waited for: the tensor is copied through pinned memory."""
     return x if device.type == "cpu" else x.pin_memory().to(device, non_blocking=True)
+
+
+def fuses_layer(x):
+    """Whether a network's layer takes its kernel on x: under autocast, with Triton, uncompiled, if x is large enough.
+
+    torch.compile fuses such a layer with what stands beside it, which an operator would forbid.
+    """
+    if torch.compiler.is_compiling() or x.numel() < LAYER or not uses_triton(x):
+        return False
+    return torch.is_autocast_enabled(x.device.type)
 
 
 def acc_dtype(*tensors):

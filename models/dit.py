@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from data.maps import center_map
 from kernels import send
 from models import lora
+from models.norms import norm_modulate
 from models.positions import grid_positions
 from models.schedule import uniform_times
 from relations import MODALITIES, NAMES
@@ -75,8 +76,8 @@ class Block(nn.Module):
             x = x + self.attend(self.norm1(x))
             return x + self.mlp(self.norm2(x))
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulate(cond)[:, None].chunk(6, -1)
-        x = x + gate1 * self.attend(self.norm1(x) * (1 + scale1) + shift1)
-        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
+        x = x + gate1 * self.attend(norm_modulate(self.norm1, x, scale1, shift1))
+        return x + gate2 * self.mlp(norm_modulate(self.norm2, x, scale2, shift2))
 
 
 class DiT(nn.Module):

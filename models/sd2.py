@@ -12,6 +12,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from models.norms import norm_silu
+
 LATENT_SCALE = 0.18215
 
 # options of config files with the value that is implemented (None: any); other values and options are refused
@@ -63,10 +65,10 @@ class Resnet(nn.Module):
         self.conv_shortcut = nn.Conv2d(cin, cout, 1) if cin != cout else None
 
     def forward(self, x, emb=None):                                             # (B, cin, h, w) -> (B, cout, h, w)
-        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv1(norm_silu(self.norm1, x))
         if emb is not None:
             h = h + self.time_emb_proj(F.silu(emb))[:, :, None, None]
-        return self.conv2(F.silu(self.norm2(h))) + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+        return self.conv2(norm_silu(self.norm2, h)) + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
 class Attention(nn.Module):
@@ -262,7 +264,7 @@ class UNet(nn.Module):
                 x = self._layer(resnet, attention, torch.cat((x, skips.pop()), 1), emb, context)
             if hasattr(stage, "upsamplers"):
                 x = stage.upsamplers[0](x, skips[-1].shape[2:])                 # the next skip's size, which may be odd
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(norm_silu(self.conv_norm_out, x))
 
 
 class PixelAttention(Attention):

@@ -10,6 +10,8 @@ import torch
 
 import kernels
 from kernels.draw_markers import mark_photos
+from kernels.group_norm_silu import group_norm_silu
+from kernels.layer_norm_modulate import layer_norm_modulate
 from kernels.log_ratio import log_ratio_kl
 from kernels.pair_reward import pair_reward
 from kernels.sde_step import sde_step
@@ -39,7 +41,8 @@ def test_without_triton_the_torch_path_announces_itself():
         import sys
         sys.modules["triton"] = None                             # import triton now raises ImportError
         import torch, kernels
-        import kernels.draw_markers, kernels.log_ratio, kernels.pair_credit, kernels.pair_reward
+        import kernels.draw_markers, kernels.group_norm_silu, kernels.layer_norm_modulate, kernels.log_ratio
+        import kernels.pair_credit, kernels.pair_reward
         from kernels.sde_step import sde_step
         x = torch.zeros(2, 3)
         assert sde_step(x, x, x[:, None], 1.0, -0.1, 0.5)[0].shape == (2, 1, 3)
@@ -78,14 +81,16 @@ def test_a_launch_takes_place_on_the_device_of_its_tensor(monkeypatch):
 
 
 class Step(torch.nn.Module):
-    """User code around the four kernels."""
+    """User code around the kernels."""
 
     def forward(self, x, v, eps, pts, prob):
         x_next, mean = sde_step(x, v.detach(), eps, 0.9, -0.1, 0.4)
         ratio, kl = log_ratio_kl(x_next, x, v, mean, v.detach() + 0.1, 0.9, -0.1, 0.4, True)
         reward = pair_reward(x_next.detach(), pts, prob, prob, "albedo")[2]
         photos = mark_photos(x, pts[:, 0], torch.arange(len(x)), x.new_zeros(3, 1, 1), x.new_ones(3, 1, 1), x.dtype)
-        return (ratio.exp() * reward[..., None, None]).mean() + kl.mean() + photos.mean()
+        h = group_norm_silu(v, v.new_ones(3), v.new_zeros(3), 1, 1e-5, torch.float32).flatten(2)
+        h = layer_norm_modulate(h, h[:, :1], h[:, 1:2], 1e-5, torch.float32) * x.flatten(2)
+        return (ratio.exp() * reward[..., None, None]).mean() + kl.mean() + photos.mean() + h.mean()
 
 
 def step_inputs():
@@ -111,7 +116,8 @@ def test_user_code_around_the_kernels_compiles_in_one_graph():
 def test_export_keeps_every_kernel_as_one_node():
     program = torch.export.export(Step(), step_inputs())
     nodes = " ".join(str(n.target) for n in program.graph.nodes)
-    assert all(f"reasonx.{op}" in nodes for op in ("sde_step", "log_ratio_kl", "pair_reward", "mark_photos"))
+    assert all(f"reasonx.{op}" in nodes for op in ("sde_step", "log_ratio_kl", "pair_reward", "mark_photos",
+                                                   "group_norm_silu", "layer_norm_modulate"))
     torch.testing.assert_close(program.module()(*step_inputs()), Step()(*step_inputs()))
 
 
@@ -123,6 +129,8 @@ def test_operators_keep_the_rules_of_torch_library():
     check(ops.log_ratio_kl, (eps, x, v.requires_grad_(), x, x + 1, 0.9, -0.1, 0.4, False))
     check(ops.pair_reward, (eps, pts, prob, prob, "albedo", "hard", 0.1, 0, True))
     check(ops.mark_photos, (x, pts[:, 0], torch.arange(2), torch.zeros(3, 1, 1), torch.ones(3, 1, 1), torch.bfloat16))
+    check(ops.group_norm_silu, (eps[0].requires_grad_(), x[0, :, 0, 0], x[0, :, 1, 1], 3, 1e-5, torch.bfloat16))
+    check(ops.layer_norm_modulate, (eps[0, 0].detach(), eps[0, 1, :, :1], eps[0, 2, :, :1], 1e-5, torch.bfloat16))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
