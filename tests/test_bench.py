@@ -49,7 +49,7 @@ def test_the_printed_tables_are_those_of_the_json(dry):
     text = system.system_tables(dry)
     assert text.count("\n| judge |") == 7 and "512 | LoRA r 16 | yes" in text
     assert all(f"| {r['what']} |" in text for r in dry["rows"])
-    assert "draw_markers: not run (no GPU)" in text
+    assert "draw_markers, group_norm_silu, layer_norm_modulate: not run (no GPU)" in text
 
 
 def test_the_results_page_holds_the_recorded_run():
