@@ -13,6 +13,7 @@ Plain torch, no Triton kernel: what is left after the profiles is a matrix produ
 import math
 
 import torch
+import torch.nn.functional as F
 
 
 def pair_credit(agree, weight, pts, size, width):
@@ -46,5 +47,7 @@ def pair_credit(agree, weight, pts, size, width):
 def _profile(n, centre, width):
     """Gaussian of sum 1 around each centre at the n pixels of a side: (..., n)."""
     apart = torch.arange(n, device=centre.device) - centre[..., None]
-    value = torch.exp(-apart.square() / (2 * width**2))
-    return value / value.sum(-1, keepdim=True)
+    value = torch.exp(apart.square() / (-2 * width**2))
+    value = value / value.sum(-1, keepdim=True)
+    # nothing below the smallest normal number: a CPU multiplies by such numbers many times slower
+    return F.threshold(value, torch.finfo(value.dtype).tiny, 0.0)

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from kernels.pair_credit import pair_credit
+from kernels.pair_credit import _profile, pair_credit
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -42,6 +42,12 @@ def test_it_is_the_sum_over_points_written_out(size, G, P, width):
     want = written_out(*args, size, width)
     assert want.abs().max() > 0
     torch.testing.assert_close(pair_credit(*args, size, width), want, rtol=0, atol=1e-13 * want.abs().max().item())
+
+
+def test_no_number_of_a_profile_is_denormal():
+    """On a CPU the product of profiles of 32 pixels took six times as long with them, for the same bits."""
+    value = _profile(32, torch.zeros(1, device=DEVICE), 1.0)
+    assert (value == 0).any() and (value[value > 0] >= torch.finfo(value.dtype).tiny).all()
 
 
 @pytest.mark.parametrize("width", [1.0, math.inf])
