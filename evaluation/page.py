@@ -47,7 +47,7 @@ def write_page(place, now=None):
     place = Path(place)
     with DamageGuard(place, "what makes no page", "the files of one command", "run that command again"):
         report, run, rows = read_parts(place, now)
-        maps = read_panel(place, report.get("shown")) if report or rows else read_maps(place)
+        maps = read_panel(place, report.get("shown")) if report or rows else open_maps(place)
         parts = [tables(report), views(*maps), curves(rows), judge_section(report, place)]
         if report:
             text = html.escape(json.dumps(report, indent=1, ensure_ascii=False))
@@ -261,7 +261,7 @@ def read_panel(folder, shown):
     return groups, shown["stride"], "base", "X"
 
 
-def read_maps(folder):
+def open_maps(folder):
     """As read_panel, of maps that predictor.py wrote: one picture a photo, with a layer a map."""
     found = {}
     for path in find_files(folder, "*_*.npy") if folder.is_dir() else ():

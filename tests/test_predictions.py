@@ -472,6 +472,7 @@ def test_check_data_counts_decodes_and_names_the_first_bad_file(tmp_path, capsys
     bench = bench_of("ibims")
     items = official.make(bench, tmp_path / "data", 100)
     got = numbers(tmp_path, "--dataset", "ibims", "--data", tmp_path / "data", "--check-data")
+    assert got.pop("about")["commit"]
     size = sum((tmp_path / "data" / i[r]).stat().st_size for i in items for r in ("rgb", "normal"))
     assert got == dict(dataset="ibims", task="normal", n=100, expected=100, bytes=size)
     assert "100 of 100 images complete" in capsys.readouterr().out
