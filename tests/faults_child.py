@@ -48,6 +48,7 @@ def command(module, argv, log, env, die_at, after, nan_at):
     os.dup2(out, 1)
     os.dup2(out, 2)
     os.environ.update(env, CUDA_VISIBLE_DEVICES="")                             # a CPU's bits are compared
+    torch.set_num_threads(torch.get_num_threads())      # a fork makes its own pool here, before its threads race to it
     sys.argv = [f"{module}.py", *argv]
     if die_at:
         die_at_write(die_at, after)
