@@ -21,6 +21,7 @@ import torch
 import train
 from bench import baselines
 from bench.arithmetic import count_flops
+from bench.measure import kept_figures
 from data.album import judgements
 from data.pools import scene_pool
 from evaluation import report, scores, watch
@@ -30,7 +31,7 @@ from predictor import load_predictor
 from relations import NAMES
 from runtime import files, ranks
 from runtime.command import run_command
-from runtime.config import ESTIMATORS, PRESETS, Config, UserError, plain_settings
+from runtime.config import ESTIMATORS, PRESETS, Config, plain_settings
 from runtime.files import read_json
 from runtime.flags import Parser, read_setting
 from runtime.run import about
@@ -122,10 +123,7 @@ def run_row(job):
     path = Path(cfg.out) / "figures.json"
     key = dict(settings=plain_settings(cfg), split=args.split)
     if path.is_file():
-        figures = read_json(path)
-        if figures["key"] != key:
-            raise UserError(f"{path} holds figures of other settings; use another --out, or delete its folder")
-        return figures
+        return kept_figures(path, key)
     device = ranks.setup(cfg)
     torch.set_num_threads(args.threads)
     learn(cfg, device, row)

@@ -14,6 +14,8 @@ import torch
 
 import kernels
 from bench.arithmetic import JUDGE, SD2, count_flops
+from runtime.config import UserError
+from runtime.files import read_json
 
 NOT_RUN = "not run"
 # what one row may raise: memory, a wrong result, a compiler (Triton calls gcc and passes on its CalledProcessError)
@@ -185,3 +187,11 @@ def measure_rates(bench):
 def markdown_table(columns, lines):
     """A markdown table."""
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in (columns, ["---"] * len(columns), *lines))
+
+
+def kept_figures(path, key):
+    """Figures of an earlier run, from their JSON file. raises UserError: they are of another `key`, of settings."""
+    figures = read_json(path)
+    if figures["key"] != key:
+        raise UserError(f"{path} holds figures of other settings; use another --out, or delete {path.parent}")
+    return figures

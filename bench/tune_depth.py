@@ -14,6 +14,7 @@ import torch
 import transformers
 
 import train
+from bench.measure import kept_figures
 from data.pools import scene_pool
 from evaluation.intervals import bootstrap_interval, verdict
 from evaluation.scores import PAIRS, eval_pairs, predict_maps, score_maps
@@ -22,8 +23,8 @@ from models.depth_families import find_family
 from predictor import load_predictor
 from runtime import ranks
 from runtime.command import run_command
-from runtime.config import UserError, plain_settings
-from runtime.files import read_json, write_json
+from runtime.config import plain_settings
+from runtime.files import write_json
 from runtime.flags import Parser, parse
 from runtime.optimizers import cosine, optimizers
 from runtime.run import Run, about
@@ -99,10 +100,7 @@ def run_seed(args, seed):
     path = folder / f"figures-{args.split}.json"
     key = dict(settings=plain_settings(cfg), start_steps=args.start_steps, images=args.images)
     if path.is_file():
-        figures = read_json(path)
-        if figures["key"] != key:
-            raise UserError(f"{path} holds figures of other settings; use another --out, or delete {folder}")
-        return figures
+        return kept_figures(path, key)
     device = ranks.setup(cfg)
     prepare_start(folder / "start", seed, args.start_steps)
     train.check_inputs(cfg)

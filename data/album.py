@@ -29,12 +29,10 @@ SHARE = 20                        # one in so many is
 def hold_out(digests):
     """Which photos are held out: list of photos.pixel_digest -> (n,) bool."""
     different = sorted(set(digests))
-    lowest = different[:HELD_OUT if len(different) > HELD_OUT else len(different) // 2]
-    if not lowest:
-        return torch.zeros(len(digests), dtype=torch.bool)
-    if len(lowest) < HELD_OUT:
-        return torch.tensor([digest <= lowest[-1] for digest in digests])
-    bound = max(lowest[-1], f"{(1 << 64) // SHARE:016x}")
+    if len(different) > HELD_OUT:
+        bound = max(different[HELD_OUT - 1], f"{(1 << 64) // SHARE:016x}")
+    else:
+        bound = max(different[:len(different) // 2], default="")
     return torch.tensor([digest <= bound for digest in digests])
 
 

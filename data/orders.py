@@ -17,14 +17,18 @@ from data.bank import Bank, fill_bank
 from relations import MODALITIES, NAMES
 
 
-class OtherOrder(nn.Module):
-    """A judge (judge.AnyJudge) that answers about a pair by asking another judge about the exchanged pair."""
+class _Around(nn.Module):
+    """A judge (judge.AnyJudge) that asks another one, and sees what that one sees."""
 
     def __init__(self, judge):
         super().__init__()
         self.judge = judge
         self.size = judge.size
         self.grid = judge.grid
+
+
+class OtherOrder(_Around):
+    """A judge that answers about a pair by asking another judge about the exchanged pair."""
 
     def digest(self):
         """As judge.AnyJudge.digest."""
@@ -37,15 +41,13 @@ class OtherOrder(nn.Module):
         return torch.where(keeps, prob, 1 - prob)
 
 
-class BothOrders(nn.Module):
-    """A judge (judge.AnyJudge) whose answer is the mean over both orders of the colours that another judge gives."""
+class BothOrders(_Around):
+    """A judge whose answer is the mean over both orders of the colours that another judge gives."""
 
-    def __init__(self, judge):
-        super().__init__()
-        self.orders = judge, OtherOrder(judge)
-        self.judge = judge
-        self.size = judge.size
-        self.grid = judge.grid
+    @property
+    def orders(self):
+        """The judges of either order."""
+        return self.judge, OtherOrder(self.judge)
 
     def digest(self):
         """As judge.AnyJudge.digest."""

@@ -2,6 +2,7 @@
 
 Every file is written atomically (files.write_bytes). Paths in messages are printed with repr.
 """
+import base64
 import hashlib
 import io
 import itertools
@@ -34,6 +35,11 @@ def png_bytes(image):
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def png_address(image):
+    """data: address that holds all of what png_bytes takes."""
+    return "data:image/png;base64," + base64.b64encode(png_bytes(image)).decode()
 
 
 def save_png(path, image):

@@ -5,7 +5,6 @@ requests  GET /: the page, ask.html. POST /ask, answered in JSON: the bytes of a
 guards    it listens on 127.0.0.1 and answers its own page alone (Host, Origin). A photo is one that was found at the
           start and lies in its folder. One request is worked on, the others wait. Nothing is written
 """
-import base64
 import contextlib
 import hashlib
 import json
@@ -20,7 +19,7 @@ import torch
 
 from data.orders import BothOrders
 from data.photos import decode_photo, find_images, read_rgb, resize_long
-from data.pictures import png_bytes
+from data.pictures import png_address
 from judge import describe_answer, load_judge, see_pair
 from predictor import load_predictor, predict_photo
 from relations import MODALITIES, NAMES, check_points, draw_markers, margin, relation
@@ -37,11 +36,6 @@ PATIENCE = 20                     # s that a request may take to arrive, and its
 SHOWN = 1024                      # px, longer side of the photo on the page at most
 POLICY = ("default-src 'self'; img-src 'self' data:; script-src 'nonce-{0}'; style-src 'nonce-{0}'; base-uri 'none'; "
           "form-action 'none'; frame-ancestors 'none'")
-
-
-def picture_url(rgb):
-    """A picture (3, H, W) in [0, 1] as an address that holds all of it."""
-    return "data:image/png;base64," + base64.b64encode(png_bytes(rgb.cpu().numpy())).decode()
 
 
 def read_maps(maps, pts, modality):
@@ -73,7 +67,7 @@ def answer_pair(judge, rgb, xy, name, maps, device="cpu"):
         answers.append(dict(modality=m, question=MODALITIES[m].question, prob=[p, q], judge=describe_answer(m, [p, q]),
                             word=MODALITIES[m].words[not first] if known else "not known", maps=words, relation=wins,
                             agree=(wins > 0) == first if wins and known else None))
-    return dict(seen=picture_url(draw_markers(square, pts)[0, 0]), answers=answers)
+    return dict(seen=png_address(draw_markers(square, pts)[0, 0].cpu().numpy()), answers=answers)
 
 
 class Desk:
@@ -105,7 +99,8 @@ class Desk:
             rgb = decode_photo(content, "dropped file")
         self.now = photo, rgb, {}
         H, W = rgb.shape[1:]
-        return dict(photo=photo, width=W, height=H, picture=picture_url(resize_long(rgb, min(SHOWN, max(H, W)))))
+        shown = resize_long(rgb, min(SHOWN, max(H, W)))
+        return dict(photo=photo, width=W, height=H, picture=png_address(shown.numpy()))
 
     def ask(self, photo, red, green):
         """Answer about two points of a photo; see answer_pair. The first question about a photo makes its maps."""

@@ -20,7 +20,7 @@ import numpy as np
 
 from data.formats import decode_npy
 from data.photos import read_rgb
-from data.pictures import picture_of, png_bytes, row_of
+from data.pictures import picture_of, png_address, row_of
 from evaluation.drift import factors, limits, watched_kind
 from evaluation.intervals import verdict
 from evaluation.plots import Line, figure
@@ -216,17 +216,12 @@ def stride_for(n, most):
     return max(1, math.ceil(math.sqrt(n / most)))
 
 
-def data_address(image):
-    """data: address of the PNG of a (3, h, w) array in [0, 1]."""
-    return "data:image/png;base64," + base64.b64encode(png_bytes(image)).decode()
-
-
 def layer(word, value, picture):
     """What the script draws and reads: a map (C, h, w) as a picture, and its values in 65,536 levels."""
     low = float(value.min())
     step = (float(value.max()) - low) / 65535 or 1.0
     levels = np.round((value.astype(np.float64) - low) / step).astype("<u2")
-    return dict(name=word, png=data_address(picture), size=value.shape, low=low, step=step,
+    return dict(name=word, png=png_address(picture), size=value.shape, low=low, step=step,
                 values=base64.b64encode(levels.tobytes()).decode())
 
 
@@ -375,4 +370,4 @@ def mistake(name, one, picture):
     words = html.escape(f"{name.partition(' ')[0]}: said {one['said']} ({sure:.3f}), true is {one['truth']}")
     side = max(1, SIDE // picture.shape[2]) * picture.shape[2]
     return (f'<figure><img width={side} alt="photo {html.escape(str(one["photo"]))} with a red and a green marker" '
-            f'src="{data_address(picture)}"><figcaption>{words}</figcaption></figure>')
+            f'src="{png_address(picture)}"><figcaption>{words}</figcaption></figure>')

@@ -4,13 +4,13 @@ Every image's values are appended to OUT/eval/*.jsonl as soon as they are known.
 data, the predictions, the settings and the code. So the same command continues where it was killed, and a command with
 other settings, data or code never reads these numbers.
 """
+import contextlib
 import hashlib
 import inspect
 import json
 import sys
 import sysconfig
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -28,6 +28,7 @@ from evaluation.benchmark_table import MIT_LIGHTS
 from models.depth_families import AFFINE, SIGN
 from predictor import load_predictor, predict_photo
 from relations import srgb_decode
+from runtime.ahead import work_ahead
 from runtime.files import read_log, write_rows
 from runtime.ranks import pick_device
 
@@ -266,13 +267,12 @@ def evaluate_images(bench, source, files, items, path):
     left = [item for item in items if item["name"] not in done]
     if len(left) < len(items):
         print(f"{bench.dataset}: {len(items) - len(left)} of {len(items)} images are already in {path}")
-    with ThreadPoolExecutor(1) as pool, open(path, "a") as log:
-        waiting = [pool.submit(source.read, bench, files, left[0])] if left else []
-        for i in tqdm(range(len(left)), desc=f"{bench.dataset} {bench.task}", disable=len(left) < 3):
-            sample = waiting.pop().result()
-            waiting = [pool.submit(source.read, bench, files, left[i + 1])] if i + 1 < len(left) else []
+    samples = work_ahead(lambda item: source.read(bench, files, item), left, depth=1, threads=1)
+    bar = tqdm(left, desc=f"{bench.dataset} {bench.task}", disable=len(left) < 3)
+    with contextlib.closing(samples), open(path, "a") as log:
+        for item, sample in zip(bar, samples, strict=True):
             row = protocols.score_prediction(bench, source.predict(bench, sample), sample)
-            log.write(json.dumps(dict(name=left[i]["name"], **row)) + "\n")
+            log.write(json.dumps(dict(name=item["name"], **row)) + "\n")
             log.flush()
-            done[left[i]["name"]] = row
+            done[item["name"]] = row
     return [done[item["name"]] for item in items]

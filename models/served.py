@@ -28,9 +28,8 @@ from urllib.parse import urlsplit
 import torch
 from PIL import Image
 
-from kernels.draw_markers import mark_photos
 from models.families import FAMILIES
-from relations import MODALITIES, NAMES, check_points
+from relations import MODALITIES, NAMES, check_points, draw_markers
 from runtime.files import DamageGuard, decode_json, one_line, refuse
 
 ADDRESS = re.compile(r"(https?://[^/?#@\s]+)((?:/[^?#@\s]*)?)#([^,\s]+)((?:,(?:size|family)=\w+)*)")
@@ -136,9 +135,7 @@ class ServedJudge:
 
 def mark_picture(photo, points):
     """A photo (3, S, S) in [0, 1] with the markers of two points (2, 2): uint8 on the CPU."""
-    zero = torch.zeros(3, 1, 1, device=photo.device)
-    number = torch.zeros(1, dtype=torch.int64, device=photo.device)
-    marked = mark_photos(photo[None], points[None], number, zero, zero + 1, torch.float32)[0]
+    marked = draw_markers(photo[None], points[None, None])[0, 0]
     return (marked * 255).round().to(torch.uint8).cpu()
 
 

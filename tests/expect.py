@@ -1,5 +1,6 @@
 """What many tests expect: one line that refuses, strict JSON, equal tensors; and what they begin with: seeds, edits."""
 import json
+import sys
 
 import pytest
 import torch
@@ -16,6 +17,15 @@ def refused(kind, call, *words):
         call()
     text = str(caught.value)
     assert "\n" not in text and all(w in text for w in words), text
+
+
+def enter(monkeypatch, folder, **modules):
+    """Make a folder the working directory, with modules of the user's in it: name=text."""
+    for name, text in modules.items():
+        (folder / f"{name}.py").write_text(text)
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(str(folder))
 
 
 def edit(path, **changes):

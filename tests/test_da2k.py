@@ -4,6 +4,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from expect import enter
 from PIL import Image
 from test_predictions import numbers, refusal
 
@@ -54,10 +55,7 @@ CLOSE_BY = "images/outdoor/c.jpg"  # holds a pair that one cell of the judge cov
 @pytest.fixture
 def desk(tmp_path, monkeypatch):
     """A working directory with DA-2K, whose photos are bright (close) at the left, and with judges and networks."""
-    (tmp_path / "pairs.py").write_text(MODULE)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(__import__("sys").modules, "pairs", raising=False)
+    enter(monkeypatch, tmp_path, pairs=MODULE)
     found = {}
     rng = np.random.default_rng(0)
     for name, (h, w) in SIZES.items():

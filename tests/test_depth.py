@@ -10,7 +10,7 @@ import pytest
 import tiny_depth
 import torch
 import transformers
-from expect import edit, equal, refused, seeded
+from expect import edit, enter, equal, refused, seeded
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -379,10 +379,7 @@ TOY = ("--size 56 --steps 3 --photos 4 --pairs 8 --bank-pairs 8 --group 2 --batc
 @pytest.fixture
 def desk(tmp_path, monkeypatch):
     """A working directory with photos and a judge of the user's."""
-    (tmp_path / "lower.py").write_text(JUDGE)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(__import__("sys").modules, "lower", raising=False)
+    enter(monkeypatch, tmp_path, lower=JUDGE)
     (tmp_path / "photos").mkdir()
     for i in range(12):
         save_png(tmp_path / "photos" / f"{i}.png", torch.rand(3, 60, 80, generator=seeded(i)).numpy())

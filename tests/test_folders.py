@@ -13,7 +13,7 @@ import chat
 import numpy as np
 import pytest
 import torch
-from expect import edit, equal, refused, seeded
+from expect import edit, enter, equal, refused, seeded
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_marigold import SMALL, VAE_CONFIG, ZERO_SNR, fill, half, index_of, text_parts, unet_config
@@ -532,9 +532,7 @@ def test_cached_questions_are_checked_before_they_are_used(rooms, tmp_path, chan
 
 @pytest.mark.parametrize("family", ["ours", "marigold", "mine_in_half:Map", "mine_in_half:Flow"])
 def test_half_works_for_every_family(family, copied, photo, tmp_path, monkeypatch):
-    (tmp_path / "mine_in_half.py").write_text(OWN)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
+    enter(monkeypatch, tmp_path, mine_in_half=OWN)
     torch.manual_seed(0)
     spec = family
     if family == "ours":

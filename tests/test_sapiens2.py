@@ -9,7 +9,7 @@ import pytest
 import tiny_depth
 import torch
 import transformers
-from expect import edit, refused, seeded
+from expect import edit, enter, refused, seeded
 from test_depth import toy_config
 from torch.nn import functional as F
 
@@ -165,9 +165,7 @@ class LowerFacesUp:
 
 
 def test_said_once_to_train_and_never_again_to_what_came_of_it(tmp_path, monkeypatch):
-    (tmp_path / "faces.py").write_text(JUDGE)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
+    enter(monkeypatch, tmp_path, faces=JUDGE)
     for i in range(3):
         save_png(tmp_path / "photos" / f"{i}.png", torch.rand(3, 50, 60, generator=seeded(i)).numpy())
     train.main(["--stage", "grpo", "--policy", str(tiny_depth.folder("sapiens")), "--flip-x", "yes",

@@ -5,7 +5,7 @@ import types
 
 import pytest
 import torch
-from expect import refused, seeded
+from expect import enter, refused, seeded
 
 import judge as judging
 from judge import load_judge, open_judge
@@ -79,10 +79,7 @@ class Mute:
 @pytest.fixture(autouse=True)
 def mine(tmp_path, monkeypatch):
     """A module of the user's in the working directory."""
-    (tmp_path / "mine.py").write_text(MODULE)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(__import__("sys").modules, "mine", raising=False)
+    enter(monkeypatch, tmp_path, mine=MODULE)
 
 
 RGB = torch.rand(2, 3, 16, 16, generator=seeded(1))

@@ -4,7 +4,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from expect import refused, seeded
+from expect import enter, refused, seeded
 from PIL import Image
 
 import judge as judging
@@ -224,9 +224,7 @@ class Depth(nn.Module):
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """A working directory with twelve photos, maps of all but one, and a module of the user's."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    (tmp_path / "taught.py").write_text(POLICY)
+    enter(monkeypatch, tmp_path, taught=POLICY)
     more = [f"d{i}" for i in range(9)]
     for name in ("a", "x/b", "c", *more):
         photo(tmp_path / "photos" / f"{name}.jpg", 48)
