@@ -36,7 +36,7 @@ from runtime.ranks import pick_device
 from runtime.weights import RULES, open_own, read_spec
 
 logging.disable_progress_bar()       # of loading and saving weights: errors stay one line
-TOKENS = dict(cuda=2**16, cpu=2**11) # of the language model at a time in `ask`; of few, a CPU's cache holds the states
+TOKENS = dict(cuda=2**16, cpu=2**12) # of the language model at a time in `ask`; of few, a CPU's cache holds the states
 SCHEMES = {  # of a SPEC SCHEME:PLACE: makes a judge of PLACE, no network, at once
     "maps": MapsJudge, "http": ServedJudge, "https": ServedJudge,
 }
